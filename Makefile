@@ -1,0 +1,32 @@
+# Two commands do all the set-up and all the work: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export NO_ALBUMENTATIONS_UPDATE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLBACKEND ?= Agg
+
+.PHONY: demo test test-long prepare readme
+
+demo: .venv/installed
+	$(BIN)/biomass_demo
+
+# Notebooks are tests, and tests/ holds what a notebook cannot show.
+test: .venv/installed
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/pytest -q tests
+
+# The long forms: everything of `make test`, and what takes minutes more.
+test-long: .venv/installed
+	$(BIN)/pytest -q tests --long
+
+# After editing notebooks: export the library, clean the notebooks, render the README.
+prepare: .venv/installed
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/render_readme.py > README.md
+
+.venv/installed: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
