@@ -62,7 +62,7 @@ def cut_tiles(
     size = (spec.size, spec.size)
     return torch.stack([F.interpolate(c, size=size, mode="bilinear", antialias=True) for c in crops], 1)
 
-# %% ../nbs/07_features.ipynb #c54970da
+# %% ../nbs/07_features.ipynb #cbfc38f0
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
 POOLINGS = ("auto", "cls_mean", "own")
 
@@ -87,7 +87,8 @@ class Backbone(nn.Module):
 
     @property
     def dim(self) -> int:
-        return self.model.num_features * (2 if self.pooling == "cls_mean" else 1)
+        if self.pooling == "cls_mean": return 2 * self.model.num_features
+        return getattr(self.model, "head_hidden_size", self.model.num_features)
 
     def forward(
         self,

@@ -49,7 +49,7 @@ class AttentionPool(nn.Module):
         "`[B, T, D]` -> `[B, D]`."
         return (x * self.weights(x)).sum(1)
 
-# %% ../nbs/08_model.ipynb #e9d7f15f
+# %% ../nbs/08_model.ipynb #529486de
 AUX_CLASSES = {"state": len(STATES), "month": len(MONTHS), "species": len(SPECIES_GROUPS)}
 
 
@@ -61,11 +61,13 @@ class BiomassModel(nn.Module):
         dim: int,  # D, channels of a tile feature
         hidden_ratio: float = 0.25,  # width of everything behind the input as a share of D
         dropout: float = 0.3,
+        learning: bool = False,  # the backbone learns too: normalise each feature by itself
         aux: bool = False,  # build the training-only heads
     ):
         super().__init__()
         hidden = max(8, int(dim * hidden_ratio))
-        self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout)
+        self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning)
+        self.learning = learning
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_std", torch.ones(dim))
         self.register_buffer("output_scale", torch.ones(()))
@@ -95,7 +97,9 @@ class BiomassModel(nn.Module):
         features: torch.Tensor,  # [B, 2, T, D]
     ) -> torch.Tensor:  # [B, hidden]
         "What all heads read."
-        x = self.embed((features - self.input_mean) / self.input_std)
+        if self.learning: x = F.layer_norm(features, features.shape[-1:])
+        else: x = (features - self.input_mean) / self.input_std
+        x = self.embed(x)
         left, right = x[:, 0], x[:, 1]
         left, right = self.film(left, right.mean(1)), self.film(right, left.mean(1))
         return self.project(torch.cat([self.pool(left), self.pool(right)], -1))

@@ -256,7 +256,7 @@ def cosine_warmup(
     if step < rise: return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/12_train.ipynb #f70c53c8
+# %% ../nbs/12_train.ipynb #e08c4b10
 class Fold:
     "One member in training: its photos, its head, its backbone."
 
@@ -283,10 +283,10 @@ class Fold:
         live = stored is None
         self.dataset = PixelBatches(self.paths, spec, config, k) if live else StoredBatches(stored, variants, config, k)
         set_seed(draw_seed(config.seed, k))
-        self.model = BiomassModel(backbone.dim if live else stored.shape[-1], config.hidden_ratio, config.dropout, config.use_aux_heads)
+        self.model = BiomassModel(backbone.dim if live else stored.shape[-1], config.hidden_ratio, config.dropout, not config.freeze_backbone, config.use_aux_heads)
         self.model.fit_output(self.grams[self.fit])
         self.model.to(accelerator.device)
-        self.model.fit_input(plain_features(self, self.fit, [View()])[View()])
+        if config.freeze_backbone: self.model.fit_input(plain_features(self, self.fit, [View()])[View()])
 
 # %% ../nbs/12_train.ipynb #66c86371
 def plain_features(
