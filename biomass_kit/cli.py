@@ -6,11 +6,11 @@
 __all__ = ['DEMO_MARGIN', 'command', 'run_training', 'train', 'BundleArgs', 'bundle', 'PredictArgs', 'predict', 'PackArgs',
            'pack', 'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
 
-# %% ../nbs/17_cli.ipynb #0a05454c
-import functools, json, sys, warnings
-from dataclasses import dataclass, replace
+# %% ../nbs/17_cli.ipynb #b75ef8ed
+import functools, json, shutil, sys, warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from . import ensemble, evidence, kaggle, report, synthetic
 from . import train as training
 from .data import check_submission, write_text
 from .features import DEVICE_TYPES, PRECISIONS
-from .folds import FLOORS, read_table
+from .folds import read_table
 from .physics import METHODS
 from .targets import TARGETS, BiomassError, weighted_r2
 
@@ -151,7 +151,7 @@ def synth(args=None):
     a = tyro.cli(SynthArgs, prog="biomass_synth", args=args)
     print(synthetic.write_dataset(a.out, a.photos, a.test, a.seed, a.height, progress=tqdm))
 
-# %% ../nbs/17_cli.ipynb #5718c93a
+# %% ../nbs/17_cli.ipynb #f2fde462
 DEMO_MARGIN = 0.3
 
 
@@ -160,17 +160,18 @@ class DemoArgs:
     "Draw, train, bundle, pack and predict offline, on drawn photos."
 
     out: Path = Path("runs/demo")
-    photos: int = 90  # labelled photos
+    photos: int = 72  # labelled photos
     height: int = 256  # pixels
     backbone: str = "test_efficientnet"  # any timm model; it learns from random weights
-    tile_size: int = 96
+    tile_size: int = 64
     grids: tuple[tuple[int, int], ...] = ((2, 2), (3, 3))
     n_folds: int = 3
-    epochs: int = 24
+    epochs: int = 14
 
-# %% ../nbs/17_cli.ipynb #becc175e
+# %% ../nbs/17_cli.ipynb #b5a81532
 def run_demo(a: DemoArgs, say=tqdm.write) -> dict:
-    "The demo's steps; returns the joint results."
+    "The demo's steps, from nothing; returns the joint results."
+    for name in ("data", "bundle", "kaggle_datasets", "working", *(f"{r}x{c}" for r, c in a.grids)): shutil.rmtree(a.out / name, ignore_errors=True)
     say(f"drawing {a.photos} photos")
     data = synthetic.write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=tqdm)
     runs = []

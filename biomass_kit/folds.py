@@ -138,10 +138,11 @@ def write_folds(
     "Write FOLD_COLUMNS and `fold`, one row a photo."
     write_csv(path, table[list(FOLD_COLUMNS)].assign(fold=fold))
 
-# %% ../nbs/03_folds.ipynb #20fa95e5
+# %% ../nbs/03_folds.ipynb #65350dfc
 def read_table(path) -> pd.DataFrame:
     "Read a CSV that the kit wrote: names stay text, floats come back to the last bit, dates are dates."
-    frame = pd.read_csv(path, dtype={c: str for c in ("photo", "State", "Species", "run")}, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    exact = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}  # pandas 3 always is
+    frame = pd.read_csv(path, dtype={c: str for c in ("photo", "State", "Species", "run")}, keep_default_na=False, na_values=[""], **exact)
     return frame.assign(Sampling_Date=pd.to_datetime(frame["Sampling_Date"])) if "Sampling_Date" in frame else frame
 
 # %% ../nbs/03_folds.ipynb #3be1fddc

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FREE_FIELDS', 'TrainConfig', 'check_config', 'config_record', 'Batches', 'StoredBatches', 'PixelBatches',
            'epoch_batches', 'Stage', 'stages', 'make_optimizer', 'cosine_warmup', 'Fold', 'plain_features',
-           'predict_fold', 'train_step', 'run_fold', 'fold_state', 'load_fold_state', 'open_run', 'finish_fold',
-           'fold_scores', 'run_facts', 'write_results', 'stored_variants', 'train', 'finish_run', 'describe',
-           'join_runs']
+           'predict_fold', 'train_step', 'run_fold', 'fold_state', 'load_fold_state', 'member_config', 'open_run',
+           'finish_fold', 'fold_scores', 'run_facts', 'write_results', 'stored_variants', 'train', 'finish_run',
+           'describe', 'join_runs']
 
 # %% ../nbs/12_train.ipynb #b65ca5e9
 import dataclasses, json, math, os, sys, time, warnings
@@ -129,9 +129,9 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` au
     augment = c.augment if c.augment != "auto" else "flips" if stored and not c.stored_draws else "full"
     return dataclasses.replace(c, augment=augment, physics="always" if c.always_correct_dead else c.physics)
 
-# %% ../nbs/12_train.ipynb #97670087
+# %% ../nbs/12_train.ipynb #156e2114
 def config_record(c: TrainConfig) -> dict:  # JSON types only
-    "The config as it is stored in members and results."
+    "The config as results.json stores it."
     return json.loads(json.dumps(dataclasses.asdict(c), default=str))
 
 # %% ../nbs/12_train.ipynb #bde1f5e4
@@ -256,7 +256,7 @@ def cosine_warmup(
     if step < rise: return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/12_train.ipynb #e08c4b10
+# %% ../nbs/12_train.ipynb #b1144b89
 class Fold:
     "One member in training: its photos, its head, its backbone."
 
@@ -279,7 +279,7 @@ class Fold:
         best = config.checkpoint == "best"
         self.fit, self.watched = inner_split(table, self.train, config.seed) if best else (self.train, self.scored)
         self.grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
-        self.labels = {name: torch.from_numpy(v) for name, v in class_labels(table).items()} if config.use_aux_heads else {}
+        self.labels = {name: torch.tensor(v) for name, v in class_labels(table).items()} if config.use_aux_heads else {}
         live = stored is None
         self.dataset = PixelBatches(self.paths, spec, config, k) if live else StoredBatches(stored, variants, config, k)
         set_seed(draw_seed(config.seed, k))
@@ -380,10 +380,15 @@ def load_fold_state(f: Fold, state: list):
     "Put back what `fold_state` copied."
     for m, s in zip((m for m in (f.model, f.backbone) if m is not None), state): m.load_state_dict(s)
 
-# %% ../nbs/12_train.ipynb #df2c70cc
-FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir")  # may differ when a run is resumed
+# %% ../nbs/12_train.ipynb #ff4b341c
+FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir")  # cannot change a member, so may differ when a run is resumed
 
 
+def member_config(c: TrainConfig) -> dict:
+    "The config as a member holds it: every field that can change the member."
+    return {k: v for k, v in config_record(c).items() if k not in FREE_FIELDS}
+
+# %% ../nbs/12_train.ipynb #4d2dbbd6
 def open_run(
     c: TrainConfig,
     table: pd.DataFrame,
@@ -391,7 +396,7 @@ def open_run(
 ):
     "Claim the run folder for this config, or refuse one that holds another run."
     path = c.out / "config.json"
-    record = {k: v for k, v in config_record(c).items() if k not in FREE_FIELDS} | {"train_csv_sha256": file_digest(c.data / "train.csv")}
+    record = member_config(c) | {"train_csv_sha256": file_digest(c.data / "train.csv")}
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
         differ = [f"{k} ({held.get(k)} there, {record[k]} here)" for k in record if held.get(k) != record[k]]
@@ -400,7 +405,7 @@ def open_run(
         write_folds(c.out / "folds.csv", table, fold)
         write_text(path, json.dumps(record, indent=1) + "\n")
 
-# %% ../nbs/12_train.ipynb #bb42d2d4
+# %% ../nbs/12_train.ipynb #80def934
 def finish_fold(
     f: Fold,
     table: pd.DataFrame,
@@ -416,7 +421,7 @@ def finish_fold(
     for suffix, grams in (("_pred", final), ("_raw", raw)): oof[[t + suffix for t in TARGETS]] = grams
     info = {
         "name": f"{c.out.resolve().name}-{c.grid[0]}x{c.grid[1]}-seed{c.seed}-fold{f.k}", "fold": f.k, "grid": list(c.grid), "tile_size": f.spec.size,
-        "bounds": bounds.tolist(), "config": config_record(c), "backbone": save_backbone(c.out / "bundle", backbone),
+        "bounds": bounds.tolist(), "config": member_config(c), "backbone": save_backbone(c.out / "bundle", backbone),
     }
     info = save_member(c.out / "bundle", f.model, info)
     for name, frame in (("oof", oof), ("history", history)): write_csv(folder / f"{f.k}-{name}.csv", frame)
@@ -481,7 +486,7 @@ def stored_variants(c: TrainConfig) -> list:
 
     return [*STORED_VIEWS, *(Draw(f"draw{c.seed}-{i}", draw(i)) for i in range(c.stored_draws))]
 
-# %% ../nbs/12_train.ipynb #7d10453e
+# %% ../nbs/12_train.ipynb #f3b4b343
 def train(
     config: TrainConfig,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
@@ -503,6 +508,7 @@ def train(
     folds = list(c.train_folds or range(c.n_folds))
     mine = folds[accelerator.process_index :: accelerator.num_processes]
     todo = [k for k in mine if not (c.out / "folds" / f"{k}.json").is_file()]
+    log = log if accelerator.is_main_process else (lambda line: None)
     log(describe(c, table, fold, folds, todo, accelerator, precision))
     stored = variants = None
     if c.freeze_backbone and c.cache:

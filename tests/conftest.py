@@ -1,0 +1,78 @@
+"""Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from biomass_kit.features import build_backbone
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.train import TrainConfig, train
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the long forms too (minutes each)")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"): item.add_marker(pytest.mark.skip(reason="a long form: make test-long"))
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
+
+
+def run(*command, **options):
+    "Run a command of the project in its own process; output as text."
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=options.pop("cwd", ROOT), **options)
+
+
+def python(*arguments, **options):
+    "Run this Python."
+    return run(sys.executable, *arguments, **options)
+
+
+def imported_names(tree):
+    "Names of the modules that a syntax tree imports; the kit's own as `biomass_kit.room` (nbdev writes them as relative)."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            own = node.level or node.module == "biomass_kit"
+            if own and node.module in (None, "biomass_kit"): yield from (f"biomass_kit.{a.name}" for a in node.names)
+            else: yield f"biomass_kit.{node.module}" if node.level else node.module
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    "Thirty drawn photos in the competition's layout."
+    return write_dataset(tmp_path_factory.mktemp("drawn") / "data", n_photos=30, n_test=4, seed=3, height=96)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    "Random weights of a tiny convolutional backbone, as a file: what `--backbone-weights` wants."
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "test_efficientnet.safetensors"
+    save_file(build_backbone("test_efficientnet", pretrained=False, tile_size=64)[0].model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config(data, weights, tmp_path_factory):
+    "A frozen run of three folds on the tiny backbone."
+    room = tmp_path_factory.mktemp("run")
+    return TrainConfig(data=data, out=room / "run", n_folds=3, backbone="test_efficientnet", backbone_weights=weights, tile_size=64, freeze_backbone=True,
+                       use_aux_heads=True, epochs=4, cache_dir=room / "cache", device_type="cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(config):
+    "The run of `config`, finished; its folder."
+    train(config, log=lambda line: None)
+    return config.out

@@ -1,0 +1,85 @@
+"""The commands as a person types them, each in its own process."""
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import python, run
+
+from biomass_kit.bundle import read_bundle
+from biomass_kit.data import check_submission
+from biomass_kit.targets import TARGETS
+
+BIN = Path(sys.executable).parent
+PLAN = {  # the plan's recommended training commands, word for word but for the device
+    "frozen": "--epochs 50 --freeze-backbone --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 --aux-species-weight 2.0 "
+              "--constraint-weight 0 --always-correct-dead --device-type cpu",
+    "one fold 3x3": "--epochs 50 --freeze-backbone --grid 3 3 --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 --aux-species-weight 2.0 "
+                    "--train-folds 0 --device-type cpu",
+    "two stages": "--epochs 30 --two-stage --freeze-epochs 10 --lr 2e-4 --backbone-lr 1e-5 --use-aux-heads --device-type cpu",
+}
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_recommended_commands_run(name, data, weights, tmp_path):
+    tiny = ["--data", data, "--out", tmp_path / "run", "--backbone", "test_efficientnet", "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
+    done = python("-m", "biomass_kit.train", *shlex.split(PLAN[name]), *tiny, "--cache-dir", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    bundle = read_bundle(tmp_path / "run")
+    assert {"floor_constant", "floor_state", "model"} <= set(results["scores"])
+    assert results["train_folds"] == ([0] if name == "one fold 3x3" else [0, 1]) and len(bundle.members) == len(results["train_folds"])
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert set(history.epoch) == set(range(30 if name == "two stages" else 50)) and {"state", "month", "species"} <= set(history.columns)
+    if name == "two stages": assert set(history.stage[history.epoch < 10]) == {0} and set(history.stage[history.epoch >= 10]) == {1}
+    if name == "frozen": assert bundle.manifest["physics"]["method"] == "always"
+    backbones = {m["backbone"]["file"] for m in bundle.members}
+    assert len(backbones) == (2 if name == "two stages" else 1), "frozen members share a backbone, fine-tuned ones do not"
+
+
+def test_an_absent_device_is_a_clear_error(data, tmp_path):
+    absent = next(d for d, here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
+    done = python("-m", "biomass_kit.train", "--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone", "--device-type", absent)
+    assert done.returncode == 2 and f"--device-type {absent}: this machine has no {absent} device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_both_spellings_take_the_same_options():
+    a, b = run(BIN / "biomass_train", "--help"), python("-m", "biomass_kit.train", "--help")
+    assert a.returncode == b.returncode == 0 and a.stdout == b.stdout and "--backbone-weights" in a.stdout
+
+
+def test_draw_train_join_predict(tmp_path):
+    "From nothing to a submission with the installed commands alone."
+    def ok(command, *args):
+        done = run(BIN / command, *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    ok("biomass_synth", "--out", "data", "--photos", 16, "--test", 3, "--height", 64)
+    for rows in (2, 3):
+        said = ok("biomass_train", "--data", "data", "--out", f"run{rows}", "--grid", rows, rows, "--backbone", "test_vit", "--no-pretrained",
+                  "--tile-size", 32, "--epochs", 2, "--n-folds", 2, "--seed", 7, "--cv", "group_month", "--physics", "always", "--device-type", "cpu")
+        assert "floor_constant" in said
+    ok("biomass_bundle", "run2", "run3", "--out", "both")
+    ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv", "--device-type", "cpu")
+    submission = check_submission(tmp_path / "submission.csv", tmp_path / "data")
+    ok("biomass_predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--device-type", "cpu")
+    table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
+    for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
+    assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
+
+
+def test_mistakes_are_one_line(finished, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("no photo")
+    for args, words in (
+        (["--weights", finished, "--photos", tmp_path], "holds no photo"),
+        (["--weights", tmp_path, "--data", data], "no manifest.json"),
+        (["--weights", finished, "--data", tmp_path], "test.csv: no such file"),
+        (["--weights", finished], "give either --data"),
+    ):
+        done = run(BIN / "biomass_predict", *args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr, done.stderr
