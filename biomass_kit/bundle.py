@@ -6,18 +6,17 @@
 __all__ = ['SCHEMA', 'MANIFEST', 'HEADER', 'save_backbone', 'save_member', 'read_member_info', 'write_manifest', 'Bundle',
            'read_bundle', 'copy_members']
 
-# %% ../nbs/10_bundle.ipynb #0dbfd164
+# %% ../nbs/10_bundle.ipynb #9c9f347b
 import hashlib, json, shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 import biomass_kit
-from .data import atomic_path, file_digest, write_text
+from .data import atomic_path, file_digest, write_json
 from .features import Backbone, build_backbone
 from .model import BiomassModel, member_state
 from .targets import TARGETS, BiomassError
@@ -59,7 +58,7 @@ def read_member_info(path) -> dict:
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise BiomassError(f"{path}: not a member written by biomass_kit ({type(e).__name__}); train or download it again") from None
 
-# %% ../nbs/10_bundle.ipynb #23b4c5a1
+# %% ../nbs/10_bundle.ipynb #aa6b8af3
 def write_manifest(
     folder,  # the bundle; its members and backbones are already there
     members: list,  # descriptions from `save_member`
@@ -79,7 +78,7 @@ def write_manifest(
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
         "members": members,
     }
-    return write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return write_json(folder / MANIFEST, manifest, sort_keys=True)
 
 # %% ../nbs/10_bundle.ipynb #94905ea3
 class Bundle(NamedTuple):
@@ -138,7 +137,7 @@ def read_bundle(
         if read_member_info(folder / member["file"]) != member: raise BiomassError(f"{path}: what it says of member {member['name']} differs from the member's own header")
     return Bundle(folder, manifest)
 
-# %% ../nbs/10_bundle.ipynb #421ddd4b
+# %% ../nbs/10_bundle.ipynb #45f75f98
 def copy_members(
     bundles: list,  # checked Bundles
     out,  # the new bundle's folder
@@ -147,8 +146,9 @@ def copy_members(
     names = [m["name"] for b in bundles for m in b.members]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise BiomassError(f"member {twice[0]} is in two of the bundles; joining a run with itself would only count it twice")
+    for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
         for name in bundle.manifest["files"]:
-            if not (Path(out) / name).exists():
+            if name.startswith("member-") or not (Path(out) / name).exists():
                 with atomic_path(Path(out) / name) as tmp: shutil.copyfile(bundle.folder / name, tmp)
     return [m for b in bundles for m in b.members]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'SUBMISSION_COLUMNS', 'IDENTITY_TOLERANCE',
-           'MIN_HEIGHT', 'PHOTO_SUFFIXES', 'PLAUSIBLE_GRAMS', 'atomic_path', 'write_text', 'write_csv', 'file_digest',
-           'species_group', 'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo', 'split_pair',
-           'list_photos', 'read_test', 'write_submission', 'check_submission']
+           'MIN_HEIGHT', 'PHOTO_SUFFIXES', 'PLAUSIBLE_GRAMS', 'atomic_path', 'write_text', 'write_json', 'write_csv',
+           'file_digest', 'species_group', 'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo',
+           'split_pair', 'list_photos', 'read_test', 'write_submission', 'check_submission']
 
-# %% ../nbs/01_data.ipynb #1fcc3b51
-import hashlib, os, uuid, warnings
+# %% ../nbs/01_data.ipynb #d3560fb2
+import hashlib, json, os, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,18 @@ def write_text(path, text: str) -> Path:
     "Write UTF-8 text atomically."
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+# %% ../nbs/01_data.ipynb #0577eb9f
+def _finite(value):
+    "JSON has no NaN: a score that does not exist is null."
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_json(path, value, **options) -> Path:
+    "Write JSON atomically, NaN as null; `options` go to `json.dumps`."
+    return write_text(path, json.dumps(_finite(value), indent=1, default=str, **options) + "\n")
 
 # %% ../nbs/01_data.ipynb #a8ebbe08
 def write_csv(path, frame: pd.DataFrame, **options) -> Path:
@@ -97,7 +109,7 @@ TRAIN_COLUMNS = ("sample_id", "image_path", "Sampling_Date", "State", "Species",
 TEST_COLUMNS = ("sample_id", "image_path", "target_name")
 SUBMISSION_COLUMNS = ("sample_id", "target")
 
-# %% ../nbs/01_data.ipynb #a2c0310b
+# %% ../nbs/01_data.ipynb #6c7ce590
 def read_rows(
     path,  # a CSV file
     columns,  # names that must be there
@@ -106,13 +118,18 @@ def read_rows(
     path = Path(path)
     if not path.is_file(): raise BiomassError(f"{path}: no such file; give the folder that holds {path.name}")
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False)
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False, header=None, index_col=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
+    rows = rows.apply(lambda column: column.str.strip())
+    rows = rows.iloc[1:].set_axis(list(rows.iloc[0]), axis=1)
+    twice = rows.columns[rows.columns.duplicated()]
+    if len(twice): raise BiomassError(f"{path} line 1: column '{twice[0]}' appears twice; keep one")
     missing = [c for c in columns if c not in rows.columns]
     if missing: raise BiomassError(f"{path} line 1: missing column {', '.join(missing)}; found {', '.join(rows.columns)}")
+    rows.index = rows.index + 1
+    rows = rows[(rows != "").any(axis=1)]
     if rows.empty: raise BiomassError(f"{path}: has a header but no rows")
-    rows.index = rows.index + 2
     return rows
 
 # %% ../nbs/01_data.ipynb #487ef713
@@ -122,25 +139,25 @@ def _refuse(path, rows, bad, what):
         line = rows.index[bad.to_numpy()][0]
         raise BiomassError(f"{path} line {line}: {what(rows.loc[line])}")
 
-# %% ../nbs/01_data.ipynb #55375ae8
+# %% ../nbs/01_data.ipynb #72a5b773
 def photo_paths(
     folder,  # the data folder
     rows: pd.DataFrame,  # rows with an `image_path` column, index = line numbers
     path,  # the CSV's path, for errors
 ) -> dict:  # image_path -> absolute path of the photo
     "Where each photo of the table lies; refuses paths that leave the folder and photos that are not there."
-    root = Path(folder).resolve()
-    found = {p: (root / p).resolve() for p in dict.fromkeys(rows["image_path"])}
-    inside = rows["image_path"].map(lambda p: p != "" and found[p].is_relative_to(root))
+    root = Path(folder).absolute()
+    found = {p: root / p for p in dict.fromkeys(rows["image_path"])}
+    inside = rows["image_path"].map(lambda p: p != "" and not os.path.isabs(p) and not os.path.normpath(p).startswith(".."))
     _refuse(path, rows, ~inside, lambda r: f"image_path '{r.image_path}' leaves the data folder; use a path inside {root}")
     present = rows["image_path"].map(lambda p: found[p].is_file())
     _refuse(path, rows, ~present, lambda r: f"photo {r.image_path} of {r.sample_id} is not in {root}; copy it there or drop its rows")
     return found
 
-# %% ../nbs/01_data.ipynb #131ec517
+# %% ../nbs/01_data.ipynb #939dfdd8
 def _target_grams(rows, path) -> pd.Series:
     "The target column as grams: finite and not negative."
-    grams = pd.to_numeric(rows["target"], errors="coerce")
+    grams = pd.to_numeric(rows["target"], errors="coerce").astype(float)
     say = lambda fault: lambda r: f"target '{r.target}' of {r.sample_id} {fault}"
     _refuse(path, rows, ~np.isfinite(grams), say("is not a number; write grams with a decimal point"))
     _refuse(path, rows, grams < 0, say("is negative; a dry mass is zero or more grams"))
@@ -177,7 +194,7 @@ def _warn_identities(table, path):
     for i in np.flatnonzero(off > IDENTITY_TOLERANCE):
         warnings.warn(f"{path}: labels of photo {table.photo[i]} break GDM = green + clover or total = GDM + dead by {off[i]:.2f} g")
 
-# %% ../nbs/01_data.ipynb #3fc70c43
+# %% ../nbs/01_data.ipynb #565c497f
 def read_train(
     folder,  # holds `train.csv` and the photos that it names
 ) -> pd.DataFrame:  # one row a photo, in the file's order: photo, image_path, path, Sampling_Date (datetime), State, Species, five targets in grams
@@ -189,7 +206,7 @@ def read_train(
     _check_targets(rows, path)
     first = rows.assign(Sampling_Date=dates).drop_duplicates("image_path").set_index("image_path")
     wide = rows.assign(grams=grams).pivot(index="image_path", columns="target_name", values="grams").loc[first.index, list(TARGETS)]
-    extra = [c for c in rows.columns if c not in (*TRAIN_COLUMNS, *TARGETS)]
+    extra = [c for c in rows.columns if c not in (*TRAIN_COLUMNS, *TARGETS, "photo", "path", "")]
     table = first[["Sampling_Date", "State", "Species", *extra]].join(wide).rename_axis(columns=None).reset_index()
     table.insert(0, "photo", [Path(p).stem for p in table["image_path"]])
     table.insert(2, "path", [str(found[p]) for p in table["image_path"]])
@@ -225,7 +242,7 @@ def split_pair(
     if lost > 0.02: warnings.warn(f"photos of {w}x{h} pixels are not 2:1: {lost:.0%} of each is cropped away about the centre")
     return np.stack([photo[top : top + side, left + i * side : left + (i + 1) * side] for i in (0, 1)])
 
-# %% ../nbs/01_data.ipynb #0da62067
+# %% ../nbs/01_data.ipynb #c78c6d45
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 
 
@@ -233,11 +250,11 @@ def list_photos(folder) -> list:
     "Paths of all photos directly in a folder, sorted by name."
     folder = Path(folder)
     if not folder.is_dir(): raise BiomassError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file() and not p.name.startswith("."))
     if not found: raise BiomassError(f"{folder}: holds no photo ({', '.join(PHOTO_SUFFIXES)})")
     return found
 
-# %% ../nbs/01_data.ipynb #4ee07f21
+# %% ../nbs/01_data.ipynb #35f49506
 def read_test(
     folder,  # holds `test.csv` and the photos that it names
 ) -> tuple:  # (rows: one a submission row; photos: image_path -> absolute path, one a distinct photo)
@@ -246,16 +263,20 @@ def read_test(
     rows = read_rows(path, TEST_COLUMNS)
     _refuse(path, rows, ~rows["target_name"].isin(TARGETS), lambda r: f"target_name '{r.target_name}' is none of {', '.join(TARGETS)}")
     _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
-    return rows, photo_paths(folder, rows, path)
+    found = photo_paths(folder, rows, path)
+    sample = Path(folder) / "sample_submission.csv"
+    due = list(read_rows(sample, ("sample_id",))["sample_id"]) if sample.is_file() else []
+    if set(due) == set(rows["sample_id"]) and len(due) == len(rows): rows = rows.set_index("sample_id", drop=False).loc[due]
+    return rows, found
 
-# %% ../nbs/01_data.ipynb #b6a80966
+# %% ../nbs/01_data.ipynb #3be81c3e
 def write_submission(
     path,  # the CSV to write
     rows: pd.DataFrame,  # from `read_test`
     photos,  # image paths, in the order of the predictions' rows
     grams,  # [photos, 5] in the order of TARGETS
 ) -> Path:
-    "Write `sample_id,target` in the order of test.csv, atomically; grams with six decimals."
+    "Write `sample_id,target` in the order of `rows`, atomically; grams with six decimals."
     values = dict(zip(photos, np.asarray(grams, dtype=np.float64)))
     column = {t: i for i, t in enumerate(TARGETS)}
     target = [values[p][column[t]] for p, t in zip(rows["image_path"], rows["target_name"])]

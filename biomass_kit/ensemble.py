@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pass', 'plan_passes', 'PhotoTiles', 'Ensemble', 'predict_photos', 'predict_competition', 'predict_folder']
 
-# %% ../nbs/11_ensemble.ipynb #194e7b55
+# %% ../nbs/11_ensemble.ipynb #3bae56ec
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -18,8 +18,8 @@ from .data import check_submission, list_photos, read_photo, read_test, split_pa
 from .features import TileSpec, autocast, cut_tiles, pick_device, pick_precision
 from .model import predict_views
 from .physics import apply_physics
-from .targets import TARGETS
-from .tta import View, backbone_views, flip_pixels, parse_view
+from .targets import TARGETS, BiomassError
+from .tta import backbone_views, flip_pixels, parse_view
 
 # %% ../nbs/11_ensemble.ipynb #a8a28f55
 class Pass(NamedTuple):
@@ -100,7 +100,7 @@ class Ensemble:
         batches = [self.predict_members(tiles).mean(0) for tiles in progress(loader, desc="predict", unit="batch")]
         return torch.cat(batches).numpy()
 
-# %% ../nbs/11_ensemble.ipynb #7d96a932
+# %% ../nbs/11_ensemble.ipynb #3204ea8d
 def predict_photos(
     weights,  # a bundle folder, or a checked Bundle
     paths,  # photos
@@ -115,10 +115,11 @@ def predict_photos(
 ) -> np.ndarray:  # float32 [N, 5] grams in the order of TARGETS
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
-    raw = Ensemble(bundle, views, device_type, precision).predict(paths, batch_size, num_workers, progress)
     chosen = bundle.manifest["physics"]
-    threshold = chosen["threshold"] if threshold is None else threshold
-    return apply_physics(raw, bundle.manifest["bounds"], physics or chosen["method"], threshold)
+    method = physics or chosen["method"]
+    if threshold is not None and method != "derive_dead": raise BiomassError(f"--correction-threshold is read by --physics derive_dead alone, not by {method}; drop it")
+    raw = Ensemble(bundle, views, device_type, precision).predict(paths, batch_size, num_workers, progress)
+    return apply_physics(raw, bundle.manifest["bounds"], method, chosen["threshold"] if threshold is None else threshold)
 
 # %% ../nbs/11_ensemble.ipynb #db9f2b9d
 def predict_competition(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE_ALPHAS', 'choose_alpha', 'linear_probe', 'paired_difference']
 
-# %% ../nbs/13_evidence.ipynb #e8e17643
+# %% ../nbs/13_evidence.ipynb #dc90c5b3
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import Ridge
@@ -13,10 +13,10 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .folds import CV_STRATEGIES
-from .targets import TARGETS, WEIGHTS, as_grams, weighted_r2
+from .folds import CV_STRATEGIES, bootstrap_scores
+from .targets import TARGETS, weighted_r2
 
-# %% ../nbs/13_evidence.ipynb #78b5b6fc
+# %% ../nbs/13_evidence.ipynb #861c7d3b
 PROBE_ALPHAS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
@@ -30,7 +30,8 @@ def choose_alpha(
     groups,  # [n] sampling dates
     alphas=PROBE_ALPHAS,
 ) -> float:
-    "The ridge strength with the best score over an inner grouped cross-validation."
+    "The ridge strength with the best score over an inner grouped cross-validation; the middle one where there is one date."
+    if len(set(groups)) < 2: return alphas[len(alphas) // 2]
     splits = list(GroupKFold(min(5, len(set(groups)))).split(x, groups=groups))
 
     def score(alpha):
@@ -56,25 +57,18 @@ def linear_probe(
         out[~train] = _fit_probe(x[train], y[train], alpha).predict(x[~train]).clip(0)
     return out
 
-# %% ../nbs/13_evidence.ipynb #cdf577a6
+# %% ../nbs/13_evidence.ipynb #730b2d30
 def paired_difference(
     measured,  # [N, 5] grams
     first,  # list of [N, 5] grams, one a seed
     second,  # likewise
     dates,  # [N]
     level: float = 0.9,
-    n_draws: int = 2000,
-    seed: int = 0,
+    **options,  # n_draws and seed of `bootstrap_scores`
 ) -> dict:  # {"difference", "interval", "share_positive"}: mean weighted R2 of first minus that of second
     "Paired bootstrap over sampling dates of the difference in weighted R2."
-    y, w = as_grams(measured, "measured"), np.asarray(WEIGHTS)
-    of = np.unique(np.asarray(dates), return_inverse=True)[1]
-    times = np.random.default_rng(seed).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), n_draws)
-    by_date = lambda column: np.bincount(of, column)
-    weight, mean = times @ by_date(np.full(len(y), w.sum())), times @ by_date(y @ w)
-    spread = times @ by_date(y**2 @ w) - mean**2 / weight
-    score = lambda p: 1 - (times @ by_date((y - as_grams(p)) ** 2 @ w)) / spread
-    draws = np.mean([score(p) for p in first], 0) - np.mean([score(p) for p in second], 0)
-    plain = np.mean([weighted_r2(y, p) for p in first]) - np.mean([weighted_r2(y, p) for p in second])
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return {"difference": float(plain), "interval": [float(low), float(high)], "share_positive": float((draws > 0).mean())}
+    scores = bootstrap_scores(measured, [*first, *second], dates, **options)
+    draws = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
+    plain = np.mean([weighted_r2(measured, p) for p in first]) - np.mean([weighted_r2(measured, p) for p in second])
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return {"difference": float(plain), "interval": [float(low), float(high)], "share_positive": float(np.mean(draws > 0))}

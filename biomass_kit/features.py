@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSpec', 'tile_edges', 'cut_tiles', 'Backbone',
-           'own_tile_size', 'build_backbone', 'pick_device', 'pick_precision', 'autocast', 'backbone_digest',
-           'default_cache_dir', 'Draw', 'variant_tiles', 'FeatureCache', 'extract_features']
+           'own_tile_size', 'build_backbone', 'cuda_works', 'pick_device', 'pick_precision', 'autocast',
+           'backbone_digest', 'default_cache_dir', 'Draw', 'variant_tiles', 'FeatureCache', 'extract_features']
 
-# %% ../nbs/07_features.ipynb #3e999d23
-import difflib, hashlib, json, logging, os, re
+# %% ../nbs/07_features.ipynb #a9810a38
+import difflib, hashlib, json, logging, os, re, warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -167,16 +167,25 @@ def build_backbone(
     if tile_size % patch: raise BiomassError(f"--tile-size {tile_size}: must be a multiple of {name}'s patch of {patch} pixels, such as {max(1, round(tile_size / patch)) * patch}")
     return Backbone(model, name, pooling), tile_size
 
-# %% ../nbs/07_features.ipynb #4c336792
+# %% ../nbs/07_features.ipynb #daf59b91
 DEVICE_TYPES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+
+def cuda_works() -> bool:
+    "Whether a GPU is there *and* launches a kernel: an old card beside a new torch can be visible and useless."
+    if not torch.cuda.is_available(): return False
+    try: return (torch.ones(1, device="cuda") + 1).item() == 2
+    except RuntimeError as e:
+        warnings.warn(f"{torch.cuda.get_device_name()} is visible but cannot launch a kernel ({str(e).splitlines()[0]}); it is left alone")
+        return False
 
 
 def pick_device(
     kind: str = "auto",  # one of DEVICE_TYPES
 ) -> torch.device:
     "The device asked for, or `BiomassError` where it is absent."
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = {"cpu": True, "cuda": cuda_works(), "mps": torch.backends.mps.is_available()}
     if kind == "auto": kind = next(k for k in ("cuda", "mps", "cpu") if present[k])
     if kind not in present: raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
     if not present[kind]: raise BiomassError(f"--device-type {kind}: this machine has no {kind} device; use --device-type {next(k for k in ('cuda', 'mps', 'cpu') if present[k])}")

@@ -8,8 +8,8 @@ __all__ = ['PREDICT_REQUIREMENTS', 'REFERENCE', 'REFERENCE_TOLERANCE', 'NOTEBOOK
            'write_reference', 'check_reference', 'inference_notebook', 'dataset_metadata', 'kernel_metadata',
            'build_wheel', 'write_tracked', 'pack', 'bare_python', 'network_cut', 'run_offline']
 
-# %% ../nbs/16_kaggle.ipynb #cb4c7802
-import json, os, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/16_kaggle.ipynb #c307eade
+import importlib.util, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,14 @@ import pandas as pd
 
 import biomass_kit
 from .bundle import MANIFEST, read_bundle
-from .data import list_photos, write_csv, write_text
-from .ensemble import predict_competition, predict_photos
+from .data import list_photos, write_csv, write_json
+from .ensemble import predict_competition, predict_photos  # the first for the notebook, which asks this room alone
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16_kaggle.ipynb #08736552
 PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors")  # all that the notebook needs beside this library
 
-# %% ../nbs/16_kaggle.ipynb #613d0b1c
+# %% ../nbs/16_kaggle.ipynb #d215cc2d
 def _only(found: list, what: str, root) -> Path:
     "The one folder found, or an error that says what to add or remove."
     if len(found) == 1: return found[0]
@@ -37,7 +37,7 @@ def find_inputs(
 ) -> tuple:  # (folder with test.csv, folder with the bundle)
     "Find the competition's data and the packed weights by content."
     data = sorted(p.parent for p in Path(root).rglob("sample_submission.csv") if (p.parent / "test.csv").is_file())
-    weights = sorted(p.parent for p in Path(root).rglob(MANIFEST))
+    weights = sorted(p.parent for p in Path(root).rglob(MANIFEST) if '"members"' in p.read_text(encoding="utf-8", errors="replace"))
     return _only(data, "competition (test.csv beside sample_submission.csv)", root), _only(weights, f"weights dataset ({MANIFEST})", root)
 
 # %% ../nbs/16_kaggle.ipynb #9f6e803a
@@ -54,7 +54,7 @@ def print_progress(
             shown, spent = i * 10 // total, time.time() - start
             print(f"{desc}: {i}/{total} {unit}, {spent:.0f} s, about {spent / i * (total - i):.0f} s left", flush=True)
 
-# %% ../nbs/16_kaggle.ipynb #2079f88a
+# %% ../nbs/16_kaggle.ipynb #99ad3d90
 REFERENCE = "reference"  # folder inside the weights dataset
 REFERENCE_TOLERANCE = 0.5  # grams; half precision on a GPU moves a prediction by a tenth of that
 
@@ -71,11 +71,11 @@ def write_reference(
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_photos): Image.fromarray(draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)).save(folder / f"{i}.png")
-    table = pd.DataFrame(predict_photos(weights, list_photos(folder), device_type="cpu"), columns=list(TARGETS))
+    table = pd.DataFrame(predict_photos(weights, list_photos(folder), physics="none", device_type="cpu"), columns=list(TARGETS))
     table.insert(0, "photo", [p.name for p in list_photos(folder)])
     write_csv(folder / "predictions.csv", table)
 
-# %% ../nbs/16_kaggle.ipynb #7ae8f702
+# %% ../nbs/16_kaggle.ipynb #9070b80e
 def check_reference(
     weights,  # the packed weights
     **options,  # of `predict_photos`
@@ -83,7 +83,7 @@ def check_reference(
     "Predict the reference photos again and compare with what was predicted at packing; prints the verdict."
     folder = Path(weights) / REFERENCE
     saved = pd.read_csv(folder / "predictions.csv")
-    now = predict_photos(weights, [folder / p for p in saved["photo"]], **options)
+    now = predict_photos(weights, [folder / p for p in saved["photo"]], physics="none", **options)
     table = saved.assign(**dict(zip(TARGETS, now.T)), difference=np.abs(now - saved[list(TARGETS)].to_numpy()).max(1))
     worst = table["difference"].max()
     verdict = "as at packing" if worst <= REFERENCE_TOLERANCE else "NOT as at packing: do not trust this submission"
@@ -155,22 +155,19 @@ def build_wheel(
     if done.returncode: raise BiomassError(f"the wheel could not be built; pip install setuptools wheel. pip said: {done.stderr.strip()[-500:]}")
     return next(out.glob(f"biomass_kit-{biomass_kit.__version__}-*.whl"))
 
-# %% ../nbs/16_kaggle.ipynb #63255077
-def _json(path, value): write_text(path, json.dumps(value, indent=2) + "\n")
-
-
+# %% ../nbs/16_kaggle.ipynb #28f5d860
 def write_tracked(
     out,  # kaggle_datasets/
     user: str = DEFAULT_USER,
 ):
     "Write what the repository tracks: the metadata files and the notebook."
     out = Path(out)
-    _json(out / LIB / "dataset-metadata.json", dataset_metadata(LIB, user, "Apache 2.0"))
-    _json(out / WEIGHTS / "dataset-metadata.json", dataset_metadata(WEIGHTS, user, "other"))
-    _json(out / KERNEL / "kernel-metadata.json", kernel_metadata(user))
-    write_text(out / KERNEL / "inference.ipynb", json.dumps(inference_notebook(), indent=1) + "\n")
+    write_json(out / LIB / "dataset-metadata.json", dataset_metadata(LIB, user, "Apache 2.0"))
+    write_json(out / WEIGHTS / "dataset-metadata.json", dataset_metadata(WEIGHTS, user, "other"))
+    write_json(out / KERNEL / "kernel-metadata.json", kernel_metadata(user))
+    write_json(out / KERNEL / "inference.ipynb", inference_notebook())
 
-# %% ../nbs/16_kaggle.ipynb #c3cc6cd9
+# %% ../nbs/16_kaggle.ipynb #9566de6d
 def pack(
     weights,  # a bundle, or a run folder
     out="kaggle_datasets",
@@ -179,6 +176,8 @@ def pack(
 ) -> Path:
     "Fill `kaggle_datasets/` from a bundle; what an earlier packing left there is replaced."
     bundle, out = read_bundle(weights), Path(out)
+    for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
+        if source.resolve().is_relative_to(out.resolve()): raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
     for slug, patterns in ((LIB, ["*.whl"]), (WEIGHTS, ["*.safetensors", MANIFEST])):
         for old in (p for pattern in patterns for p in (out / slug).glob(pattern)): old.unlink()
     shutil.rmtree(out / WEIGHTS / REFERENCE, ignore_errors=True)
@@ -204,7 +203,7 @@ def bare_python(
         raise BiomassError("biomass_kit is installed as a plain package here, so the packed wheel cannot be tried alone; install it with pip install -e .")
     return python
 
-# %% ../nbs/16_kaggle.ipynb #cdf8c5e8
+# %% ../nbs/16_kaggle.ipynb #8da8d9d4
 RUNNER = """
 import sys, nbformat
 from jupyter_client import AsyncKernelManager
@@ -232,11 +231,11 @@ socket.socket = Guarded
 
 def network_cut() -> list:  # command prefix; empty where a namespace is not allowed
     "How a process is started without a network here."
-    cut = ["unshare", "--net"]
-    try: return cut if subprocess.run([*cut, "true"], capture_output=True).returncode == 0 else []
-    except FileNotFoundError: return []
+    for cut in (["unshare", "--net"], ["unshare", "--net", "--map-root-user"]):
+        if shutil.which(cut[0]) and subprocess.run([*cut, "true"], capture_output=True).returncode == 0: return cut
+    return []
 
-# %% ../nbs/16_kaggle.ipynb #018f3252
+# %% ../nbs/16_kaggle.ipynb #7c495bed
 def run_offline(
     packed,  # kaggle_datasets/ from `pack`
     data,  # a competition folder with test.csv and sample_submission.csv
@@ -244,6 +243,7 @@ def run_offline(
     python=None,  # a Python without this library; None makes one that shares this one's packages
 ) -> dict:  # {"submission", "notebook", "network", "seconds"}
     "Run the packed notebook whole, offline, over a `/kaggle/input`-like folder."
+    if python is None and not importlib.util.find_spec("nbclient"): raise BiomassError("running a notebook needs nbclient and ipykernel: pip install nbclient ipykernel")
     packed, working = Path(packed).resolve(), Path(working).resolve()
     working.mkdir(parents=True, exist_ok=True)
     cut, start = network_cut(), time.time()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'FiLM', 'AttentionPool', 'BiomassModel', 'member_state', 'predict_views']
 
-# %% ../nbs/08_model.ipynb #ebac2c33
+# %% ../nbs/08_model.ipynb #fdcb5b7d
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .data import MONTHS, SPECIES_GROUPS, STATES
 from .targets import TARGETS
-from .tta import View, arrange
+from .tta import arrange
 
 # %% ../nbs/08_model.ipynb #ce4a44b8
 class FiLM(nn.Module):
@@ -49,7 +49,7 @@ class AttentionPool(nn.Module):
         "`[B, T, D]` -> `[B, D]`."
         return (x * self.weights(x)).sum(1)
 
-# %% ../nbs/08_model.ipynb #529486de
+# %% ../nbs/08_model.ipynb #2beb47bc
 AUX_CLASSES = {"state": len(STATES), "month": len(MONTHS), "species": len(SPECIES_GROUPS)}
 
 
@@ -82,7 +82,8 @@ class BiomassModel(nn.Module):
         "Standardise inputs as these training features `[..., D]` ask."
         flat = features.reshape(-1, features.shape[-1]).float()
         self.input_mean.copy_(flat.mean(0))
-        self.input_std.copy_(flat.std(0).clamp_min(1e-6))
+        std = flat.std(0)
+        self.input_std.copy_(torch.where(std > 1e-3 * std.median(), std, 1.0))  # a channel silent in training must not shout later
 
     def fit_output(self, grams: torch.Tensor):
         "Set the output scale and start the heads at the means of these training labels `[N, 5]`, in grams."

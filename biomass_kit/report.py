@@ -10,21 +10,20 @@ __all__ = ['LABELS', 'COLORS', 'MARKERS', 'SECTIONS', 'STYLE', 'PAGE', 'number',
            'worst_section', 'identities_section', 'learning_section', 'as_text', 'pairs_table', 'members_section',
            'made_section', 'page', 'write_report']
 
-# %% ../nbs/15_report.ipynb #d1308874
+# %% ../nbs/15_report.ipynb #43f0d11b
 import base64
 import io
 import json
 import math
-import os
 from html import escape
 from numbers import Integral, Number
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .data import write_text
 from .targets import TARGETS, TOTAL, WEIGHTS, BiomassError, as_grams, identity_residuals, per_target_scores
 
 # %% ../nbs/15_report.ipynb #ee71fb1b
@@ -286,7 +285,7 @@ def error_shares(
     cost = ((oof_grams(oof) - oof_grams(oof, "_pred")) ** 2 * np.asarray(WEIGHTS)).sum(1)
     return cost / cost.sum() if cost.sum() > 0 else cost
 
-# %% ../nbs/15_report.ipynb #325ddf49
+# %% ../nbs/15_report.ipynb #1d9590a2
 def worst_table(
     oof,  # the out-of-fold table
     n=10,  # photos
@@ -295,7 +294,8 @@ def worst_table(
     share = error_shares(oof)
     order = np.argsort(-share, kind="stable")[:n]
     names = ["photo", "fold", "Sampling_Date", "State", "Species"]
-    known = oof[names].astype(object).where(oof[names].notna(), "–").astype(str).to_numpy()
+    known = oof[names].astype(object).where(oof[names].notna(), "–").astype(str)
+    known = known.assign(Sampling_Date=known["Sampling_Date"].str.removesuffix(" 00:00:00")).to_numpy()
     y, p = oof_grams(oof)[:, TOTAL], oof_grams(oof, "_pred")[:, TOTAL]
     rows = [[*known[i], y[i], p[i], 100 * share[i]] for i in order]
     columns = [("Photo", 0), ("Fold", 0), ("Date", 0), ("State", 0), ("Species", 0),
@@ -490,7 +490,7 @@ def page(
     first = escape(headline(results)).replace(" %", "&nbsp;%")
     return PAGE.format(title=escape(title), style=STYLE, headline=first, sections="\n".join(parts))
 
-# %% ../nbs/15_report.ipynb #f38661d7
+# %% ../nbs/15_report.ipynb #ea0830e3
 def write_report(
     path,  # where the HTML file goes; its folder is made
     results,  # the dict of a run
@@ -502,10 +502,4 @@ def write_report(
     path = Path(path)
     if path.is_dir(): raise BiomassError(f"{path} is a folder; name the file to write, such as {path / 'report.html'}")
     text = page(results, oof, history, title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
-    return path
+    return write_text(path, text)

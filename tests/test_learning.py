@@ -1,5 +1,6 @@
 """It learns what is drawn, answers alike when asked twice, goes on after a kill, and shares its work among processes."""
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
+from biomass_kit.bundle import read_bundle
 from biomass_kit.data import file_digest
-from biomass_kit.train import TrainConfig, train
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.targets import BiomassError
+from biomass_kit.train import TrainConfig, join_runs, train
 
 BIN = Path(sys.executable).parent
 quiet = dict(log=lambda line: None)
@@ -32,8 +39,6 @@ def options(config: TrainConfig) -> list:
 
 def test_heads_on_frozen_features_beat_the_floors(config, tmp_path):
     "Even a random convolutional network passes colours on; a head that learns reads drawn pasture far above the floors."
-    from biomass_kit.synthetic import write_dataset
-
     data = write_dataset(tmp_path / "data", n_photos=60, n_test=1, seed=5, height=96)
     results = train(dataclasses.replace(config, data=data, out=tmp_path / "run", use_aux_heads=False, epochs=60, cache_dir=tmp_path / "cache"), **quiet)
     score = {k: s["weighted_r2"] for k, s in results["scores"].items()}
@@ -42,8 +47,6 @@ def test_heads_on_frozen_features_beat_the_floors(config, tmp_path):
 
 def test_shuffled_labels_teach_nothing(config, tmp_path):
     "With labels of other photos the out-of-fold score must not exceed the floor: nothing leaks into the scored fold."
-    import shutil
-
     shutil.copytree(config.data, tmp_path / "data")
     table = pd.read_csv(tmp_path / "data/train.csv")
     photos = table.image_path.unique()
@@ -56,12 +59,17 @@ def test_shuffled_labels_teach_nothing(config, tmp_path):
 
 
 def test_seed_decides_everything(config, finished, tmp_path):
-    again = dataclasses.replace(config, out=tmp_path / "run", num_workers=2)
-    train(again, **quiet)
-    assert members(again.out) == members(finished) and (again.out / "oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
-    other = dataclasses.replace(config, out=tmp_path / "other" / "run", seed=1, train_folds=(0,))
-    train(other, **quiet)
-    assert not set(members(other.out).items()) & {(k, v) for k, v in members(finished).items() if k.startswith("member")}
+    train(dataclasses.replace(config, out=tmp_path / "again"), **quiet)
+    assert members(tmp_path / "again") == members(finished) and (tmp_path / "again/oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
+    train(dataclasses.replace(config, out=tmp_path / "other", seed=1, train_folds=(0,)), **quiet)
+    assert not set(members(tmp_path / "other").values()) & {v for k, v in members(finished).items() if k.startswith("member")}
+
+
+def test_workers_change_nothing(config, tmp_path):
+    "Photos augmented in the loop: by this process, by one worker, by two."
+    live = dataclasses.replace(config, freeze_backbone=False, train_folds=(0,), epochs=2)
+    for n in (0, 1, 2): train(dataclasses.replace(live, out=tmp_path / str(n), num_workers=n), **quiet)
+    assert members(tmp_path / "0") == members(tmp_path / "1") == members(tmp_path / "2")
 
 
 def test_a_killed_run_goes_on_and_ends_alike(config, finished, tmp_path):
@@ -70,11 +78,11 @@ def test_a_killed_run_goes_on_and_ends_alike(config, finished, tmp_path):
     until = time.time() + 120
     while not (tmp_path / "run/folds/0.json").exists() and process.poll() is None and time.time() < until: time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (tmp_path / "run/folds/0.json").exists()
+    assert process.wait() == -signal.SIGKILL and (tmp_path / "run/folds/0.json").exists() and not (tmp_path / "run/results.json").exists(), "killed too late"
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert members(tmp_path / "run") == members(finished) and (tmp_path / "run/oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
+    ours, theirs = (pd.read_csv(folder / "oof.csv") for folder in (tmp_path / "run", finished))
+    assert members(tmp_path / "run") == members(finished) and ours[theirs.columns].equals(theirs)
 
 
 def test_two_processes_share_the_folds(config, finished, tmp_path):
@@ -86,7 +94,46 @@ def test_two_processes_share_the_folds(config, finished, tmp_path):
                "--main_process_port", "0", "-m", "biomass_kit.train", *options(dataclasses.replace(config, out=tmp_path / "run", cache_dir=tmp_path / "cache"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run/results.json").exists()
+    finished_folds = [done.stderr.count(f"fold {k}: 100%") for k in range(3)]
+    assert finished_folds == [1, 1, 1] and (tmp_path / "run/results.json").exists(), "each fold by one process"
     ours, theirs = (pd.read_csv(r / "oof.csv") for r in (tmp_path / "run", finished))
     columns = [c for c in ours.columns if c.endswith(("_pred", "_raw"))]
     assert np.abs(ours[columns] - theirs[columns]).to_numpy().max() < 1e-3
+
+
+def test_a_run_folder_belongs_to_one_run(config, finished, tmp_path):
+    "Other starting weights, photos or options under a half-finished run are refused, not mixed in."
+    shutil.copytree(config.data, tmp_path / "data")
+    shutil.copy(config.backbone_weights, tmp_path / "weights.safetensors")
+    mine = dataclasses.replace(config, data=tmp_path / "data", backbone_weights=tmp_path / "weights.safetensors", out=tmp_path / "run")
+    train(dataclasses.replace(mine, train_folds=(0,)), **quiet)
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in load_file(config.backbone_weights).items()}, tmp_path / "weights.safetensors")
+    with pytest.raises(BiomassError, match="starting_weights"): train(mine, **quiet)
+    shutil.copy(config.backbone_weights, tmp_path / "weights.safetensors")
+    photo = next((tmp_path / "data/train").iterdir())
+    photo.write_bytes(photo.read_bytes() + b"0")
+    with pytest.raises(BiomassError, match="photos"): train(mine, **quiet)
+
+
+def test_joining_again_replaces_what_changed(config, finished, tmp_path):
+    "A second join into the same folder leaves no member of the first behind."
+    other = dataclasses.replace(config, out=tmp_path / "other", epochs=1)
+    train(other, **quiet)
+    join_runs([finished, other.out], tmp_path / "joint")
+    assert len(read_bundle(tmp_path / "joint").members) == 6
+    join_runs([finished], tmp_path / "joint")
+    assert len(read_bundle(tmp_path / "joint").members) == 3 == len(list((tmp_path / "joint").glob("member-*")))
+
+
+def test_a_stage_forgets_the_optimizer_before_it(config, tmp_path, monkeypatch):
+    "In fp16 every optimizer that accelerate still knows unscales the gradients once: two of them would shrink the heads' to nothing."
+    known, plain = [], Accelerator.prepare_optimizer
+
+    def spy(self, *args, **options):
+        prepared = plain(self, *args, **options)
+        known.append(len(self._optimizers))
+        return prepared
+
+    monkeypatch.setattr(Accelerator, "prepare_optimizer", spy)
+    train(dataclasses.replace(config, freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0, 1), out=tmp_path / "run"), **quiet)
+    assert known == [1, 1, 1, 1]
