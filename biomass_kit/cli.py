@@ -86,7 +86,7 @@ def bundle(args=None):
     _print_scores(results)
     print(f"report: {_report(a.out, results)}\nbundle: {a.out}")
 
-# %% ../nbs/17_cli.ipynb #de905bb5
+# %% ../nbs/17_cli.ipynb #1c832712
 @dataclass(frozen=True)
 class PredictArgs:
     "Predict biomass in grams for a competition folder (a submission) or for a folder of photos (a table)."
@@ -98,8 +98,8 @@ class PredictArgs:
     tta: Optional[tuple[str, ...]] = None  # views to average, such as: plain h v swap; the bundle's by default
     physics: Optional[Literal[tuple(METHODS)]] = None  # how predictions are made consistent; the bundle's by default
     correction_threshold: Optional[float] = None  # the bundle's by default
-    device_type: Literal[DEVICE_TYPES] = "auto"
-    precision: Literal[PRECISIONS] = "auto"
+    device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
+    precision: Literal[PRECISIONS] = "auto"  # of the backbone
     batch_size: int = 4  # photos
     num_workers: int = 0  # processes that decode photos ahead
 

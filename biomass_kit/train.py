@@ -40,7 +40,7 @@ from .physics import METHODS, apply_physics, training_bounds
 from .targets import TARGETS, BiomassError, weighted_r2
 from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, backbone_views, flip_pixels, parse_view
 
-# %% ../nbs/12_train.ipynb #7f3742a5
+# %% ../nbs/12_train.ipynb #5a3dc3ba
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a head on every fold of a competition folder and leave a bundle behind."
@@ -49,7 +49,7 @@ class TrainConfig:
     out: Path  # folder of this run; the same command on it goes on where it stopped
 
     cv: Literal[tuple(CV_STRATEGIES)] = "group_date"  # how photos are grouped into folds
-    n_folds: int = 5
+    n_folds: int = 5  # folds of the assignment, trained or not
     fold_seed: int = 0  # of the fold assignment; runs that shall be joined must share it
     train_folds: Optional[tuple[int, ...]] = None  # indices of the folds to train; all by default
 
@@ -71,27 +71,27 @@ class TrainConfig:
     mixup_prob: float = 1.0  # share of the batches that are mixed
 
     hidden_ratio: float = 0.25  # width of the head as a share of the feature's
-    dropout: float = 0.3
+    dropout: float = 0.3  # in FiLM and around the shared projection
     use_aux_heads: bool = False  # state, month and species heads, in training only
-    aux_state_weight: float = 0.1
-    aux_month_weight: float = 0.1
-    aux_species_weight: float = 0.1
-    target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"
+    aux_state_weight: float = 0.1  # of the state head's cross-entropy in the loss
+    aux_month_weight: float = 0.1  # of the month head's cross-entropy in the loss
+    aux_species_weight: float = 0.1  # of the species head's cross-entropy in the loss
+    target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"  # of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
     constraint_weight: float = 0.0  # of the identities' break in the loss
 
-    epochs: int = 60
+    epochs: int = 60  # passes over the training photos, all stages together
     batch_size: int = 16  # photos
     lr: float = 1e-3  # of the heads
     two_stage: bool = False  # heads first on the frozen backbone, then both
     freeze_epochs: int = 10  # length of the first stage
-    backbone_lr: float = 1e-5
-    weight_decay: float = 0.05
+    backbone_lr: float = 1e-5  # of the backbone, where it learns
+    weight_decay: float = 0.05  # of matrices; biases and norms are not decayed
     warmup: float = 0.1  # share of a stage's steps
-    grad_clip: float = 1.0  # norm
-    seed: int = 0
+    grad_clip: float = 1.0  # largest gradient norm of a step
+    seed: int = 0  # of heads, batches, augmentation
     checkpoint: Literal["last", "best"] = "last"  # best = by an inner date split of the training part
 
-    device_type: Literal[DEVICE_TYPES] = "auto"
+    device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
     precision: Literal[PRECISIONS] = "auto"  # of the backbone and the heads' matrix products
     num_workers: int = 0  # processes that decode photos ahead
 
