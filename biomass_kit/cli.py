@@ -6,7 +6,7 @@
 __all__ = ['DEMO_MARGIN', 'DEMO_MARK', 'command', 'run_training', 'train', 'BundleArgs', 'bundle', 'PredictArgs', 'predict',
            'PackArgs', 'pack', 'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
 
-# %% ../nbs/17_cli.ipynb #78bee2eb
+# %% ../nbs/17_cli.ipynb #558ff5f3
 import functools, shutil, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from . import ensemble, evidence, kaggle, report, synthetic
 from . import train as training
-from .data import check_submission, write_json, write_text
+from .bundle import read_bundle
+from .data import check_submission, list_photos, read_test, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import read_table
 from .physics import METHODS
@@ -86,7 +87,7 @@ def bundle(args=None):
     _print_scores(results)
     print(f"report: {_report(a.out, results)}\nbundle: {a.out}")
 
-# %% ../nbs/17_cli.ipynb #1c832712
+# %% ../nbs/17_cli.ipynb #3c8b7d46
 @dataclass(frozen=True)
 class PredictArgs:
     "Predict biomass in grams for a competition folder (a submission) or for a folder of photos (a table)."
@@ -102,6 +103,16 @@ class PredictArgs:
     precision: Literal[PRECISIONS] = "auto"  # of the backbone
     batch_size: int = 4  # photos
     num_workers: int = 0  # processes that decode photos ahead
+    dry_run: bool = False  # print the plan and a probe of a few photos, predict nothing
+
+
+def _dry_run(a: PredictArgs):
+    "Say what predicting would cost."
+    planned = ensemble.Ensemble(read_bundle(a.weights), a.tta and list(a.tta), a.device_type, a.precision)
+    paths = list_photos(a.photos) if a.photos else list(read_test(a.data)[1].values())
+    print(ensemble.describe_plan(planned))
+    found = ensemble.probe(planned, paths, a.batch_size, a.num_workers)
+    print("{photos} photos at {photos_a_second:.2f} a second: about {expected_s:.0f} s; peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
 
 
 @command
@@ -109,6 +120,7 @@ def predict(args=None):
     "biomass_predict: grams for photos."
     a = tyro.cli(PredictArgs, prog="biomass_predict", args=args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
+    if a.dry_run: return _dry_run(a)
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
                 precision=a.precision, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm)
