@@ -10,7 +10,7 @@ __all__ = ['READ_ONLY_WHEN', 'FREE_FIELDS', 'BY_CONTENT', 'TrainConfig', 'check_
            'run_facts', 'write_results', 'stored_variants', 'make_accelerator', 'train', 'finish_run', 'describe',
            'join_runs']
 
-# %% ../nbs/12_train.ipynb #daaacd67
+# %% ../nbs/12_train.ipynb #b8aa3c6c
 import dataclasses, hashlib, json, math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ from .augment import PairAugment, draw_mixup, draw_rng, draw_seed, draw_view, mi
 from .bundle import copy_members, read_bundle, save_backbone, save_member, write_manifest
 from .data import class_labels, file_digest, read_photo, read_train, split_pair, write_csv, write_json
 from .ensemble import PhotoTiles
-from .features import (DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, Draw, FeatureCache, TileSpec, autocast, backbone_digest,
-                                  build_backbone, cut_tiles, extract_features, pick_device, pick_precision)
+from .features import (CACHE_DTYPES, DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, Draw, FeatureCache, TileSpec, autocast, backbone_digest,
+                                  build_backbone, cut_tiles, extract_features, pick_device, pick_precision, trim_cache)
 from .folds import (CV_STRATEGIES, FLOORS, FOLD_COLUMNS, floor_predictions, inner_split, make_folds, read_folds, read_table,
                                score_beside_floors, write_folds)
 from .loss import TARGET_WEIGHTS, total_loss
@@ -41,7 +41,7 @@ from .physics import METHODS, apply_physics, training_bounds
 from .targets import TARGETS, BiomassError, weighted_r2
 from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, backbone_views, flip_pixels, parse_view
 
-# %% ../nbs/12_train.ipynb #5a3dc3ba
+# %% ../nbs/12_train.ipynb #39b90448
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a head on every fold of a competition folder and leave a bundle behind."
@@ -63,6 +63,8 @@ class TrainConfig:
     freeze_backbone: bool = False  # train heads on features that are computed once
     cache: bool = True  # keep a frozen backbone's features on disk; --no-cache recomputes them every epoch
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
+    cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"  # how features lie on disk; fp16 takes half the room
+    cache_gb: float = 20.0  # size to which the cache is trimmed after use, oldest entries first
 
     augment: Literal["auto", "none", "flips", "full"] = "auto"  # full = flips and pixel transforms; auto = full, or flips on stored features
     stored_draws: int = 0  # pixel augmentations stored a photo, for a frozen backbone with --augment full
@@ -101,7 +103,7 @@ class TrainConfig:
     correction_threshold: float = 0.15  # share of the total beyond which derive_dead corrects
     always_correct_dead: bool = False  # alias of --physics always
 
-# %% ../nbs/12_train.ipynb #597edaa8
+# %% ../nbs/12_train.ipynb #30b0b268
 READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_state_weight": (lambda c: c.use_aux_heads, "--use-aux-heads"),
     "aux_month_weight": (lambda c: c.use_aux_heads, "--use-aux-heads"),
@@ -110,6 +112,8 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "freeze_epochs": (lambda c: c.two_stage, "--two-stage"),
     "backbone_lr": (lambda c: not c.freeze_backbone, "a backbone that learns (no --freeze-backbone)"),
     "cache": (lambda c: c.freeze_backbone, "--freeze-backbone"),
+    "cache_dtype": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
+    "cache_gb": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
     "correction_threshold": (lambda c: c.physics == "derive_dead" and not c.always_correct_dead, "--physics derive_dead"),
 }
 
@@ -120,11 +124,11 @@ def _unread(c) -> list:
     return [(getattr(c, name) != defaults[name] and not read(c), f"--{name.replace('_', '-')} is read only with {needs}; add that or drop it")
             for name, (read, needs) in READ_ONLY_WHEN.items()]
 
-# %% ../nbs/12_train.ipynb #6d49b31a
+# %% ../nbs/12_train.ipynb #b9354156
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` augmentation resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
-    not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight", "constraint_weight",
+    not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight", "constraint_weight", "cache_gb",
                     "weight_decay", "correction_threshold")
     refuse = [
         *_unread(c),
@@ -412,8 +416,8 @@ def load_fold_state(f: Fold, state: list):
     "Put back what `fold_state` copied."
     for m, s in zip((m for m in (f.model, f.backbone) if m is not None), state): m.load_state_dict(s)
 
-# %% ../nbs/12_train.ipynb #6fbfb6e3
-FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir")  # cannot change a member, so may differ when a run is resumed
+# %% ../nbs/12_train.ipynb #d9346ac2
+FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir", "cache_gb")  # cannot change a member, so may differ when a run is resumed
 BY_CONTENT = ("data", "backbone_weights", "device_type", "precision")  # known by digests and by the device that they led to
 
 
@@ -556,7 +560,7 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     return Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[waiting])
 
-# %% ../nbs/12_train.ipynb #53ddda59
+# %% ../nbs/12_train.ipynb #1d7d158b
 def train(
     config: TrainConfig,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
@@ -585,11 +589,13 @@ def train(
     stored = variants = None
     if c.freeze_backbone and c.cache:
         variants = stored_variants(c)
-        cache = FeatureCache(backbone, spec, c.cache_dir, precision)
+        cache = FeatureCache(backbone, spec, c.cache_dir, precision, c.cache_dtype)
         share = list(table["path"])[accelerator.process_index :: accelerator.num_processes]
         extract_features(share, backbone, spec, variants, cache, precision, progress)
         accelerator.wait_for_everyone()
         stored = extract_features(list(table["path"]), backbone, spec, variants, cache, precision)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process: log(f"feature cache {cache.folder.parent}: {trim_cache(cache.folder.parent, c.cache_gb * 1e9) / 1e9:.2f} GB of at most {c.cache_gb:g}")
     start = {k: v.detach().clone() for k, v in backbone.state_dict().items()}
     for k in todo:
         backbone.load_state_dict(start)
