@@ -38,11 +38,11 @@ def save_backbone(
         with atomic_path(path) as tmp: tmp.write_bytes(data)
     return {"file": path.name, "name": backbone.name, "pooling": backbone.pooling}
 
-# %% ../nbs/10_bundle.ipynb #74a35145
+# %% ../nbs/10_bundle.ipynb #d318fa11
 def save_member(
     folder,  # the bundle
     model: BiomassModel,
-    info: dict,  # name, fold, backbone, grid, tile_size, bounds [2][5] in grams, config
+    info: dict,  # name, fold, backbone, grid, tile_size, bounds [2][5] and means [5] of the training labels in grams, config
 ) -> dict:  # `info` completed: what the manifest says of the member
     "Write a trained head as `member-<name>.safetensors`, its description in the header."
     info = {**info, "file": f"member-{info['name']}.safetensors", "model": model.args, "schema": SCHEMA, "library": biomass_kit.__version__}
@@ -58,7 +58,7 @@ def read_member_info(path) -> dict:
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise BiomassError(f"{path}: not a member written by biomass_kit ({type(e).__name__}); train or download it again") from None
 
-# %% ../nbs/10_bundle.ipynb #aa6b8af3
+# %% ../nbs/10_bundle.ipynb #a00c7b95
 def write_manifest(
     folder,  # the bundle; its members and backbones are already there
     members: list,  # descriptions from `save_member`
@@ -74,6 +74,7 @@ def write_manifest(
         "schema": SCHEMA, "library": biomass_kit.__version__, "targets": list(TARGETS),
         "physics": physics, "views": list(views),
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
+        "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
         "members": members,

@@ -6,8 +6,9 @@
 __all__ = ['Pass', 'plan_passes', 'PhotoTiles', 'Ensemble', 'describe_plan', 'peak_memory', 'probe', 'predict_photos',
            'predict_competition', 'predict_folder']
 
-# %% ../nbs/11_ensemble.ipynb #25137286
-import sys, time
+# %% ../nbs/11_ensemble.ipynb #20de1960
+import sys, time, warnings
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .bundle import Bundle, read_bundle
-from .data import check_submission, list_photos, read_photo, read_test, split_pair, write_csv, write_submission
+from .data import MIN_HEIGHT, check_submission, list_photos, read_photo, read_test, split_pair, write_csv, write_submission
 from .features import TileSpec, autocast, cut_tiles, pick_device, pick_precision
 from .model import predict_views
 from .physics import apply_physics
@@ -41,21 +42,24 @@ def plan_passes(
     for i, m in enumerate(members): groups.setdefault((m["backbone"]["file"], TileSpec(*m["grid"], m["tile_size"])), []).append(i)
     return [Pass(file, spec, tuple(who), tuple(backbone_views(views))) for (file, spec), who in groups.items()]
 
-# %% ../nbs/11_ensemble.ipynb #2f7b3523
+# %% ../nbs/11_ensemble.ipynb #f6dbce4d
 class PhotoTiles(Dataset):
     "Photo paths -> tiles for each tile spec."
 
-    def __init__(self, paths, specs):
-        self.paths, self.specs = list(paths), list(specs)
+    def __init__(self, paths, specs, strict: bool = True):
+        self.paths, self.specs, self.strict = list(paths), list(specs), strict
 
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, i) -> list:
-        "uint8 `[2, T, 3, s, s]` for each spec, in the order of `specs`."
-        pair = split_pair(read_photo(self.paths[i]))
-        return [cut_tiles(pair, spec) for spec in self.specs]
+        "uint8 `[2, T, 3, s, s]` for each spec, in the order of `specs`; last, why the photo could not be read, or an empty string."
+        try: pair, fault = split_pair(read_photo(self.paths[i])), ""
+        except BiomassError as e:
+            if self.strict: raise
+            pair, fault = np.zeros((2, MIN_HEIGHT, MIN_HEIGHT, 3), np.uint8), str(e)
+        return [*(cut_tiles(pair, spec) for spec in self.specs), fault]
 
-# %% ../nbs/11_ensemble.ipynb #703e37a1
+# %% ../nbs/11_ensemble.ipynb #171e04cc
 class Ensemble:
     "All members of a bundle on one device."
 
@@ -96,11 +100,19 @@ class Ensemble:
         batch_size: int = 4,  # photos
         num_workers: int = 0,  # processes that decode ahead
         progress: Callable = lambda x, **_: x,  # wraps the iteration, as tqdm does
-    ) -> np.ndarray:  # float32 [N, 5] raw grams, mean over members and views
+        faults: dict = None,  # takes row -> reason for photos that cannot be read; None raises instead
+    ) -> np.ndarray:  # float32 [N, 5] raw grams, mean over members and views; training means for photos in `faults`
         "Raw predictions of all photos, memory bounded by the batch."
-        loader = DataLoader(PhotoTiles(paths, self.specs), batch_size, num_workers=num_workers)
-        batches = [self.predict_members(tiles).mean(0) for tiles in progress(loader, desc="predict", unit="batch")]
-        return torch.cat(batches).numpy()
+        loader = DataLoader(PhotoTiles(paths, self.specs, strict=faults is None), batch_size, num_workers=num_workers)
+        grams, reasons = [], []
+        for *tiles, why in progress(loader, desc="predict", unit="batch"):
+            grams.append(self.predict_members(tiles).mean(0))
+            reasons += why
+        grams, bad = torch.cat(grams).numpy(), {i: why for i, why in enumerate(reasons) if why}
+        if bad:
+            grams[list(bad)] = self.bundle.manifest["means"]
+            faults.update(bad)
+        return grams
 
 # %% ../nbs/11_ensemble.ipynb #302ddc13
 def describe_plan(ensemble: Ensemble) -> str:
@@ -132,7 +144,7 @@ def probe(
     rate = len(timed) / (time.perf_counter() - start)
     return {"photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate, "peak_bytes": peak_memory(ensemble.device)}
 
-# %% ../nbs/11_ensemble.ipynb #3204ea8d
+# %% ../nbs/11_ensemble.ipynb #a3505e21
 def predict_photos(
     weights,  # a bundle folder, or a checked Bundle
     paths,  # photos
@@ -144,16 +156,26 @@ def predict_photos(
     batch_size: int = 4,
     num_workers: int = 0,
     progress: Callable = lambda x, **_: x,
-) -> np.ndarray:  # float32 [N, 5] grams in the order of TARGETS
+    faults: dict = None,  # takes row -> reason for photos that cannot be read; None raises instead
+) -> np.ndarray:  # float32 [N, 5] grams in the order of TARGETS; training means for photos in `faults`
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
     chosen = bundle.manifest["physics"]
     method = physics or chosen["method"]
     if threshold is not None and method != "derive_dead": raise BiomassError(f"--correction-threshold is read by --physics derive_dead alone, not by {method}; drop it")
-    raw = Ensemble(bundle, views, device_type, precision).predict(paths, batch_size, num_workers, progress)
+    raw = Ensemble(bundle, views, device_type, precision).predict(paths, batch_size, num_workers, progress, faults)
     return apply_physics(raw, bundle.manifest["bounds"], method, chosen["threshold"] if threshold is None else threshold)
 
-# %% ../nbs/11_ensemble.ipynb #db9f2b9d
+# %% ../nbs/11_ensemble.ipynb #e6aee193
+def _report_faults(faults: dict, names: list, out):
+    "Name unreadable photos beside the output, or remove the list of an earlier run."
+    path = Path(out).with_name(f"{Path(out).stem}_issues.csv")
+    path.unlink(missing_ok=True)
+    if not faults: return
+    write_csv(path, pd.DataFrame({"photo": [names[i] for i in faults], "reason": list(faults.values()), "fallback": "training means"}))
+    warnings.warn(f"{len(faults)} of {len(names)} photos could not be read and got the training means, first {names[min(faults)]}; see {path}")
+
+# %% ../nbs/11_ensemble.ipynb #2377d454
 def predict_competition(
     weights,  # a bundle folder
     data,  # holds test.csv and its photos
@@ -162,10 +184,12 @@ def predict_competition(
 ) -> pd.DataFrame:  # the checked submission: sample_id, target (grams)
     "Predict every photo of test.csv and write a submission that the checker accepts."
     rows, photos = read_test(data)
-    grams = predict_photos(weights, list(photos.values()), **options)
+    faults = {}
+    grams = predict_photos(weights, list(photos.values()), faults=faults, **options)
+    _report_faults(faults, list(photos), out)
     return check_submission(write_submission(out, rows, list(photos), grams), data)
 
-# %% ../nbs/11_ensemble.ipynb #c4c83950
+# %% ../nbs/11_ensemble.ipynb #20e58420
 def predict_folder(
     weights,  # a bundle folder
     folder,  # photos directly in it
@@ -174,7 +198,9 @@ def predict_folder(
 ) -> pd.DataFrame:  # photo (file name) and the five targets in grams
     "Predict every photo of a folder, no table needed."
     paths = list_photos(folder)
-    table = pd.DataFrame(predict_photos(weights, paths, **options), columns=list(TARGETS))
+    faults = {}
+    table = pd.DataFrame(predict_photos(weights, paths, faults=faults, **options), columns=list(TARGETS))
     table.insert(0, "photo", [p.name for p in paths])
+    _report_faults(faults, [p.name for p in paths], out)
     write_csv(out, table, float_format="%.4f")
     return table

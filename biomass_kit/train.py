@@ -323,7 +323,7 @@ class Fold:
         self.model.to(accelerator.device)
         if config.freeze_backbone: self.model.fit_input(plain_features(self, self.fit, [View()])[View()])
 
-# %% ../nbs/12_train.ipynb #66c86371
+# %% ../nbs/12_train.ipynb #c2c5548c
 def plain_features(
     f: Fold,
     photos: np.ndarray,  # indices
@@ -335,7 +335,7 @@ def plain_features(
     f.backbone.eval()
     loader = DataLoader(PhotoTiles([f.paths[i] for i in photos], [f.spec]), f.config.batch_size, num_workers=f.config.num_workers)
     found = {v: [] for v in views}
-    for (tiles,) in loader:
+    for tiles, _ in loader:
         for v in views:
             with torch.no_grad(), autocast(device, f.precision): found[v].append(f.backbone(flip_pixels(tiles.to(device), v)))
     return {v: torch.cat(parts) for v, parts in found.items()}
@@ -470,7 +470,7 @@ def is_finished(out: Path, k: int) -> bool:
     info = json.loads(mark.read_text(encoding="utf-8"))
     return all((out / "bundle" / name).is_file() for name in (info["file"], info["backbone"]["file"]))
 
-# %% ../nbs/12_train.ipynb #2ceca10f
+# %% ../nbs/12_train.ipynb #f29caf14
 def finish_fold(
     f: Fold,
     table: pd.DataFrame,
@@ -486,7 +486,7 @@ def finish_fold(
     for suffix, grams in (("_pred", final), ("_raw", raw)): oof[[t + suffix for t in TARGETS]] = grams
     info = {
         "name": member_name(c, f.k), "fold": f.k, "grid": list(c.grid), "tile_size": f.spec.size,
-        "bounds": bounds.tolist(), "config": member_config(c), "backbone": save_backbone(c.out / "bundle", backbone),
+        "bounds": bounds.tolist(), "means": f.grams[f.train].mean(0).tolist(), "config": member_config(c), "backbone": save_backbone(c.out / "bundle", backbone),
     }
     info = save_member(c.out / "bundle", f.model, info)
     for name, frame in (("oof", oof), ("history", history)): write_csv(folder / f"{f.k}-{name}.csv", frame)

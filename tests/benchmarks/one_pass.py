@@ -54,7 +54,7 @@ def make_bundle(folder, a: Args, fine_tuned: bool) -> Path:
             model = BiomassModel(backbone.dim, learning=True)
             model.fit_output(torch.rand(50, 5) * 60)
             infos.append(save_member(folder, model, dict(name=f"{grid[0]}x{grid[1]}-{fold}", fold=fold, backbone=save_backbone(folder, backbone), grid=list(grid),
-                                                         tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], config={})))
+                                                         tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={})))
     write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, VIEWS, {})
     return folder
 
