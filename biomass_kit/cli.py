@@ -87,7 +87,7 @@ def bundle(args=None):
     _print_scores(results)
     print(f"report: {_report(a.out, results)}\nbundle: {a.out}")
 
-# %% ../nbs/17_cli.ipynb #3c8b7d46
+# %% ../nbs/17_cli.ipynb #2fff16d0
 @dataclass(frozen=True)
 class PredictArgs:
     "Predict biomass in grams for a competition folder (a submission) or for a folder of photos (a table)."
@@ -120,7 +120,9 @@ def predict(args=None):
     "biomass_predict: grams for photos."
     a = tyro.cli(PredictArgs, prog="biomass_predict", args=args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
-    if a.dry_run: return _dry_run(a)
+    if a.dry_run:
+        if a.physics or a.correction_threshold is not None: raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
+        return _dry_run(a)
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
                 precision=a.precision, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm)

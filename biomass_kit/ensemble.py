@@ -114,7 +114,7 @@ class Ensemble:
             faults.update(bad)
         return grams
 
-# %% ../nbs/11_ensemble.ipynb #302ddc13
+# %% ../nbs/11_ensemble.ipynb #94cb4501
 def describe_plan(ensemble: Ensemble) -> str:
     "The distinct backbone passes of an ensemble, one line each, beside what the naive form would run."
     lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {len(p.members)} members" for p in ensemble.passes]
@@ -138,9 +138,9 @@ def probe(
 ) -> dict:  # {"photos", "photos_a_second", "expected_s", "peak_bytes"}
     "Predict one batch to warm up and up to two more against the clock, then extrapolate."
     paths = list(paths)
-    ensemble.predict(paths[:batch_size], batch_size, num_workers)
+    ensemble.predict(paths[:batch_size], batch_size, num_workers, faults={})
     timed, start = paths[: 2 * batch_size], time.perf_counter()
-    ensemble.predict(timed, batch_size, num_workers)
+    ensemble.predict(timed, batch_size, num_workers, faults={})
     rate = len(timed) / (time.perf_counter() - start)
     return {"photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate, "peak_bytes": peak_memory(ensemble.device)}
 
