@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DRAWS', 'pixel_transform', 'draw_seed', 'draw_rng', 'PairAugment', 'draw_view', 'draw_mixup', 'mix']
 
-# %% ../nbs/05_augment.ipynb #9cff1044
-import os
+# %% ../nbs/05_augment.ipynb #22f7e6d7
+import copy, os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks the network for its version otherwise
 import albumentations as A
@@ -47,7 +47,7 @@ def draw_rng(kind: str, *numbers: int) -> np.random.Generator:
     "A generator of its own for one draw."
     return np.random.default_rng(draw_seed(kind, *numbers))
 
-# %% ../nbs/05_augment.ipynb #3bd4dd04
+# %% ../nbs/05_augment.ipynb #78020d27
 class PairAugment:
     "Pixel transforms for pairs; the same seed gives the same pixels."
 
@@ -59,8 +59,9 @@ class PairAugment:
         pair: np.ndarray,  # uint8 [2, S, S, 3]
         seed: int,  # from `draw_seed`
     ) -> np.ndarray:  # uint8 [2, S, S, 3]
-        self.transform.set_random_seed(seed % 2**32)
-        out = self.transform(image=pair[0], right=pair[1])
+        transform = copy.deepcopy(self.transform)  # a transform holds its generator: threads must not share one
+        transform.set_random_seed(seed % 2**32)
+        out = transform(image=pair[0], right=pair[1])
         return np.stack([out["image"], out["right"]])
 
 # %% ../nbs/05_augment.ipynb #8413224a

@@ -26,17 +26,17 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 HEADER = "biomass_kit"  # the key of a member's description in its safetensors header
 
-# %% ../nbs/10_bundle.ipynb #e191de65
+# %% ../nbs/10_bundle.ipynb #169861d7
 def save_backbone(
     folder,  # the bundle
     backbone: Backbone,
-) -> dict:  # {"file", "name", "pooling"}: what a member says of its backbone
+) -> dict:  # {"file", "name", "pooling", "blocks"}: what a member says of its backbone
     "Write a backbone's weights, named by their content; weights that are there already are not written again."
     data = save({k: v.detach().cpu().contiguous() for k, v in backbone.model.state_dict().items()})
     path = Path(folder) / f"backbone-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not path.exists():
         with atomic_path(path) as tmp: tmp.write_bytes(data)
-    return {"file": path.name, "name": backbone.name, "pooling": backbone.pooling}
+    return {"file": path.name, "name": backbone.name, "pooling": backbone.pooling, "blocks": list(backbone.blocks)}
 
 # %% ../nbs/10_bundle.ipynb #d318fa11
 def save_member(
@@ -81,7 +81,7 @@ def write_manifest(
     }
     return write_json(folder / MANIFEST, manifest, sort_keys=True)
 
-# %% ../nbs/10_bundle.ipynb #94905ea3
+# %% ../nbs/10_bundle.ipynb #3462f92d
 class Bundle(NamedTuple):
     "A checked bundle; tensors stay on disk until asked for."
     folder: Path
@@ -100,7 +100,7 @@ class Bundle(NamedTuple):
     def load_backbone(self, member: dict) -> Backbone:
         "The backbone that a member reads, in eval mode on the CPU."
         ref = member["backbone"]
-        backbone, _ = build_backbone(ref["name"], pretrained=False, tile_size=member["tile_size"], pooling=ref["pooling"])
+        backbone, _ = build_backbone(ref["name"], pretrained=False, tile_size=member["tile_size"], pooling=ref["pooling"], blocks=ref.get("blocks", ()))
         try: backbone.model.load_state_dict(load_file(self.folder / ref["file"]))
         except RuntimeError as e: raise BiomassError(f"{self.folder / ref['file']}: weights do not fit {ref['name']} ({e})") from None
         return backbone.eval()

@@ -40,14 +40,15 @@ def find_inputs(
     weights = sorted(p.parent for p in Path(root).rglob(MANIFEST) if '"members"' in p.read_text(encoding="utf-8", errors="replace"))
     return _only(data, "competition (test.csv beside sample_submission.csv)", root), _only(weights, f"weights dataset ({MANIFEST})", root)
 
-# %% ../nbs/16_kaggle.ipynb #9f6e803a
+# %% ../nbs/16_kaggle.ipynb #58217f38
 def print_progress(
     items,
     desc: str = "",
     unit: str = "it",
+    total: int = None,  # items to come; their length by default
 ):
     "Yield from `items`, printing about ten lines with the time left."
-    total, start, shown = len(items), time.time(), 0
+    total, start, shown = len(items) if total is None else total, time.time(), 0
     for i, item in enumerate(items, 1):
         yield item
         if i * 10 // total > shown or i == total:

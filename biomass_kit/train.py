@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['READ_ONLY_WHEN', 'FREE_FIELDS', 'BY_CONTENT', 'TrainConfig', 'check_config', 'config_record', 'Batches',
-           'StoredBatches', 'PixelBatches', 'epoch_batches', 'Stage', 'stages', 'make_optimizer', 'cosine_warmup',
-           'Fold', 'plain_features', 'predict_fold', 'train_step', 'run_fold', 'fold_state', 'load_fold_state',
-           'member_config', 'member_name', 'run_identity', 'open_run', 'is_finished', 'finish_fold', 'fold_scores',
-           'run_facts', 'write_results', 'stored_variants', 'make_accelerator', 'train', 'finish_run', 'describe',
-           'join_runs']
+           'StoredBatches', 'PixelBatches', 'epoch_order', 'epoch_batches', 'Stage', 'stages', 'make_optimizer',
+           'cosine_warmup', 'Fold', 'plain_features', 'predict_fold', 'train_step', 'average_gradients', 'run_fold',
+           'fold_state', 'load_fold_state', 'member_config', 'member_name', 'run_identity', 'open_run', 'is_finished',
+           'finish_fold', 'fold_scores', 'run_facts', 'write_results', 'stored_variants', 'make_accelerator', 'Run',
+           'train_runs', 'train', 'expand', 'finish_run', 'describe', 'join_runs']
 
-# %% ../nbs/12_train.ipynb #b8aa3c6c
-import dataclasses, hashlib, json, math, os, sys, time
+# %% ../nbs/12_train.ipynb #4b1b8e46
+import dataclasses, hashlib, itertools, json, math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,24 +24,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from torch.utils.data import DataLoader, Dataset
 
 import biomass_kit
 from .augment import PairAugment, draw_mixup, draw_rng, draw_seed, draw_view, mix
 from .bundle import copy_members, read_bundle, save_backbone, save_member, write_manifest
 from .data import class_labels, file_digest, read_photo, read_train, split_pair, write_csv, write_json
-from .ensemble import PhotoTiles
-from .features import (CACHE_DTYPES, DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, Draw, FeatureCache, TileSpec, autocast, backbone_digest,
-                                  build_backbone, cut_tiles, extract_features, pick_device, pick_precision, trim_cache)
+from .features import (DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, TileSpec, autocast, backbone_digest, build_backbone, cut_tiles,
+                                  pick_device, pick_precision)
 from .folds import (CV_STRATEGIES, FLOORS, FOLD_COLUMNS, floor_predictions, inner_split, make_folds, read_folds, read_table,
                                score_beside_floors, write_folds)
 from .loss import TARGET_WEIGHTS, total_loss
-from .model import BiomassModel, predict_views
+from .model import BiomassModel, predict_views, view_batch
 from .physics import METHODS, apply_physics, training_bounds
+from .store import CACHE_DTYPES, CACHE_GB, Draw, FeatureCache, FeatureRequest, StoredFeatures, feature_batches, read_ahead, store_features, trim_cache
 from .targets import TARGETS, BiomassError, weighted_r2
-from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, backbone_views, flip_pixels, parse_view
+from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, arrange_each, backbone_views, flip_pixels, parse_view
 
-# %% ../nbs/12_train.ipynb #39b90448
+# %% ../nbs/12_train.ipynb #9056985b
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a head on every fold of a competition folder and leave a bundle behind."
@@ -59,12 +58,13 @@ class TrainConfig:
     backbone: str = DEFAULT_BACKBONE  # any timm model
     backbone_weights: Optional[Path] = None  # safetensors file; timm's hub by default
     pretrained: bool = True  # --no-pretrained starts from random weights
-    pooling: Literal[POOLINGS] = "auto"  # tile feature: class token with mean patch token, or the backbone's own pooling
+    pooling: Literal[POOLINGS] = "auto"  # tile feature: class token with mean patch token, one of them, or the backbone's own pooling
+    feature_blocks: tuple[int, ...] = ()  # blocks whose features are laid side by side, such as 6 9 11; the output alone by default
     freeze_backbone: bool = False  # train heads on features that are computed once
     cache: bool = True  # keep a frozen backbone's features on disk; --no-cache recomputes them every epoch
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
     cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"  # how features lie on disk; fp16 takes half the room
-    cache_gb: float = 20.0  # size to which the cache is trimmed after use, oldest entries first
+    cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
 
     augment: Literal["auto", "none", "flips", "full"] = "auto"  # full = flips and pixel transforms; auto = full, or flips on stored features
     stored_draws: int = 0  # pixel augmentations stored a photo, for a frozen backbone with --augment full
@@ -96,14 +96,15 @@ class TrainConfig:
 
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
     precision: Literal[PRECISIONS] = "auto"  # of the backbone and the heads' matrix products
-    num_workers: int = 0  # processes that decode photos ahead
+    num_workers: int = 2  # threads that decode and augment photos ahead; 0 works in step
+    shard: Literal["members", "photos"] = "members"  # what processes of `accelerate launch` share: whole members, or each batch of one
 
     tta: tuple[str, ...] = DEFAULT_VIEWS  # views averaged at prediction
     physics: Literal[tuple(METHODS)] = "derive_dead"  # how predictions are made consistent
     correction_threshold: float = 0.15  # share of the total beyond which derive_dead corrects
     always_correct_dead: bool = False  # alias of --physics always
 
-# %% ../nbs/12_train.ipynb #30b0b268
+# %% ../nbs/12_train.ipynb #7b7e95cf
 READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_state_weight": (lambda c: c.use_aux_heads, "--use-aux-heads"),
     "aux_month_weight": (lambda c: c.use_aux_heads, "--use-aux-heads"),
@@ -114,6 +115,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "cache": (lambda c: c.freeze_backbone, "--freeze-backbone"),
     "cache_dtype": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
     "cache_gb": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
+    "shard": (lambda c: not c.freeze_backbone, "a backbone that learns (no --freeze-backbone)"),
     "correction_threshold": (lambda c: c.physics == "derive_dead" and not c.always_correct_dead, "--physics derive_dead"),
 }
 
@@ -163,11 +165,11 @@ def config_record(c: TrainConfig) -> dict:  # JSON types only
     "The config as results.json stores it."
     return json.loads(json.dumps(dataclasses.asdict(c), default=str))
 
-# %% ../nbs/12_train.ipynb #a122b41d
-class Batches(Dataset):
+# %% ../nbs/12_train.ipynb #d915dc45
+class Batches:
     "What both sources share: the config, the fold, the epoch, and what is drawn once a batch."
 
-    num_workers = 0  # stored features are in memory; only photos are worth a process
+    num_workers = 0  # stored features are in memory; only photos are worth reading ahead
 
     def __init__(self, config: TrainConfig, fold: int):
         self.config, self.fold, self.epoch = config, fold, 0
@@ -183,33 +185,23 @@ class Batches(Dataset):
         share, partner = draw_mixup(rng, len(photos), self.config.mixup_prob if self.config.use_mixup else 0)
         return {"photo": torch.tensor(photos), "share": share, "partner": torch.from_numpy(partner)}
 
-# %% ../nbs/12_train.ipynb #0ccd94ce
+# %% ../nbs/12_train.ipynb #f59773af
 class StoredBatches(Batches):
     "Stored features of a frozen backbone; flips, swap and stored draws cost nothing."
 
-    def __init__(
-        self,
-        features: torch.Tensor,  # [N, V, 2, T, D]
-        variants: list,  # V Views, then Draws
-        config: TrainConfig,
-        fold: int,
-    ):
+    def __init__(self, stored: StoredFeatures, config: TrainConfig, fold: int):
         super().__init__(config, fold)
-        self.features, self.variants = features, variants
-        self.place = {v: i for i, v in enumerate(variants)}
-        self.n_draws = sum(isinstance(v, Draw) for v in variants)
+        self.stored, self.draws = stored, [v for v in stored.variants if isinstance(v, Draw)]
 
-    def _one(self, photo: int) -> torch.Tensor:
-        "One photo's features `[2, T, D]` as this epoch draws them."
+    def _draw(self, photo: int) -> tuple:
+        "What this epoch shows of a photo: (the stored variant, the view that it is arranged for)."
         rng = draw_rng("view", *self.named, photo)
         view = draw_view(rng, self.config.augment != "none", self.config.swap_prob)
-        if self.n_draws:
-            drawn = len(self.variants) - 1 - int(rng.integers(self.n_draws))
-            return arrange(self.features[photo, drawn][None], View(swap=view.swap), self.config.grid)[0]
-        return arrange(self.features[photo, self.place[view.backbone]][None], view, self.config.grid)[0]
+        return (self.draws[-1 - int(rng.integers(len(self.draws)))], View(swap=view.swap)) if self.draws else (view.backbone, view)
 
     def __getitem__(self, photos: list) -> dict:
-        return {**self.batch(photos), "features": torch.stack([self._one(i) for i in photos])}
+        variants, views = map(list, zip(*map(self._draw, photos)))
+        return {**self.batch(photos), "features": arrange_each(self.stored.gather(photos, variants), views, self.config.grid)}
 
 # %% ../nbs/12_train.ipynb #85ef5c7a
 class PixelBatches(Batches):
@@ -237,21 +229,27 @@ class PixelBatches(Batches):
     def __getitem__(self, photos: list) -> dict:
         return {**self.batch(photos), "tiles": torch.stack([self._one(i) for i in photos])}
 
-# %% ../nbs/12_train.ipynb #e7df7723
-def epoch_batches(
-    dataset,  # StoredBatches or PixelBatches
+# %% ../nbs/12_train.ipynb #721a49ac
+def epoch_order(
+    dataset: Batches,
     photos: np.ndarray,  # indices to train on
     epoch: int,
-) -> DataLoader:
-    "One epoch: each photo once, in an order drawn from (seed, fold, epoch); a last batch of one joins the one before."
-    c = dataset.config
+    part: tuple = (0, 1),  # (index of this process, processes) that share each batch
+) -> list:  # batches of photo indices
+    "One epoch: each photo once, in an order drawn from (seed, fold, epoch); a last batch too small to share joins the one before."
+    c, (index, count) = dataset.config, part
     dataset.epoch = epoch
     order = photos[draw_rng("order", *dataset.named).permutation(len(photos))]
     batches = [order[i : i + c.batch_size].tolist() for i in range(0, len(order), c.batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        single = batches.pop()
-        batches[-1] += single
-    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=dataset.num_workers)
+    if len(batches) > 1 and len(batches[-1]) <= count:
+        rest = batches.pop()
+        batches[-1] += rest
+    return [b[index::count] for b in batches]
+
+
+def epoch_batches(dataset: Batches, photos: np.ndarray, epoch: int, part: tuple = (0, 1)):
+    "The batches of `epoch_order`, made ahead of their use."
+    return read_ahead(dataset.__getitem__, epoch_order(dataset, photos, epoch, part), dataset.num_workers, ahead=2)
 
 # %% ../nbs/12_train.ipynb #19196606
 class Stage(NamedTuple):
@@ -291,7 +289,7 @@ def cosine_warmup(
     if step < rise: return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/12_train.ipynb #00d88a6c
+# %% ../nbs/12_train.ipynb #4f2a3ea7
 class Fold:
     "One member in training: its photos, its head, its backbone."
 
@@ -304,26 +302,29 @@ class Fold:
         spec: TileSpec,
         accelerator: Accelerator,
         precision: str,
-        backbone=None,  # Backbone that runs in the loop, or
-        stored: torch.Tensor = None,  # its stored features [N, V, 2, T, D]
-        variants: list = None,  # what the V stored variants are
+        backbone,  # Backbone that learns, or is read in the loop
+        stored: StoredFeatures = None,  # its features, where they are read instead
     ):
         self.k, self.config, self.spec, self.accelerator, self.precision = k, config, spec, accelerator, precision
-        self.backbone, self.stored, self.variants, self.paths = backbone, stored, variants, list(table["path"])
+        self.backbone, self.stored, self.paths = None if stored else backbone, stored, list(table["path"])
         self.scored, self.train = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
         best = config.checkpoint == "best"
         self.fit, self.watched = inner_split(table, self.train, config.seed) if best else (self.train, self.scored)
         self.grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
         self.labels = {name: torch.tensor(v) for name, v in class_labels(table).items()} if config.use_aux_heads else {}
-        live = stored is None
-        self.dataset = PixelBatches(self.paths, spec, config, k) if live else StoredBatches(stored, variants, config, k)
+        self.dataset = StoredBatches(stored, config, k) if stored else PixelBatches(self.paths, spec, config, k)
         set_seed(draw_seed("head", config.seed, k) % 2**32)
-        self.model = BiomassModel(backbone.dim if live else stored.shape[-1], config.hidden_ratio, config.dropout, not config.freeze_backbone, config.use_aux_heads)
+        self.model = BiomassModel(backbone.dim, config.hidden_ratio, config.dropout, not config.freeze_backbone, config.use_aux_heads)
         self.model.fit_output(self.grams[self.fit])
         self.model.to(accelerator.device)
         if config.freeze_backbone: self.model.fit_input(plain_features(self, self.fit, [View()])[View()])
 
-# %% ../nbs/12_train.ipynb #c2c5548c
+    @property
+    def part(self) -> tuple:
+        "(index, count) of the processes that share this member's batches."
+        return (self.accelerator.process_index, self.accelerator.num_processes) if self.config.shard == "photos" else (0, 1)
+
+# %% ../nbs/12_train.ipynb #baba4268
 def plain_features(
     f: Fold,
     photos: np.ndarray,  # indices
@@ -331,16 +332,13 @@ def plain_features(
 ) -> dict:  # View -> [n, 2, T, D] on the device
     "Unaugmented features of some photos."
     device = f.accelerator.device
-    if f.stored is not None: return {v: f.stored[photos, f.variants.index(v)].to(device) for v in views}
+    if f.stored: return {v: f.stored.gather(photos, v).to(device) for v in views}
     f.backbone.eval()
-    loader = DataLoader(PhotoTiles([f.paths[i] for i in photos], [f.spec]), f.config.batch_size, num_workers=f.config.num_workers)
-    found = {v: [] for v in views}
-    for tiles, _ in loader:
-        for v in views:
-            with torch.no_grad(), autocast(device, f.precision): found[v].append(f.backbone(flip_pixels(tiles.to(device), v)))
-    return {v: torch.cat(parts) for v, parts in found.items()}
+    batches = feature_batches([f.paths[i] for i in photos], [FeatureRequest(f.backbone, f.spec, tuple(views))], f.config.batch_size, f.config.num_workers, f.precision)
+    found = [features for (features,), _ in batches]
+    return {v: torch.cat([each[v] for each in found]) for v in views}
 
-# %% ../nbs/12_train.ipynb #3029ccce
+# %% ../nbs/12_train.ipynb #5a0eff94
 def predict_fold(
     f: Fold,
     photos: np.ndarray,  # indices
@@ -349,9 +347,9 @@ def predict_fold(
     "What the fold's model says of some photos, mean over views."
     f.model.eval()
     features = plain_features(f, photos, backbone_views(views))
-    with torch.no_grad(): return predict_views(f.model, features, views, f.spec.grid).cpu().numpy()
+    with torch.no_grad(): return predict_views(f.model, view_batch(features, views, f.spec.grid)).cpu().numpy()
 
-# %% ../nbs/12_train.ipynb #7ee6d727
+# %% ../nbs/12_train.ipynb #95945235
 def train_step(
     f: Fold,
     batch: dict,  # "photo" [B] and "features" or "tiles"
@@ -374,11 +372,17 @@ def train_step(
         raise BiomassError(f"fold {f.k}: the loss is {loss.item()}; photos {', '.join(Path(f.paths[i]).name for i in batch['photo'])}; try a smaller --lr")
     optimizer.zero_grad()
     f.accelerator.backward(loss)
+    if f.part[1] > 1: average_gradients(f, optimizer)
     f.accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.grad_clip)
     optimizer.step()
     return {"loss": loss.detach(), **terms}
 
-# %% ../nbs/12_train.ipynb #2a0b40ec
+# %% ../nbs/12_train.ipynb #e38bf8e1
+def average_gradients(f: Fold, optimizer):
+    "Every process's mean gradient over its part of the batch becomes the mean over the batch."
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None): p.grad = f.accelerator.reduce(p.grad, "mean")
+
+# %% ../nbs/12_train.ipynb #2041ebf2
 def run_fold(
     f: Fold,
     progress: Callable,  # wraps the epochs, as tqdm does
@@ -387,7 +391,7 @@ def run_fold(
     c, rows, best = f.config, [], (-math.inf, None)
     bar = iter(progress(range(c.epochs), desc=f"fold {f.k}", unit="epoch"))
     for number, stage in enumerate(stages(c)):
-        steps = stage.epochs * len(epoch_batches(f.dataset, f.fit, 0))
+        steps = stage.epochs * len(epoch_order(f.dataset, f.fit, 0, f.part))
         f.accelerator.free_memory()  # forgets the optimizer of the stage before, whose gradients it would unscale again
         optimizer = f.accelerator.prepare_optimizer(make_optimizer(f.model, f.backbone, stage, c))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda s: cosine_warmup(s, steps, c.warmup))
@@ -395,7 +399,7 @@ def run_fold(
             f.model.train()
             if f.backbone is not None: f.backbone.train(stage.train_backbone)
             terms = []
-            for batch in epoch_batches(f.dataset, f.fit, epoch):
+            for batch in epoch_batches(f.dataset, f.fit, epoch, f.part):
                 terms.append(train_step(f, batch, optimizer, stage))
                 schedule.step()
             watched = weighted_r2(f.grams[f.watched], predict_fold(f, f.watched, [View()]))
@@ -560,77 +564,127 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     return Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[waiting])
 
-# %% ../nbs/12_train.ipynb #1d7d158b
-def train(
-    config: TrainConfig,
+# %% ../nbs/12_train.ipynb #0942f6e5
+class Run:
+    "One config made ready: its table, folds, starting backbone and, where that is frozen, stored features."
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        precision: str,
+        built: dict,  # starting backbones, shared by the runs that start from the same
+    ):
+        c, self.accelerator, self.precision = config, accelerator, precision
+        self.table = read_train(c.data)
+        self.fold = make_folds(self.table, c.cv, c.n_folds, c.fold_seed)
+        key = c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks, None if c.pretrained else c.seed
+        if key not in built:
+            set_seed(c.seed)
+            backbone, size = build_backbone(*key[:-1])
+            built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
+        self.backbone, size, self.start = built[key]
+        self.config, self.spec = dataclasses.replace(c, tile_size=size), TileSpec(*c.grid, size)
+        self.arithmetic = f"{accelerator.device.type}, {precision}"
+        self.folds = list(c.train_folds or range(c.n_folds))
+        if accelerator.is_main_process: open_run(c.out, run_identity(self.config, self.table, self.backbone, self.arithmetic), self.table, self.fold)
+        self.stored = None
+
+    def store(self, progress, log):
+        "Compute what is not stored yet, each process its share of the photos; then map all of it."
+        c, accelerator = self.config, self.accelerator
+        self.backbone.to(accelerator.device).eval()
+        cache = FeatureCache(self.backbone, self.spec, c.cache_dir, self.precision, c.cache_dtype)
+        request, paths = FeatureRequest(self.backbone, self.spec, tuple(stored_variants(c)), cache), list(self.table["path"])
+        store_features(paths[accelerator.process_index :: accelerator.num_processes], request, c.num_workers, self.precision, progress)
+        accelerator.wait_for_everyone()
+        self.stored = store_features(paths, request, c.num_workers, self.precision)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process: log(f"feature cache {cache.root}: {trim_cache(cache.root, c.cache_gb * 1e9) / 1e9:.2f} GB of at most {c.cache_gb:g}")
+
+    def train_member(self, k: int, progress, log):
+        "Train one fold from the starting weights and leave it finished on disk."
+        self.backbone.load_state_dict(self.start)
+        self.backbone.to(self.accelerator.device)
+        f = Fold(k, self.config, self.table, self.fold, self.spec, self.accelerator, self.precision, self.backbone, self.stored)
+        history = run_fold(f, progress)
+        if f.part[0] == 0: finish_fold(f, self.table, history, self.backbone)
+        log(f"{self.config.out.name} fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, {len(f.train)} photos trained, {len(f.scored)} scored")
+
+# %% ../nbs/12_train.ipynb #f2321d43
+def train_runs(
+    configs: list,  # TrainConfigs that differ in what a member is (grid, seed, ...), each with an `out` of its own
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     log: Callable = print,  # one line at a time
     others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold) -> [N, 5] grams, scored beside a frozen run
-) -> dict:  # the content of results.json
-    "Train the folds of a run that are not finished yet, then score, and write bundle and results."
-    started, c = time.time(), check_config(config)
-    device = pick_device(c.device_type)
-    precision = pick_precision(device, c.precision)
+) -> list:  # for each run the content of results.json; empty in all but the main process
+    "Train the members that are not finished yet, then score, and write bundles and results."
+    started, configs = time.time(), [check_config(c) for c in configs]
+    device = pick_device(configs[0].device_type)
+    precision = pick_precision(device, configs[0].precision)
     accelerator = make_accelerator(device, precision)
-    table = read_train(c.data)
-    fold = make_folds(table, c.cv, c.n_folds, c.fold_seed)
-    set_seed(c.seed)
-    backbone, size = build_backbone(c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling)
-    c, spec = dataclasses.replace(c, tile_size=size), TileSpec(*c.grid, size)
-    arithmetic = f"{accelerator.device.type}, {precision}"
-    if accelerator.is_main_process: open_run(c.out, run_identity(c, table, backbone, arithmetic), table, fold)
+    main, index, count = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    say = log if main else (lambda line: None)
+    built = {}
+    runs = [Run(c, accelerator, precision, built) for c in configs]
     accelerator.wait_for_everyone()
-    backbone.to(accelerator.device).eval()
-    folds = list(c.train_folds or range(c.n_folds))
-    mine = folds[accelerator.process_index :: accelerator.num_processes]
-    todo = [k for k in mine if not is_finished(c.out, k)]
-    log = log if accelerator.is_main_process else (lambda line: None)
-    log(describe(c, table, fold, folds, todo, accelerator, precision))
-    stored = variants = None
-    if c.freeze_backbone and c.cache:
-        variants = stored_variants(c)
-        cache = FeatureCache(backbone, spec, c.cache_dir, precision, c.cache_dtype)
-        share = list(table["path"])[accelerator.process_index :: accelerator.num_processes]
-        extract_features(share, backbone, spec, variants, cache, precision, progress)
-        accelerator.wait_for_everyone()
-        stored = extract_features(list(table["path"]), backbone, spec, variants, cache, precision)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process: log(f"feature cache {cache.folder.parent}: {trim_cache(cache.folder.parent, c.cache_gb * 1e9) / 1e9:.2f} GB of at most {c.cache_gb:g}")
-    start = {k: v.detach().clone() for k, v in backbone.state_dict().items()}
-    for k in todo:
-        backbone.load_state_dict(start)
-        f = Fold(k, c, table, fold, spec, accelerator, precision, None if stored is not None else backbone, stored, variants)
-        history = run_fold(f, progress)
-        finish_fold(f, table, history, backbone)
-        log(f"fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, {len(f.train)} photos trained, {len(f.scored)} scored")
+    members = [(run, k) for run in runs for k in run.folds]
+    mine = members if configs[0].shard == "photos" else members[index::count]
+    todo = [(run, k) for run, k in mine if not is_finished(run.config.out, k)]
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process: return {}
-    others = {name: rival(stored[:, 0].numpy(), table, fold) for name, rival in (others or {}).items()} if stored is not None else {}
-    facts = {"config": config_record(c), "cv": c.cv, "device": arithmetic, "seconds": round(time.time() - started, 1), **run_facts()}
-    return finish_run(c, table, fold, folds, others, facts)
+    for run in runs:
+        say(describe(run, sum(r is run for r, _ in todo)))
+        if run.config.freeze_backbone and run.config.cache: run.store(progress, say)
+    for run, k in todo: run.train_member(k, progress, say)
+    accelerator.wait_for_everyone()
+    return [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs] if main else []
 
-# %% ../nbs/12_train.ipynb #d45e8cfc
-def finish_run(c, table, fold, folds, others, facts) -> dict:
-    "Gather the finished folds: scores, bundle manifest."
-    part = lambda name: pd.concat([read_table(c.out / "folds" / f"{k}-{name}.csv") for k in folds])
+
+def train(config: TrainConfig, progress: Callable = lambda x, **_: x, log: Callable = print, others: dict = None) -> dict:
+    "`train_runs` for one run; the content of its results.json, empty in all but the main process."
+    results = train_runs([config], progress, log, others)
+    return results[0] if results else {}
+
+# %% ../nbs/12_train.ipynb #74a5b462
+def expand(
+    config: TrainConfig,
+    grids: tuple = (),  # (rows, columns) each; none keeps the config's
+    seeds: tuple = (),  # none keeps the config's
+) -> list:  # TrainConfigs, their `out` inside the config's: 2x2-seed0, ...
+    "One config for each grid and seed."
+    return [dataclasses.replace(config, grid=g, seed=s, out=config.out / f"{g[0]}x{g[1]}-seed{s}") for g, s in itertools.product(grids or (config.grid,), seeds or (config.seed,))]
+
+# %% ../nbs/12_train.ipynb #ef94cd5a
+def finish_run(run: Run, others: dict, seconds: float) -> dict:
+    "Gather the finished folds of a run: scores, bundle manifest."
+    c = run.config
+    part = lambda name: pd.concat([read_table(c.out / "folds" / f"{k}-{name}.csv") for k in run.folds])
     history = part("history")
     history.insert(0, "run", c.out.resolve().name)
-    results = write_results(c.out, table, fold, part("oof"), others, history, facts)
-    members = [json.loads((c.out / "folds" / f"{k}.json").read_text(encoding="utf-8")) for k in folds]
+    if run.stored: others = {name: rival(run.stored.gather(range(len(run.table)), View()).numpy(), run.table, run.fold) for name, rival in others.items()}
+    facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds, **run_facts()}
+    results = write_results(c.out, run.table, run.fold, part("oof"), others if run.stored else {}, history, facts)
+    members = [json.loads((c.out / "folds" / f"{k}.json").read_text(encoding="utf-8")) for k in run.folds]
     write_manifest(c.out / "bundle", members, {"method": c.physics, "threshold": c.correction_threshold}, c.tta, results["scores"])
     return results
 
-# %% ../nbs/12_train.ipynb #3258c33f
-def describe(c, table, fold, folds, todo, accelerator, precision) -> str:
+# %% ../nbs/12_train.ipynb #23a6fea9
+def describe(
+    run: Run,
+    todo: int,  # folds that this process will train
+) -> str:
     "What is about to happen, in the words of the options."
+    c, table, processes = run.config, run.table, run.accelerator.num_processes
     feeds = ("stored features of the frozen backbone" if c.cache else "the frozen backbone, run anew every epoch") if c.freeze_backbone else "the backbone, which learns"
     pixels = f"{c.stored_draws} stored draws a photo" if c.stored_draws else "drawn anew every epoch" if c.augment == "full" else "none"
     mixup = f"on {'features' if c.freeze_backbone and c.cache else 'photos'}, {c.mixup_prob:.0%} of batches" if c.use_mixup else "off"
-    done = f" ({len(folds) - len(todo)} finished already or another process's)" if len(todo) < len(folds) else ""
+    done = f" ({len(run.folds) - todo} finished already or another process's)" if todo < len(run.folds) else ""
+    shared = "" if processes == 1 else f"\n{processes} processes share " + (
+        "the members, each trained as a single process would" if c.shard == "members" else "each batch of every member; another number of processes gives another result")
     return (
-        f"{len(table)} photos, {table['Sampling_Date'].nunique()} dates; --cv {c.cv}, folds {', '.join(map(str, folds))}{done}\n"
-        f"{c.backbone}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half, on {accelerator.device.type} in {precision}\n"
-        f"heads read {feeds}; flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; pixel augmentation: {pixels}; MixUp: {mixup}"
+        f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; --cv {c.cv}, folds {', '.join(map(str, run.folds))}{done}\n"
+        f"{c.backbone}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half, on {run.accelerator.device.type} in {run.precision}\n"
+        f"heads read {feeds}; flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; pixel augmentation: {pixels}; MixUp: {mixup}{shared}"
     )
 
 # %% ../nbs/12_train.ipynb #fdfd8487

@@ -1,5 +1,6 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,25 @@ def run(*command, **options):
 def python(*arguments, **options):
     "Run this Python."
     return run(sys.executable, *arguments, **options)
+
+
+def launch(processes, module, *arguments, **options):
+    """Run a module in several processes, as `accelerate launch` does on several GPUs.
+
+    On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it calls for GPUs.
+    """
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module, *arguments, timeout=300, **options)
+
+
+def options(config) -> list:
+    "A config as command-line options (those that differ from the defaults)."
+    out = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value == f.default: continue
+        flag = ("--no-" if value is False else "--") + f.name.replace("_", "-")
+        out += [flag] if isinstance(value, bool) else [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
+    return out
 
 
 def imported_names(tree):

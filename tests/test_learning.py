@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from accelerate import Accelerator
+from conftest import launch, options
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.bundle import read_bundle
@@ -24,17 +25,6 @@ quiet = dict(log=lambda line: None)
 
 
 def members(folder): return {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
-
-
-def options(config: TrainConfig) -> list:
-    "A config as command-line options (those that differ from the defaults)."
-    out = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value == f.default: continue
-        flag = "--" + f.name.replace("_", "-")
-        out += [flag] if value is True else [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
-    return out
 
 
 def test_heads_on_frozen_features_beat_the_floors(config, tmp_path):
@@ -85,20 +75,26 @@ def test_a_killed_run_goes_on_and_ends_alike(config, finished, tmp_path):
     assert members(tmp_path / "run") == members(finished) and ours[theirs.columns].equals(theirs)
 
 
-def test_two_processes_share_the_folds(config, finished, tmp_path):
-    """`accelerate launch` with two processes on the CPU: each trains its own folds, each as one process would.
-
-    It is called by its module, because the `accelerate` script imports timm, and with it torchvision, before us.
-    """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", "-m", "biomass_kit.train", *options(dataclasses.replace(config, out=tmp_path / "run", cache_dir=tmp_path / "cache"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_two_processes_share_the_members(config, finished, tmp_path):
+    "Members of two runs, dealt to two processes: each as one process alone would train it."
+    two = dataclasses.replace(config, out=tmp_path / "runs", cache_dir=tmp_path / "cache")
+    done = launch(2, "biomass_kit.train", *options(two), "--seeds", 0, 1)
     assert done.returncode == 0, done.stderr[-3000:]
-    finished_folds = [done.stderr.count(f"fold {k}: 100%") for k in range(3)]
-    assert finished_folds == [1, 1, 1] and (tmp_path / "run/results.json").exists(), "each fold by one process"
-    ours, theirs = (pd.read_csv(r / "oof.csv") for r in (tmp_path / "run", finished))
+    assert "2 processes share the members" in done.stdout + done.stderr and "(1 finished already or another process's)" in done.stdout + done.stderr
+    ours, theirs = (pd.read_csv(r / "oof.csv") for r in (tmp_path / "runs/2x2-seed0", finished))
     columns = [c for c in ours.columns if c.endswith(("_pred", "_raw"))]
     assert np.abs(ours[columns] - theirs[columns]).to_numpy().max() < 1e-3
+    assert len(read_bundle(tmp_path / "runs/bundle").members) == 6
+
+
+def test_two_processes_share_one_fine_tuned_member(config, tmp_path):
+    "`--shard photos`: both processes see their part of each batch; averaged gradients keep their weights alike, and the network learns."
+    live = dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, backbone_lr=1e-3, epochs=6, train_folds=(0,), shard="photos", use_mixup=False, augment="none")
+    done = launch(2, "biomass_kit.train", *options(live))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes share each batch" in done.stdout + done.stderr
+    loss = pd.read_csv(tmp_path / "run/history.csv").loss
+    assert loss.iloc[-1] < loss.iloc[0] and len(read_bundle(tmp_path / "run").members) == 1
 
 
 def test_a_run_folder_belongs_to_one_run(config, finished, tmp_path):

@@ -1,0 +1,116 @@
+"""Backbone passes are counted, not timed: what noise cannot shake. And what is shared among processes stays whole."""
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import launch, python
+
+from biomass_kit.bundle import read_bundle, save_backbone, save_member, write_manifest
+from biomass_kit.data import list_photos
+from biomass_kit.ensemble import Ensemble, predict_folder
+from biomass_kit.features import Backbone, build_backbone
+from biomass_kit.model import BiomassModel
+from biomass_kit.targets import TARGETS
+from biomass_kit.train import train
+
+VIEWS = ["plain", "h", "v", "swap"]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    "How often any backbone was called."
+    calls, plain = [], Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda self, tiles: calls.append(len(tiles)) or plain(self, tiles))
+    return calls
+
+
+def bundle(folder, fine_tuned=False):
+    "Five folds of two grids on one backbone, or five members with a backbone each; untrained."
+    torch.manual_seed(0)
+    backbone, size = build_backbone("test_vit", pretrained=False, tile_size=32)
+    infos = []
+    for grid in ((2, 2),) if fine_tuned else ((2, 2), (3, 3)):
+        for fold in range(5):
+            if fine_tuned:
+                with torch.no_grad(): backbone.model.norm.bias.add_(0.1)
+            model = BiomassModel(backbone.dim, learning=True)
+            model.fit_output(torch.rand(20, 5) * 50)
+            infos.append(save_member(folder, model, dict(name=f"{grid[0]}-{fold}", fold=fold, backbone=save_backbone(folder, backbone), grid=list(grid), tile_size=size,
+                                                         bounds=[[0.0] * 5, [90.0] * 5], means=[20.0] * 5, config={})))
+    write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, VIEWS, {})
+    return folder
+
+
+def test_passes_are_the_distinct_ones(data, tmp_path, passes):
+    "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 a member when fine-tuned, none for photos seen before."
+    photos = list_photos(data / "test")
+    frozen = Ensemble(read_bundle(bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
+    first = frozen.predict(photos, batch_size=len(photos))
+    assert passes == [len(photos)] * 6
+    passes.clear()
+    assert np.abs(frozen.predict(photos, batch_size=3) - first).max() < 1e-4 and passes == []
+    tuned = Ensemble(read_bundle(bundle(tmp_path / "tuned", fine_tuned=True)), device_type="cpu")
+    tuned.predict(photos, batch_size=len(photos))
+    assert passes == [len(photos)] * 3 * 5
+    passes.clear()
+    unseen = Ensemble(frozen.bundle, device_type="cpu", precision="bf16", cache_dir=tmp_path / "cache")
+    unseen.predict(photos, batch_size=len(photos))
+    assert len(passes) == 6, "other arithmetic, other features"
+
+
+def test_one_batch_asks_only_for_what_is_missing(data, tmp_path, passes):
+    photos = list_photos(data / "test")
+    ensemble = Ensemble(read_bundle(bundle(tmp_path / "b")), device_type="cpu", cache_dir=tmp_path / "cache")
+    ensemble.predict(photos[1:3])
+    passes.clear()
+    ensemble.predict(photos, batch_size=4)
+    assert passes == [len(photos) - 2] * 6
+
+
+def test_training_sees_each_variant_once(config, tmp_path, passes):
+    "Folds, epochs and seeds read what the first run stored."
+    first = dataclasses.replace(config, out=tmp_path / "a", cache_dir=tmp_path / "cache")
+    train(first, log=lambda line: None)
+    assert sum(passes) == 30 * 4
+    passes.clear()
+    train(dataclasses.replace(first, out=tmp_path / "b", seed=1), log=lambda line: None)
+    assert passes == []
+
+
+WRITER = """
+import sys; from biomass_kit.features import TileSpec, build_backbone; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data import list_photos; from biomass_kit.tta import STORED_VIEWS
+b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
+r = FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3]))
+for _ in range(3): stored = store_features(list_photos(sys.argv[2]), r)
+print(sum(float(stored.gather(range(30), v).double().sum()) for v in STORED_VIEWS))
+"""
+
+
+def test_two_processes_write_the_same_store_at_once(data, weights, tmp_path):
+    command = [sys.executable, "-c", WRITER, str(weights), str(data / "train"), str(tmp_path / "cache")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sums = [float(p.communicate()[0]) for p in both]
+    files = list((tmp_path / "cache").rglob("*.*"))
+    assert [p.returncode for p in both] == [0, 0] and sums[0] == pytest.approx(sums[1], rel=1e-9)
+    assert len(files) == 30 * 4 and not [f for f in files if f.suffix != ".npy"]
+
+
+def test_two_processes_share_the_photos(data, tmp_path):
+    "Each predicts half, the main one writes all; an unreadable photo is named once."
+    folder, photos = bundle(tmp_path / "b"), tmp_path / "photos"
+    photos.mkdir()
+    for p in list_photos(data / "train")[:7]: (photos / p.name).write_bytes(p.read_bytes())
+    bad = sorted(photos.iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:300])
+    with pytest.warns(UserWarning, match="1 of 7"): alone = predict_folder(folder, photos, tmp_path / "alone.csv", device_type="cpu")
+    done = launch(2, "biomass_kit.ensemble", "--weights", folder, "--photos", photos, "--out", tmp_path / "shared.csv", "--device-type", "cpu", "--no-cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = pd.read_csv(tmp_path / "shared.csv")
+    assert shared.photo.tolist() == alone.photo.tolist()
+    assert np.abs(shared[list(TARGETS)].to_numpy() - alone[list(TARGETS)].to_numpy()).max() < 1e-3
+    assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and done.stdout.count("shared.csv: 7 rows") == 1
