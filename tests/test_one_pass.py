@@ -6,19 +6,15 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import launch, python
+from conftest import launch
+from untrained import untrained_bundle
 
-from biomass_kit.bundle import read_bundle, save_backbone, save_member, write_manifest
+from biomass_kit.bundle import read_bundle
 from biomass_kit.data import list_photos
 from biomass_kit.ensemble import Ensemble, predict_folder
-from biomass_kit.features import Backbone, build_backbone
-from biomass_kit.model import BiomassModel
+from biomass_kit.features import Backbone
 from biomass_kit.targets import TARGETS
 from biomass_kit.train import train
-
-VIEWS = ["plain", "h", "v", "swap"]
-
 
 @pytest.fixture
 def passes(monkeypatch):
@@ -28,32 +24,15 @@ def passes(monkeypatch):
     return calls
 
 
-def bundle(folder, fine_tuned=False):
-    "Five folds of two grids on one backbone, or five members with a backbone each; untrained."
-    torch.manual_seed(0)
-    backbone, size = build_backbone("test_vit", pretrained=False, tile_size=32)
-    infos = []
-    for grid in ((2, 2),) if fine_tuned else ((2, 2), (3, 3)):
-        for fold in range(5):
-            if fine_tuned:
-                with torch.no_grad(): backbone.model.norm.bias.add_(0.1)
-            model = BiomassModel(backbone.dim, learning=True)
-            model.fit_output(torch.rand(20, 5) * 50)
-            infos.append(save_member(folder, model, dict(name=f"{grid[0]}-{fold}", fold=fold, backbone=save_backbone(folder, backbone), grid=list(grid), tile_size=size,
-                                                         bounds=[[0.0] * 5, [90.0] * 5], means=[20.0] * 5, config={})))
-    write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, VIEWS, {})
-    return folder
-
-
 def test_passes_are_the_distinct_ones(data, tmp_path, passes):
     "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 a member when fine-tuned, none for photos seen before."
     photos = list_photos(data / "test")
-    frozen = Ensemble(read_bundle(bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
+    frozen = Ensemble(read_bundle(untrained_bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
     first = frozen.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 6
     passes.clear()
     assert np.abs(frozen.predict(photos, batch_size=3) - first).max() < 1e-4 and passes == []
-    tuned = Ensemble(read_bundle(bundle(tmp_path / "tuned", fine_tuned=True)), device_type="cpu")
+    tuned = Ensemble(read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type="cpu")
     tuned.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 3 * 5
     passes.clear()
@@ -64,7 +43,7 @@ def test_passes_are_the_distinct_ones(data, tmp_path, passes):
 
 def test_one_batch_asks_only_for_what_is_missing(data, tmp_path, passes):
     photos = list_photos(data / "test")
-    ensemble = Ensemble(read_bundle(bundle(tmp_path / "b")), device_type="cpu", cache_dir=tmp_path / "cache")
+    ensemble = Ensemble(read_bundle(untrained_bundle(tmp_path / "b")), device_type="cpu", cache_dir=tmp_path / "cache")
     ensemble.predict(photos[1:3])
     passes.clear()
     ensemble.predict(photos, batch_size=4)
@@ -102,7 +81,7 @@ def test_two_processes_write_the_same_store_at_once(data, weights, tmp_path):
 
 def test_two_processes_share_the_photos(data, tmp_path):
     "Each predicts half, the main one writes all; an unreadable photo is named once."
-    folder, photos = bundle(tmp_path / "b"), tmp_path / "photos"
+    folder, photos = untrained_bundle(tmp_path / "b"), tmp_path / "photos"
     photos.mkdir()
     for p in list_photos(data / "train")[:7]: (photos / p.name).write_bytes(p.read_bytes())
     bad = sorted(photos.iterdir())[3]

@@ -1,0 +1,118 @@
+"""Training the heads of several folds on stored features: one after another, stacked by torch.func, or in two processes.
+
+    python tests/benchmarks/heads_together.py
+
+The three forms do the same steps on the same batches; their weights are compared at the end. The time of a process's
+start is left out (each waits until it is told to begin), since it is paid once for all members.
+"""
+import copy
+import multiprocessing as mp
+import platform
+import time
+from dataclasses import dataclass
+from datetime import date
+from statistics import median
+
+import torch
+import tyro
+from torch.func import functional_call, stack_module_state, vmap
+
+from biomass_kit.model import BiomassModel
+
+
+@dataclass(frozen=True)
+class Args:
+    "Milliseconds a step of all members together, in three forms."
+
+    members: int = 10
+    dim: int = 768
+    tiles: int = 4
+    batch_size: int = 16
+    steps: int = 60
+    rounds: int = 3
+
+
+def draw(a: Args) -> tuple:
+    "Members, and one batch for each."
+    torch.manual_seed(0)
+    models = [BiomassModel(a.dim, dropout=0.0) for _ in range(a.members)]
+    return models, torch.randn(a.members, a.batch_size, 2, a.tiles, a.dim), torch.rand(a.members, a.batch_size, 5)
+
+
+def loss_of(predicted, wanted): return torch.nn.functional.smooth_l1_loss(predicted, wanted)
+
+
+def optimizer(parameters): return torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
+
+
+def one_after_another(models, x, y, steps) -> float:
+    "Seconds of a plain loop for each member."
+    start = time.perf_counter()
+    for model, xi, yi in zip(models, x, y):
+        o = optimizer(model.parameters())
+        for _ in range(steps):
+            o.zero_grad()
+            loss_of(model(xi), yi).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            o.step()
+    return time.perf_counter() - start
+
+
+def stacked(models, x, y, steps) -> tuple:
+    "Seconds of one loop for all members at once, and their weights."
+    parameters, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    leaves = [p.requires_grad_() for p in parameters.values()]
+    o, start = optimizer(leaves), time.perf_counter()
+    for _ in range(steps):
+        o.zero_grad()
+        vmap(lambda p, b, xi, yi: loss_of(functional_call(base, (p, b), (xi,)), yi))(parameters, buffers, x, y).sum().backward()
+        norms = sum(p.grad.flatten(1).square().sum(1) for p in leaves).sqrt()
+        for p in leaves: p.grad.mul_((1 / (norms + 1e-6)).clamp(max=1).view(-1, *[1] * (p.ndim - 1)))
+        o.step()
+    return time.perf_counter() - start, parameters
+
+
+def worker(a: Args, index: int, count: int, begin, done):
+    "One process's share of the members, on one thread."
+    torch.set_num_threads(1)
+    models, x, y = draw(a)
+    one_after_another(copy.deepcopy(models[:1]), x[:1], y[:1], 3)
+    begin.wait()
+    for _ in range(a.rounds):
+        mine = copy.deepcopy(models[index::count])
+        begin.wait()
+        one_after_another(mine, x[index::count], y[index::count], a.steps)
+        done.wait()
+
+
+def main():
+    a = tyro.cli(Args)
+    print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    models, x, y = draw(a)
+    times = {"one after another": [], "stacked": [], "two processes": []}
+    one_after_another(copy.deepcopy(models[:1]), x[:1], y[:1], 3)
+    for _ in range(a.rounds):
+        plain = copy.deepcopy(models)
+        times["one after another"].append(one_after_another(plain, x, y, a.steps))
+        seconds, together = stacked(copy.deepcopy(models), x, y, a.steps)
+        times["stacked"].append(seconds)
+        gap = max((together[n][i] - p).abs().max().item() for i, m in enumerate(plain) for n, p in m.named_parameters())
+        assert gap < 1e-3, f"stacked training ends elsewhere: {gap}"
+    context = mp.get_context("spawn")
+    begin, done = context.Barrier(3), context.Barrier(3)
+    processes = [context.Process(target=worker, args=(a, i, 2, begin, done)) for i in range(2)]
+    for p in processes: p.start()
+    begin.wait()
+    for _ in range(a.rounds):
+        begin.wait()
+        start = time.perf_counter()
+        done.wait()
+        times["two processes"].append(time.perf_counter() - start)
+    for p in processes: p.join()
+    for name, seconds in times.items():
+        print(f"  {name:18s} {median(seconds) / a.steps * 1e3:6.1f} ms a step of all members, {median(times['one after another']) / median(seconds):.2f} times as fast")
+    print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}")
+
+
+if __name__ == "__main__": main()

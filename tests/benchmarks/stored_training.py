@@ -1,0 +1,86 @@
+"""Epochs on stored features against the same epochs with the frozen backbone recomputed.
+
+    python tests/benchmarks/stored_training.py [--backbone NAME --backbone-weights FILE]
+
+Same photos, batches, draws (flips, swap, MixUp's shares are drawn for both; MixUp itself is off, since on pixels it is
+another thing than on features) and heads. The stored side runs all its epochs; the recomputed side runs one epoch of one
+fold of each grid and is scaled. After that epoch both sides' heads must say the same.
+"""
+import platform
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.train import Fold, Run, TrainConfig, check_config, epoch_batches, make_accelerator, make_optimizer, predict_fold, stages, train_step
+from biomass_kit.tta import View
+
+
+@dataclass(frozen=True)
+class Args:
+    "Time training on stored features against training with the frozen backbone in the loop."
+
+    backbone: str = "vit_small_patch14_dinov2"
+    backbone_weights: Optional[Path] = None  # random weights without it: the time is the same
+    tile_size: int = 252
+    photos: int = 40
+    height: int = 1000
+    epochs: int = 50
+    folds: int = 5
+    grids: tuple[tuple[int, int], ...] = ((2, 2), (3, 3))
+
+
+def epochs(f: Fold, n: int) -> float:
+    "Seconds of n epochs: batches and steps, nothing else."
+    stage = stages(f.config)[0]
+    optimizer = f.accelerator.prepare_optimizer(make_optimizer(f.model, f.backbone, stage, f.config))
+    f.model.train()
+    torch.manual_seed(1)
+    start = time.perf_counter()
+    for e in range(n):
+        for batch in epoch_batches(f.dataset, f.fit, e): train_step(f, batch, optimizer, stage)
+    return time.perf_counter() - start
+
+
+def main():
+    a = tyro.cli(Args)
+    print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    device = torch.device("cpu")
+    stored_s = recomputed_s = extraction_s = 0
+    with tempfile.TemporaryDirectory() as room:
+        room = Path(room)
+        data = write_dataset(room / "data", n_photos=a.photos, n_test=1, height=a.height)
+        if a.backbone_weights is None:
+            from safetensors.torch import save_file
+
+            from biomass_kit.features import build_backbone
+
+            a = replace(a, backbone_weights=room / "random.safetensors")
+            save_file(build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model.state_dict(), a.backbone_weights)
+        for grid in a.grids:
+            base = check_config(TrainConfig(data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size,
+                                            n_folds=a.folds, freeze_backbone=True, use_mixup=False, augment="flips", cache_dir=room / "cache", device_type="cpu"))
+            run = Run(base, make_accelerator(device, "fp32"), "fp32", {})
+            start = time.perf_counter()
+            run.store(lambda x, **_: x, print)
+            extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
+            fold = lambda k, stored: Fold(k, run.config, run.table, run.fold, run.spec, run.accelerator, "fp32", run.backbone, stored)
+            once, live = fold(0, run.stored), fold(0, None)
+            epochs(once, 1)
+            recomputed_s += epochs(live, 1) * a.epochs * a.folds
+            difference = np.abs(predict_fold(once, once.scored, [View()]) - predict_fold(live, live.scored, [View()])).max()
+            assert difference < 1e-2, f"the two sides trained different heads: {difference} g"
+            stored_s += sum(epochs(fold(k, run.stored), a.epochs) for k in range(a.folds))
+            print(f"grid {grid}: largest difference after an epoch {difference:.1e} g", flush=True)
+    print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored_s:.1f} s, recomputed {recomputed_s:.0f} s (scaled), {recomputed_s / stored_s:.0f} times; "
+          f"with one plain-view extraction ({extraction_s:.0f} s) counted in {recomputed_s / (stored_s + extraction_s):.0f} times")
+
+
+if __name__ == "__main__": main()
