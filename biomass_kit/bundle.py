@@ -6,12 +6,13 @@
 __all__ = ['SCHEMA', 'MANIFEST', 'HEADER', 'save_backbone', 'save_member', 'read_member_info', 'write_manifest', 'Bundle',
            'read_bundle', 'copy_members']
 
-# %% ../nbs/10_bundle.ipynb #9c9f347b
+# %% ../nbs/10_bundle.ipynb #6b7d85f8
 import hashlib, json, shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -58,13 +59,14 @@ def read_member_info(path) -> dict:
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise BiomassError(f"{path}: not a member written by biomass_kit ({type(e).__name__}); train or download it again") from None
 
-# %% ../nbs/10_bundle.ipynb #a00c7b95
+# %% ../nbs/10_bundle.ipynb #2d45019f
 def write_manifest(
     folder,  # the bundle; its members and backbones are already there
     members: list,  # descriptions from `save_member`
     physics: dict,  # {"method", "threshold"}, the default at prediction
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
+    combine: dict = None,  # {"how", "weights" of the members, "trim"} of `targets.combine`; the plain mean by default
 ) -> Path:
     "Describe a finished bundle; from now on every byte of it is accounted for."
     folder = Path(folder)
@@ -72,7 +74,7 @@ def write_manifest(
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
         "schema": SCHEMA, "library": biomass_kit.__version__, "targets": list(TARGETS),
-        "physics": physics, "views": list(views),
+        "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
         "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,
@@ -81,7 +83,7 @@ def write_manifest(
     }
     return write_json(folder / MANIFEST, manifest, sort_keys=True)
 
-# %% ../nbs/10_bundle.ipynb #3462f92d
+# %% ../nbs/10_bundle.ipynb #d5e55b65
 class Bundle(NamedTuple):
     "A checked bundle; tensors stay on disk until asked for."
     folder: Path
@@ -103,7 +105,7 @@ class Bundle(NamedTuple):
         backbone, _ = build_backbone(ref["name"], pretrained=False, tile_size=member["tile_size"], pooling=ref["pooling"], blocks=ref.get("blocks", ()))
         try: backbone.model.load_state_dict(load_file(self.folder / ref["file"]))
         except RuntimeError as e: raise BiomassError(f"{self.folder / ref['file']}: weights do not fit {ref['name']} ({e})") from None
-        return backbone.eval()
+        return backbone.to(memory_format=torch.channels_last).eval()  # faster where there are convolutions
 
 # %% ../nbs/10_bundle.ipynb #14b49fd9
 def _check_manifest(path, manifest):

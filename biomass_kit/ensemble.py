@@ -6,7 +6,7 @@
 __all__ = ['Pass', 'plan_passes', 'Ensemble', 'describe_plan', 'peak_memory', 'probe', 'is_main_process', 'predict_photos',
            'predict_competition', 'predict_folder']
 
-# %% ../nbs/11_ensemble.ipynb #4ee6d86a
+# %% ../nbs/11_ensemble.ipynb #f2f51a0c
 import os, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from .features import TileSpec, pick_device, pick_precision
 from .model import predict_views, view_batch
 from .physics import apply_physics
 from .store import FeatureCache, FeatureRequest, feature_batches
-from .targets import TARGETS, BiomassError
+from .targets import TARGETS, BiomassError, combine
 from .tta import backbone_views, parse_view
 
 # %% ../nbs/11_ensemble.ipynb #a38ce94f
@@ -46,7 +46,7 @@ def plan_passes(
         groups.setdefault((name, TileSpec(*m["grid"], m["tile_size"])), []).append(i)
     return [Pass(name, spec, tuple(who), tuple(backbone_views(views))) for (name, spec), who in groups.items()]
 
-# %% ../nbs/11_ensemble.ipynb #39d68df4
+# %% ../nbs/11_ensemble.ipynb #c242fa54
 class Ensemble:
     "All members of a bundle on one device."
 
@@ -95,11 +95,11 @@ class Ensemble:
     ) -> np.ndarray:  # float32 [N, 5] raw grams, mean over members and views; training means for photos in `faults`
         "Raw predictions of all photos, memory bounded by the batch."
         batches = feature_batches(paths, self.requests, batch_size, num_workers, self.precision, strict=faults is None)
-        grams, reasons = [torch.zeros(0, len(TARGETS))], []
+        grams, reasons = [np.zeros((0, len(TARGETS)), np.float32)], []
         for features, why in progress(batches, desc="predict", unit="batch", total=-(-len(paths) // batch_size)):
-            grams.append(self.predict_members(features).mean(0))
+            grams.append(combine(self.predict_members(features), **self.bundle.manifest.get("combine", {})))
             reasons += why
-        grams, bad = torch.cat(grams).numpy(), {i: why for i, why in enumerate(reasons) if why}
+        grams, bad = np.concatenate(grams), {i: why for i, why in enumerate(reasons) if why}
         if bad:
             grams[list(bad)] = self.bundle.manifest["means"]
             faults.update(bad)
@@ -157,7 +157,7 @@ def _predict_shared(predict, paths, device_type, faults):
         if faults is not None: faults.update(found)
     return out
 
-# %% ../nbs/11_ensemble.ipynb #111c53a2
+# %% ../nbs/11_ensemble.ipynb #be174352
 def predict_photos(
     weights,  # a bundle folder, or a checked Bundle
     paths,  # photos
@@ -183,7 +183,7 @@ def predict_photos(
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     raw = predict(list(paths), faults) if alone else _predict_shared(predict, list(paths), device_type, faults)
-    return apply_physics(raw, bundle.manifest["bounds"], method, chosen["threshold"] if threshold is None else threshold)
+    return apply_physics(raw, bundle.manifest["bounds"], method, chosen["threshold"] if threshold is None else threshold, chosen.get("covariance"))
 
 # %% ../nbs/11_ensemble.ipynb #e6aee193
 def _report_faults(faults: dict, names: list, out):

@@ -1,0 +1,52 @@
+"""Which form of a backbone's forward is fastest on this machine, each compared with the plain one: `python tests/benchmarks/kernels.py`."""
+import copy
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from statistics import median
+
+import torch
+import tyro
+
+from biomass_kit.features import autocast, build_backbone, pick_device
+
+
+@dataclass(frozen=True)
+class Args:
+    "Time one backbone pass in several forms."
+
+    backbones: tuple[str, ...] = ("vit_small_patch14_dinov2", "tf_efficientnetv2_b0")
+    tile_size: int = 224
+    tiles: int = 16
+    rounds: int = 5
+
+
+def main():
+    a = tyro.cli(Args)
+    device = pick_device()
+    print(f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    for name in a.backbones:
+        torch.manual_seed(0)
+        plain = build_backbone(name, pretrained=False, tile_size=a.tile_size)[0].eval().to(device)
+        tiles = torch.randint(0, 255, (a.tiles, 3, a.tile_size, a.tile_size), dtype=torch.uint8, device=device)
+        forms = {"plain": (plain, "fp32"), "channels_last": (copy.deepcopy(plain).to(memory_format=torch.channels_last), "fp32"), "bf16": (plain, "bf16")}
+        try:
+            compiled = torch.compile(copy.deepcopy(plain))
+            with torch.inference_mode(): compiled(tiles)
+            forms["torch.compile"] = compiled, "fp32"
+        except Exception as e: print(f"torch.compile: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+        times, out = {n: [] for n in forms}, {}
+        for _ in range(a.rounds + 1):
+            for n, (run, precision) in forms.items():
+                start = time.perf_counter()
+                with torch.inference_mode(), autocast(device, precision): out[n] = run(tiles).cpu()
+                times[n].append(time.perf_counter() - start)
+        first = median(times["plain"][1:])
+        for n in forms:
+            gap = (out[n] - out["plain"]).abs().max() / out["plain"].abs().max()
+            print(f"  {name:28s} {n:14s} {first / median(times[n][1:]):.2f} times plain's speed, largest relative difference {gap:.1e}", flush=True)
+
+
+if __name__ == "__main__": main()
