@@ -29,7 +29,7 @@ class Draw(NamedTuple):
     key: str
     apply: Callable  # (pair uint8 [2, S, S, 3], photo digest) -> pair
 
-# %% ../nbs/07b_store.ipynb #4614e12b
+# %% ../nbs/07b_store.ipynb #6becd956
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 CACHE_GB = 20.0
 
@@ -50,7 +50,8 @@ class FeatureCache:
         precision: str = "fp32",  # of the backbone's arithmetic: other precision, other features
         dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
     ):
-        key = json.dumps([2, backbone_digest(backbone), *spec, precision, dtype])
+        device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
+        key = json.dumps([2, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
         self.root, self.dtype = Path(folder or default_cache_dir()), CACHE_DTYPES[dtype]
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -122,7 +123,7 @@ class LoadedPhoto(NamedTuple):
     tiles: list  # for each request: variant -> tiles uint8 [2, T, 3, s, s] of what is not stored
     fault: str = ""  # why it could not be read
 
-# %% ../nbs/07b_store.ipynb #1ae50af5
+# %% ../nbs/07b_store.ipynb #330a4d2d
 def _digest(path, requests) -> str:
     "The photo's digest where a cache or a draw needs it."
     if not any(r.cache or any(isinstance(v, Draw) for v in r.variants) for r in requests): return ""
@@ -152,14 +153,14 @@ def load_photo(
 def _tiles(pair, request, variants, digest, cut) -> dict:
     "The tiles that a backbone sees for each variant; a view's keep their unflipped places and are flipped on the device."
     device = request.backbone.mean.device
-    pixels = lambda p: torch.from_numpy(p).to(device) if device.type == "cuda" else np.ascontiguousarray(p)
+    pixels = lambda p: torch.from_numpy(p).to(device if device.type == "cuda" else "cpu")
     for v in variants:
         draw = v if isinstance(v, Draw) else None
         key = request.spec, draw and draw.key
         if key not in cut: cut[key] = cut_tiles(pixels(draw.apply(pair, digest) if draw else pair), request.spec)
     return {v: cut[request.spec, v.key if isinstance(v, Draw) else None] for v in variants}
 
-# %% ../nbs/07b_store.ipynb #13c69337
+# %% ../nbs/07b_store.ipynb #51716a1b
 def _variant_features(photos, i, request, variant, precision) -> torch.Tensor:
     "One request's features of one variant, float32 [B, 2, T, D] on the device; zeros for photos that cannot be read."
     spec, device = request.spec, request.backbone.mean.device
@@ -192,8 +193,7 @@ def feature_batches(
         while photos := list(islice(loaded, batch_size)):
             with torch.inference_mode(): features = [{v: _variant_features(photos, i, r, v, precision) for v in r.variants} for i, r in enumerate(requests)]
             yield features, [p.fault for p in photos]
-    finally:
-        if num_workers: loaded.close()
+    finally: loaded.close()
 
 # %% ../nbs/07b_store.ipynb #7421941e
 class StoredFeatures:

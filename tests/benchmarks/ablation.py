@@ -30,8 +30,8 @@ from biomass_kit.targets import TARGETS, combine, weighted_r2
 from biomass_kit.train import TrainConfig, train_runs
 from biomass_kit.tta import View
 
-DEFAULT = "default"
-SWITCHES = {  # row -> what differs from the default recipe; trained
+DEFAULT = "default"  # of the table: grams throughout
+SWITCHES = {  # row -> what differs from it; trained
     DEFAULT: {},
     "log targets, dead and clover": dict(use_log_targets=True),
     "log targets, all": dict(use_log_targets=True, log_targets="all"),
@@ -90,7 +90,7 @@ def raw_predictions(a: Args, row: str, table) -> dict:
     base = TrainConfig(data=a.data, out=folder, backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
     for (grid, seed), path in tqdm(paths.items(), desc=row, unit="run"):
         if path.exists(): continue
-        run = replace(base, out=folder / path.stem, grid=grid, seed=seed, fold_seed=seed, **SWITCHES[row])
+        run = replace(base, out=folder / path.stem, grid=grid, seed=seed, fold_seed=seed, **{"use_log_targets": False, **SWITCHES[row]})
         train_runs([run], log=lambda line: None)
         write_csv(path, read_table(run.out / "oof.csv"))
         shutil.rmtree(run.out)

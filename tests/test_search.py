@@ -1,0 +1,141 @@
+"""A search that several processes share, that is killed, and that goes on: every trial once, none lost."""
+import ast
+import collections
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+import tyro
+from conftest import ROOT, imported_names, options
+from safetensors.torch import save_file
+
+from biomass_kit.cli import TrainArgs
+from biomass_kit.features import build_backbone
+from biomass_kit.search import SPACE, as_options, check_space
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.targets import TARGETS, weighted_r2
+from biomass_kit.train import TrainConfig
+
+TRIALS = 3
+SEARCHED = [k for k in SPACE if k != "grid" and not k.startswith("aux_")]
+
+SEARCH = """
+import os, sys, time
+from pathlib import Path
+from biomass_kit import cli, train
+
+plain = train.Run.train_member
+lines = lambda: [line.split() for line in open({diary!r})]
+
+
+def write(run, k, what):
+    with open({diary!r}, "a") as diary: diary.write(f"{{run.config.out.relative_to({out!r})}} {{k}} {{what}} {{os.getpid()}}\\n")
+
+
+def train_member(run, k, progress, log):
+    "What it does, and a line in the diary; waits until all processes have begun, and for ever at the fold in which it is killed."
+    write(run, k, "begins")
+    while len({{pid for *_, pid in lines()}}) < {processes} or sum(what == "begins" for _, _, what, _ in lines()) == {hangs_at}: time.sleep(0.05)
+    plain(run, k, progress, log)
+    write(run, k, "done")
+
+
+train.Run.train_member = train_member
+cli.search(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "Twelve drawn photos and a tiny frozen backbone."
+    room = tmp_path_factory.mktemp("search")
+    data = write_dataset(room / "data", n_photos=12, n_test=2, seed=2, height=64)
+    torch.manual_seed(0)
+    save_file(build_backbone("test_vit", pretrained=False)[0].model.state_dict(), room / "vit.safetensors")
+    return TrainConfig(data=data, out=room / "out", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32,
+                       freeze_backbone=True, epochs=1, cache_dir=room / "cache", device_type="cpu")
+
+
+def start(config, out, processes=1, hangs_at=0):
+    "A search in its own process; its diary lies beside its folder."
+    code = SEARCH.format(diary=str(out) + ".diary", out=str(out), processes=processes, hangs_at=hangs_at)
+    words = [*as_options(config), "--out", str(out), "--grid", "2", "2", "--no-use-aux-heads", "--trials", str(TRIALS)]
+    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def diary(out):
+    "(run folder, fold) -> how often it was begun, and how often done."
+    path = out.with_name(out.name + ".diary")
+    lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    return tuple(collections.Counter((run, fold) for run, fold, what, _ in lines if what == which) for which in ("begins", "done"))
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.05)
+
+
+def check_finished(out, said):
+    "The study has its trials, all different, each trained once, and one process said which is best."
+    table, found = pd.read_csv(out / "trials.csv"), json.loads((out / "search.json").read_text())
+    assert len(table) == TRIALS == len(table[SEARCHED].drop_duplicates()) and set(table.columns) >= {"floor_constant", "floor_state"}
+    folders = [p for p in (out / "trials").iterdir() if p.is_dir()]
+    assert len(folders) == TRIALS
+    assert all(n == 1 for n in diary(out)[1].values()) and len(diary(out)[1]) == 2 * (TRIALS + 2), "two folds of every trial, of the best and of the default"
+    kept = [p for p in folders if list(p.glob("*/bundle"))]
+    assert len(kept) == 1 and table.weighted_r2.max() == found["best"]["weighted_r2"] and "flatters" in said and found["command"] in said
+    oof = pd.read_csv(next(kept[0].glob("*/oof.csv")))
+    assert abs(weighted_r2(oof[list(TARGETS)], oof[[t + "_pred" for t in TARGETS]]) - found["best"]["weighted_r2"]) < 1e-6
+    assert {"best", "default", "difference"} <= set(found["fresh"]) and found["fresh"]["fold_seed"] > 0
+    return table, found
+
+
+def test_two_processes_share_one_study(tiny, tmp_path):
+    out = tmp_path / "shared"
+    both = [start(tiny, out, processes=2) for _ in range(2)]
+    said = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    text = ["".join(s) for s in said]
+    _, found = check_finished(out, "".join(text))
+    trained = [set(re.findall(r"trial (\d+): grid|trial (\d+): head", t)) for t in text]
+    assert all(trained) and not trained[0] & trained[1], "both took part, and no trial was begun by both"
+    assert all(n == 1 for n in diary(out)[0].values())
+    parsed = tyro.cli(TrainArgs, args=shlex.split(found["command"])[1:])
+    assert {k: getattr(parsed, k) for k in SEARCHED} == {k: found["best"][k] for k in SEARCHED} and parsed.grid == (2, 2) and not parsed.use_aux_heads
+
+
+def test_a_killed_search_goes_on(tiny, tmp_path):
+    out = tmp_path / "killed"
+    first = start(tiny, out, hangs_at=4)
+    wait_for(lambda: sum(diary(out)[1].values()) == 3 and sum(diary(out)[0].values()) == 4, first)  # in the second fold of the second trial
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert len(list((out / "trials").glob("*/score.json"))) == 1
+    second = start(tiny, out)
+    said = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    table, _ = check_finished(out, "".join(said))
+    assert list(table.trial) == list(range(TRIALS)), "the killed trial was taken over under its number"
+    begun = diary(out)[0]
+    assert sorted(begun.values())[-2:] == [1, 2], "only the fold in which it was killed was begun twice"
+
+
+def test_the_table_is_of_the_config(tiny):
+    check_space(TrainConfig(data=tiny.data, out=tiny.out, freeze_backbone=True, use_aux_heads=True), SPACE)
+    assert as_options(tiny) == options(tiny)
+
+
+def test_only_search_needs_optuna():
+    for path in (ROOT / "biomass_kit").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert path.stem == "search" or "optuna" not in {n.split(".")[0] for n in imported_names(tree)}, path.name
+        top = ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))], [])
+        assert "biomass_kit.search" not in set(imported_names(top)), f"{path.name} loads optuna when it is imported"
