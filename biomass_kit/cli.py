@@ -139,14 +139,14 @@ def search(args=None):
     config = training.TrainConfig(**{f.name: getattr(a, f.name) for f in dataclasses.fields(training.TrainConfig)})
     run(config, a.trials, a.seeds, given_options(training.TrainConfig, sys.argv[1:] if args is None else args), a.sampler_seed, progress=tqdm, log=tqdm.write)
 
-# %% ../nbs/17_cli.ipynb #1ec21377
+# %% ../nbs/17_cli.ipynb #3512f259
 @dataclass(frozen=True)
 class BundleArgs:
     "Join finished runs (other grids, seeds, backbones) into one bundle and score their joint out-of-fold prediction."
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # --out folders of biomass_train
     out: Path  # folder of the joint bundle
-    combine: Literal[tuple(COMBINATIONS)] = "mean"  # how members become one: plain, weighted on out-of-fold predictions, or trimmed
+    combine: Literal[tuple(COMBINATIONS)] = "mean"  # how members become one: plain, weighted on out-of-fold predictions, or trimmed (the score trims over runs, the bundle over their members)
     trim: float = BUNDLE_TRIM  # share of the members that trimmed drops at each end
 
 
@@ -158,7 +158,7 @@ def bundle(args=None):
     if a.trim != BUNDLE_TRIM and a.combine != "trimmed": raise BiomassError("--trim is read only with --combine trimmed; add that or drop it")
     _join(list(a.runs), a.out, how=a.combine, trim=a.trim)
 
-# %% ../nbs/17_cli.ipynb #2a0d99bf
+# %% ../nbs/17_cli.ipynb #df97f2c3
 @dataclass(frozen=True)
 class PredictArgs:
     "Predict biomass in grams for a competition folder (a submission) or for a folder of photos (a table)."
@@ -186,7 +186,7 @@ def _dry_run(a: PredictArgs):
     paths = list_photos(a.photos) if a.photos else list(read_test(a.data)[1].values())
     print(ensemble.describe_plan(planned))
     found = ensemble.probe(planned, paths, a.batch_size, a.num_workers)
-    print("{photos} photos at {photos_a_second:.2f} a second: about {expected_s:.0f} s; peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
+    print("{photos} photos, none in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
 
 
 @command
@@ -194,10 +194,11 @@ def predict(args=None):
     "biomass_predict: grams for photos."
     a = tyro.cli(PredictArgs, prog="biomass_predict", args=args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
+    if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.dry_run:
+        if a.cache_dir or a.cache_gb != CACHE_GB: raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
         if a.physics or a.correction_threshold is not None: raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
         return _dry_run(a)
-    if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     cache_dir = (a.cache_dir or default_cache_dir()) if a.cache else None
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
@@ -206,7 +207,7 @@ def predict(args=None):
     print(f"{a.out}: {len(table)} rows")
     if a.cache: print(f"feature cache {cache_dir}: {trim_cache(cache_dir, a.cache_gb * 1e9) / 1e9:.2f} GB of at most {a.cache_gb:g}")
 
-# %% ../nbs/17_cli.ipynb #87ef292f
+# %% ../nbs/17_cli.ipynb #b016ade2
 @dataclass(frozen=True)
 class ValidateArgs:
     "Score one model, the linear probe on a bundle's features, under every cross-validation strategy, beside floors scored alike."
@@ -229,8 +230,9 @@ def validate(args=None):
     found = evidence.strategy_table(features, table, a.strategies, a.n_folds, a.fold_seed)
     print(found.to_string(float_format=lambda v: f"{v:.3f}"))
     if a.out: print(write_csv(a.out, found.reset_index()))
+    trim_cache(default_cache_dir(), CACHE_GB * 1e9)
 
-# %% ../nbs/17_cli.ipynb #45b98d08
+# %% ../nbs/17_cli.ipynb #fdaab2df
 @dataclass(frozen=True)
 class CompareArgs:
     "Ask a classifier to tell two folders of photos apart by a bundle's features (adversarial validation)."
@@ -255,6 +257,7 @@ def compare(args=None):
         if undated: raise BiomassError(f"--data {a.data}: train.csv knows no date of {undated[0]}; give the folder that --first names its photos from, or drop --data")
         dates = [known[str(p.resolve())] for p in photos[0]]
     found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
+    trim_cache(default_cache_dir(), CACHE_GB * 1e9)
     print("AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(*found["photos"], *found["chance"], **found))
     if found["other_dates"]: print("two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))
     for side in ("first", "second"): print(f"most unlike the others in {side}: " + ", ".join(f"{name} ({p:.2f})" for name, p in found["foreign"][side]))

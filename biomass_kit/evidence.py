@@ -65,7 +65,7 @@ def linear_probe(
         out[~train] = _fit_probe(x[train], y[train], alpha).predict(x[~train]).clip(0)
     return out
 
-# %% ../nbs/13_evidence.ipynb #c1beefad
+# %% ../nbs/13_evidence.ipynb #52f83249
 def bundle_features(
     weights,  # a bundle or run folder; the first backbone and tile grid of its plan are read
     paths: list,  # photos
@@ -73,8 +73,11 @@ def bundle_features(
     progress=lambda x, **_: x,  # wraps the iteration, as tqdm does
     **options,  # device_type, precision, cache_dir of `Ensemble`
 ) -> np.ndarray:  # float32 [N, 2, T, D] of the plain view
-    "Tile features of photos through a bundle's backbone."
-    ensemble = Ensemble(read_bundle(weights), ["plain"], **options)
+    "Tile features of photos through a bundle's backbone, which must not have learned from labels: its features would know them."
+    bundle = read_bundle(weights)
+    if not bundle.members[0]["config"].get("freeze_backbone"):
+        raise BiomassError(f"{weights}: its backbone was trained on labels, which its features would give away; give a bundle trained with --freeze-backbone")
+    ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
     return np.concatenate([f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])
 

@@ -57,7 +57,7 @@ def check_space(
             raise BiomassError(f"search table: {name} cannot be {value!r}; choose from {', '.join(get_args(kinds[name]))}")
         check_config(dataclasses.replace(config, **{name: value}))
 
-# %% ../nbs/14_search.ipynb #50f9e409
+# %% ../nbs/14_search.ipynb #4be6a0b0
 def open_fields(
     config: TrainConfig,
     given: tuple = (),  # fields that keep the config's value
@@ -65,6 +65,7 @@ def open_fields(
 ) -> tuple:  # (config with the auxiliary heads on if their weights are searched, field -> values)
     "What of the table is searched around a config."
     space = {name: values for name, values in SPACE.items() if name not in given}
+    if "lr" in given and config.freeze_backbone: space.pop("head_lr_stage1", None)  # the given rate is the heads' only one
     unread = lambda name: name in READ_ONLY_WHEN and not READ_ONLY_WHEN[name][0](config)
     if "use_aux_heads" not in given and any(unread(name) for name in AUX_FIELDS if name in space):
         log("the weights of the auxiliary heads are searched, so every trial trains these heads (--use-aux-heads); --no-use-aux-heads leaves both out")

@@ -137,11 +137,12 @@ class TrainConfig:
     correction_threshold: float = 0.15  # share of the total beyond which derive_dead corrects
     always_correct_dead: bool = False  # alias of --physics always
 
-# %% ../nbs/12_train.ipynb #dd4ec18c
+# %% ../nbs/12_train.ipynb #0531ebde
 READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_state_weight": (lambda c: c.use_aux_heads or c.distill_aux, "--use-aux-heads or --distill-aux"),
     "aux_month_weight": (lambda c: c.use_aux_heads or c.distill_aux, "--use-aux-heads or --distill-aux"),
     "aux_species_weight": (lambda c: c.use_aux_heads or c.distill_aux, "--use-aux-heads or --distill-aux"),
+    "lr": (lambda c: not (c.freeze_backbone and c.head_lr_stage1), "a stage in which the backbone learns, or without --head-lr-stage1"),
     "mixup_prob": (lambda c: c.use_mixup, "--use-mixup"),
     "cutmix_prob": (lambda c: c.use_cutmix, "--use-cutmix"),
     "interval_weight": (lambda c: c.interval_head, "--interval-head"),
@@ -169,7 +170,7 @@ def _unread(c) -> list:
     return [(getattr(c, name) != defaults[name] and not read(c), f"--{name.replace('_', '-')} is read only with {needs}; add that or drop it")
             for name, (read, needs) in READ_ONLY_WHEN.items()]
 
-# %% ../nbs/12_train.ipynb #f5bf9678
+# %% ../nbs/12_train.ipynb #680d8bd4
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` augmentation resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
@@ -187,6 +188,7 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` au
         (c.stored_draws and not (stored and c.augment in ("auto", "full")), "--stored-draws needs --freeze-backbone, the cache and --augment full"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics), f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.density and c.use_log_targets, "--density adds tiles up, and no sum of logs is a log: add --no-use-log-targets"),
+        (c.average != "none" and c.checkpoint == "best", f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
         (c.distill_aux and c.teacher, "--distill-aux and --teacher: give one of them"),
         ((c.augment_crop or c.augment_green) and stored and not c.stored_draws, "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or --no-cache"),
         ((c.augment_crop or c.augment_green) and c.augment in ("none", "flips"), "--augment-crop and --augment-green are read only with --augment full"),
@@ -502,7 +504,7 @@ def fold_intervals(f: Fold) -> dict:
     viewed = view_batch(plain_features(f, f.scored, backbone_views(views)), views, f.spec.grid)
     with torch.no_grad(): return dict(zip(("_low", "_high"), interval_views(f.model, viewed).cpu().numpy()))
 
-# %% ../nbs/12_train.ipynb #847f4d71
+# %% ../nbs/12_train.ipynb #ac4fd138
 def train_step(
     f: Fold,
     batch: dict,  # "photo" [B] and "features" or "tiles"
@@ -528,15 +530,20 @@ def train_step(
         raise BiomassError(f"fold {f.k}: the loss is {loss.item()}; photos {', '.join(Path(f.paths[i]).name for i in batch['photo'])}; try a smaller --lr")
     optimizer.zero_grad()
     f.accelerator.backward(loss)
-    if f.part[1] > 1: average_gradients(f, optimizer)
+    if f.part[1] > 1: average_gradients(f.accelerator, optimizer, len(photo))
     f.accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.grad_clip)
     optimizer.step()
     return {"loss": loss.detach(), **terms}
 
-# %% ../nbs/12_train.ipynb #e38bf8e1
-def average_gradients(f: Fold, optimizer):
-    "Every process's mean gradient over its part of the batch becomes the mean over the batch."
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None): p.grad = f.accelerator.reduce(p.grad, "mean")
+# %% ../nbs/12_train.ipynb #306c5fcf
+def average_gradients(
+    accelerator: Accelerator,
+    optimizer,
+    photos: int,  # in this process's part of the batch
+):
+    "Every process's mean gradient over its part of the batch becomes the mean over the whole batch."
+    total = accelerator.reduce(torch.tensor(float(photos), device=accelerator.device), "sum")
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None): p.grad = accelerator.reduce(p.grad * photos, "sum") / total
 
 # %% ../nbs/12_train.ipynb #39cf3a42
 def run_fold(
@@ -857,7 +864,7 @@ def teacher_grams(folder, k: int, paths: list, device_type: str) -> torch.Tensor
     if not members: raise BiomassError(f"--teacher {folder}: has no member of fold {k}; train that fold there first")
     return torch.from_numpy(Ensemble(bundle._replace(manifest={**bundle.manifest, "members": members, "combine": {"how": "mean"}}), device_type=device_type).predict(paths))
 
-# %% ../nbs/12_train.ipynb #f2321d43
+# %% ../nbs/12_train.ipynb #22a49ee8
 def train_runs(
     configs: list,  # TrainConfigs that differ in what a member is (grid, seed, ...), each with an `out` of its own
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
@@ -875,6 +882,7 @@ def train_runs(
     runs = [Run(c, accelerator, precision, built) for c in configs]
     accelerator.wait_for_everyone()
     members = [(run, k) for run in runs for k in run.folds]
+    if configs[0].shard == "photos" and min(c.batch_size for c in configs) < count: raise BiomassError(f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise --batch-size")
     mine = members if configs[0].shard == "photos" else members[index::count]
     todo = [(run, k) for run, k in mine if not is_finished(run.config.out, k)]
     accelerator.wait_for_everyone()

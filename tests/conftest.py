@@ -1,6 +1,5 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
 import ast
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from biomass_kit.features import build_backbone
+from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.train import TrainConfig, train
 
@@ -45,17 +45,6 @@ def launch(processes, module, *arguments, **options):
     On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it calls for GPUs.
     """
     return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module, *arguments, timeout=300, **options)
-
-
-def options(config) -> list:
-    "A config as command-line options (those that differ from the defaults)."
-    out = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value == f.default: continue
-        flag = ("--no-" if value is False else "--") + f.name.replace("_", "-")
-        out += [flag] if isinstance(value, bool) else [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
-    return out
 
 
 def imported_names(tree):

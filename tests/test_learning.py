@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from accelerate import Accelerator
-from conftest import launch, options
+from conftest import launch, options, python
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.bundle import read_bundle
@@ -52,7 +53,8 @@ def test_seed_decides_everything(config, finished, tmp_path):
     train(dataclasses.replace(config, out=tmp_path / "again"), **quiet)
     assert members(tmp_path / "again") == members(finished) and (tmp_path / "again/oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
     train(dataclasses.replace(config, out=tmp_path / "other", seed=1, train_folds=(0,)), **quiet)
-    assert not set(members(tmp_path / "other").values()) & {v for k, v in members(finished).items() if k.startswith("member")}
+    same, other = (load_file(next((folder / "bundle").glob("member-*fold0*"))) for folder in (finished, tmp_path / "other"))
+    assert not torch.equal(same["embed.weight"], other["embed.weight"]), "another seed, the same weights"
 
 
 def test_workers_change_nothing(config, tmp_path):
@@ -87,8 +89,24 @@ def test_two_processes_share_the_members(config, finished, tmp_path):
     assert len(read_bundle(tmp_path / "runs/bundle").members) == 6
 
 
+AVERAGE = """
+import torch; from types import SimpleNamespace; from accelerate import Accelerator; from biomass_kit.train import average_gradients
+a = Accelerator(cpu=True); p = torch.nn.Parameter(torch.zeros(2)); assert a.num_processes == 2
+p.grad = torch.tensor([1.0, 2.0]) * (1 + 4 * a.process_index)
+average_gradients(a, SimpleNamespace(param_groups=[{"params": [p]}]), (3, 1)[a.process_index])
+assert torch.allclose(p.grad, torch.tensor([2.0, 4.0])), p.grad
+"""
+
+
+def test_gradients_are_averaged_over_the_whole_batch(tmp_path):
+    "Three photos here, one there: (3 g + 1 x 5 g) / 4 = 2 g."
+    (tmp_path / "average.py").write_text(AVERAGE)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "average.py", timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_share_one_fine_tuned_member(config, tmp_path):
-    "`--shard photos`: both processes see their part of each batch; averaged gradients keep their weights alike, and the network learns."
+    "`--shard photos`: both processes take their part of each batch, and the network learns."
     live = dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, backbone_lr=1e-3, epochs=6, train_folds=(0,), shard="photos", use_mixup=False, augment="none")
     done = launch(2, "biomass_kit.train", *options(live))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import launch
+from conftest import launch, python
 from untrained import untrained_bundle
 
 from biomass_kit.bundle import read_bundle
@@ -93,3 +93,19 @@ def test_two_processes_share_the_photos(data, tmp_path):
     assert shared.photo.tolist() == alone.photo.tolist()
     assert np.abs(shared[list(TARGETS)].to_numpy() - alone[list(TARGETS)].to_numpy()).max() < 1e-3
     assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and done.stdout.count("shared.csv: 7 rows") == 1
+
+
+MANY = """
+import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from biomass_kit.features import TileSpec, build_backbone; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data import list_photos; from biomass_kit.tta import STORED_VIEWS
+b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
+stored = store_features(list_photos(sys.argv[2]), FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3])))
+print(stored.array.shape)
+"""
+
+
+def test_a_store_needs_few_open_files(data, weights, tmp_path):
+    "Thirty photos in four variants under a limit of 64 open files: hundreds of photos must fit under the usual 1024."
+    done = python("-c", MANY, weights, data / "train", tmp_path / "cache")
+    assert done.returncode == 0 and done.stdout.startswith("(30, 4, 2, 4,"), done.stderr[-2000:]

@@ -8,6 +8,7 @@ folds, carries a paired bootstrap over dates. Epochs are a fixed schedule. Tile 
 on two cores); finished runs are not trained again, so the command goes on where it stopped. The rule, written before the
 first look: a switch leaves the plan's setting only if its 90 % interval excludes zero.
 """
+import json
 import platform
 import shutil
 from dataclasses import dataclass, replace
@@ -20,14 +21,14 @@ import tyro
 from tqdm.auto import tqdm
 
 from biomass_kit.cli import command
-from biomass_kit.data import read_train, write_csv, write_json
+from biomass_kit.data import file_digest, read_train, write_csv, write_json
 from biomass_kit.evidence import linear_probe, nested_stack, paired_difference
 from biomass_kit.features import TileSpec, build_backbone
 from biomass_kit.folds import FLOORS, floor_predictions, make_folds, read_table
 from biomass_kit.physics import METHODS, nested_physics, training_bounds
 from biomass_kit.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.targets import TARGETS, combine, weighted_r2
-from biomass_kit.train import TrainConfig, train_runs
+from biomass_kit.targets import TARGETS, BiomassError, combine, weighted_r2
+from biomass_kit.train import TrainConfig, config_record, train_runs
 from biomass_kit.tta import View
 
 DEFAULT = "default"  # of the table: grams throughout
@@ -83,14 +84,21 @@ def plain_features(a: Args, table, grid) -> np.ndarray:
     return store_features(list(table["path"]), FeatureRequest(backbone.eval(), spec, (View(),), FeatureCache(backbone, spec)), progress=tqdm).gather(range(len(table)), View()).numpy()
 
 
+def switched(row: str) -> dict: return {"use_log_targets": False, **SWITCHES[row]}
+
+
 def raw_predictions(a: Args, row: str, table) -> dict:
     "grid -> one [N, 5] of raw out-of-fold grams a seed; trains what is not there."
     folder, paths = a.out / row.replace(" ", "-").replace(",", ""), {}
     paths = {(g, s): folder / f"{g[0]}x{g[1]}-{s}.csv" for g in a.grids for s in a.seeds}
     base = TrainConfig(data=a.data, out=folder, backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
+    recipe = config_record(replace(base, out=Path(), cache_dir=None, **switched(row))) | {"weights": file_digest(a.backbone_weights), "train.csv": file_digest(a.data / "train.csv")}
+    if (held := folder / "recipe.json").exists() and json.loads(held.read_text(encoding="utf-8")) != json.loads(json.dumps(recipe)):
+        raise BiomassError(f"{folder}: was measured with another recipe; choose another --out or delete it")
+    write_json(held, recipe)
     for (grid, seed), path in tqdm(paths.items(), desc=row, unit="run"):
         if path.exists(): continue
-        run = replace(base, out=folder / path.stem, grid=grid, seed=seed, fold_seed=seed, **{"use_log_targets": False, **SWITCHES[row]})
+        run = replace(base, out=folder / path.stem, grid=grid, seed=seed, fold_seed=seed, **switched(row))
         train_runs([run], log=lambda line: None)
         write_csv(path, read_table(run.out / "oof.csv"))
         shutil.rmtree(run.out)
