@@ -13,7 +13,7 @@ __all__ = ['AVERAGES', 'LOGGED', 'READ_ONLY_WHEN', 'LORA_LAYERS', 'FREE_FIELDS',
            'manifest_physics', 'stored_variants', 'make_accelerator', 'Run', 'class_teacher', 'check_teacher',
            'teacher_grams', 'train_runs', 'train', 'expand', 'finish_run', 'describe', 'join_runs']
 
-# %% ../nbs/12_train.ipynb #b627a252
+# %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, importlib.util, itertools, json, math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from .loss import LOSS_KINDS, TARGET_WEIGHTS, LossOptions, class_mean_targets, c
 from .model import AUX_CLASSES, FUSIONS, BiomassModel, predict_views, view_batch
 from .physics import METHODS, NEEDS_COVARIANCE, clamp_folds, error_covariance, nested_physics, training_bounds
 from .store import CACHE_DTYPES, CACHE_GB, Draw, FeatureCache, FeatureRequest, StoredFeatures, feature_batches, read_ahead, store_features, trim_cache
-from .targets import LOG_TARGETS, TARGETS, BiomassError, combine, weighted_r2
+from .targets import LOG_TARGETS, TARGETS, TRIM, BiomassError, combine, weighted_r2
 from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, arrange_each, backbone_views, flip_pixels, parse_view
 
 # %% ../nbs/12_train.ipynb #ffdc672f
@@ -975,12 +975,12 @@ def _joint_others(runs: list, table: pd.DataFrame) -> dict:
     names = set.intersection(*({c.split("_g_", 1)[1] for c in r["oof"].columns if "_g_" in c} for r in runs)) - {"pred", "raw", "low", "high"}
     return {n: np.mean([r["oof"].reindex(table["image_path"])[[f"{t}_{n}" for t in TARGETS]].to_numpy() for r in runs], 0) for n in sorted(names)}
 
-# %% ../nbs/12_train.ipynb #c543e67c
+# %% ../nbs/12_train.ipynb #6571d42a
 def join_runs(
     folders: list,  # run folders of `train`
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
-    trim: float = 0.2,  # share of the members that `trimmed` drops at each end
+    trim: float = TRIM,  # share of the members that `trimmed` drops at each end
     stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.nested_stack`), for `weighted`
 ) -> dict:  # the content of results.json
     "Join finished runs into one bundle and score their joint out-of-fold prediction."
