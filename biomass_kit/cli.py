@@ -25,7 +25,7 @@ from .data import check_submission, list_photos, read_test, read_train, write_cs
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, read_table
 from .physics import METHODS
-from .store import CACHE_GB, default_cache_dir, trim_cache
+from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
 from .targets import COMBINATIONS, TARGETS, TRIM, BiomassError, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
@@ -202,7 +202,7 @@ def predict(args=None):
                 precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm)
     if table is None: return
     print(f"{a.out}: {len(table)} rows")
-    if a.cache: print(f"feature cache {cache_dir}: {trim_cache(cache_dir, a.cache_gb * 1e9) / 1e9:.2f} GB of at most {a.cache_gb:g}")
+    if a.cache: print(trim_text(cache_dir, a.cache_gb))
 
 # %% ../nbs/17_cli.ipynb #b016ade2
 @dataclass(frozen=True)
@@ -247,12 +247,7 @@ def compare(args=None):
     a = tyro.cli(CompareArgs, prog="biomass_compare", args=args)
     photos = [list_photos(a.first), list_photos(a.second)]
     seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=tqdm) for p in photos]
-    dates = None
-    if a.data:
-        known = read_train(a.data).assign(path=lambda t: t["path"].map(lambda p: str(Path(p).resolve()))).set_index("path")["Sampling_Date"]
-        undated = [p for p in photos[0] if str(p.resolve()) not in known]
-        if undated: raise BiomassError(f"--data {a.data}: train.csv knows no date of {undated[0]}; give the folder that --first names its photos from, or drop --data")
-        dates = [known[str(p.resolve())] for p in photos[0]]
+    dates = evidence.dates_of(photos[0], a.data) if a.data else None
     found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
     trim_cache(default_cache_dir(), CACHE_GB * 1e9)
     print("AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(*found["photos"], *found["chance"], **found))

@@ -41,7 +41,7 @@ from .folds import (CV_STRATEGIES, FLOORS, FOLD_COLUMNS, floor_predictions, inne
 from .loss import LOSS_KINDS, TARGET_WEIGHTS, LossOptions, class_mean_targets, class_means, total_loss
 from .model import AUX_CLASSES, FUSIONS, BiomassModel, predict_views, view_batch
 from .physics import METHODS, NEEDS_COVARIANCE, clamp_folds, error_covariance, nested_physics, training_bounds
-from .store import CACHE_DTYPES, CACHE_GB, Draw, FeatureCache, FeatureRequest, StoredFeatures, feature_batches, read_ahead, store_features, trim_cache
+from .store import CACHE_DTYPES, CACHE_GB, Draw, FeatureCache, FeatureRequest, StoredFeatures, default_cache_dir, feature_batches, read_ahead, store_features, trim_text
 from .targets import LOG_TARGETS, TARGETS, TRIM, BiomassError, combine, weighted_r2
 from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, arrange_each, backbone_views, flip_pixels, parse_view
 
@@ -757,14 +757,15 @@ def stored_variants(c: TrainConfig) -> list:
     recipe = hashlib.sha256(json.dumps(augment.transform.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
     def draw(number):
-        return lambda pair, digest: augment(pair, draw_seed("stored", c.seed, number, int(digest[:16], 16)))
+        return lambda pair, digest: augment(pair, draw_seed("stored", number, int(digest[:16], 16)))
 
-    return [*STORED_VIEWS, *(Draw(f"draw-{recipe}-{c.seed}-{i}", draw(i)) for i in range(c.stored_draws))]
+    return [*STORED_VIEWS, *(Draw(f"draw-{recipe}-{i}", draw(i)) for i in range(c.stored_draws))]
 
 # %% ../nbs/12_train.ipynb #f98d0ea9
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     "An Accelerator for this run; processes may wait days for each other, since folds differ in length."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: AcceleratorState._reset_state(True)  # an earlier run in this process may have used another device
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)  # an earlier run in this process may have had another precision or, alone, another device
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     return Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[waiting])
 
@@ -809,7 +810,7 @@ class Run:
         accelerator.wait_for_everyone()
         self.stored = store_features(paths, request, c.num_workers, self.precision)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process: log(f"feature cache {cache.root}: {trim_cache(cache.root, c.cache_gb * 1e9) / 1e9:.2f} GB of at most {c.cache_gb:g}")
+        if accelerator.is_main_process: log(trim_text(cache.root, c.cache_gb))
 
     def new_fold(self, k: int, config: TrainConfig) -> Fold:
         "A fold at its start, and the backbone back at its starting weights, with new LoRA factors if any."
@@ -823,7 +824,7 @@ class Run:
     def soft_targets(self, k: int, progress):
         "Grams `[N, 5]` to which fold k's predictions are pulled, learned without its scored photos; None where nothing pulls."
         c = self.config
-        if c.teacher: return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type)
+        if c.teacher: return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, (c.cache_dir or default_cache_dir()) if self.stored else None)
         if not c.distill_aux: return None
         first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False))
         run_fold(first, progress)
@@ -857,12 +858,13 @@ def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray):
         raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos that would be scored here; give a run with the same --data, --cv, --n-folds and --fold-seed")
 
 
-def teacher_grams(folder, k: int, paths: list, device_type: str) -> torch.Tensor:  # [N, 5] grams
-    "What the teacher's members of fold k say of all photos."
+def teacher_grams(folder, k: int, paths: list, device_type: str, cache_dir=None) -> torch.Tensor:  # [N, 5] grams
+    "What the teacher's members of fold k say of all photos; a cache saves its backbone a pass for every fold."
     bundle = read_bundle(folder)
     members = [m for m in bundle.members if m["fold"] == k]
     if not members: raise BiomassError(f"--teacher {folder}: has no member of fold {k}; train that fold there first")
-    return torch.from_numpy(Ensemble(bundle._replace(manifest={**bundle.manifest, "members": members, "combine": {"how": "mean"}}), device_type=device_type).predict(paths))
+    of_fold = bundle._replace(manifest={**bundle.manifest, "members": members, "combine": {"how": "mean"}})
+    return torch.from_numpy(Ensemble(of_fold, device_type=device_type, cache_dir=cache_dir).predict(paths))
 
 # %% ../nbs/12_train.ipynb #22a49ee8
 def train_runs(

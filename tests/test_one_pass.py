@@ -58,6 +58,10 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
     passes.clear()
     train(dataclasses.replace(first, out=tmp_path / "b", seed=1), log=lambda line: None)
     assert passes == []
+    train(dataclasses.replace(first, out=tmp_path / "taught", teacher=first.out), log=lambda line: None)
+    assert passes == [], "the teacher reads the same features"
+    for seed in (0, 1): train(dataclasses.replace(first, out=tmp_path / f"drawn{seed}", stored_draws=2, seed=seed), log=lambda line: None)
+    assert sum(passes) == 30 * 2, "seeds share the stored draws"
 
 
 WRITER = """
