@@ -10,7 +10,7 @@ __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'TRAIN_COLUMNS', 'TEST_COLUMNS'
 
 # %% ../nbs/01_data.ipynb #d3560fb2
 import hashlib, json, os, uuid, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,15 @@ def atomic_path(
 ):
     "Yield a temporary path in the same folder; on success it becomes `path`, on an error it vanishes."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e: raise BiomassError(f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then give the same command again") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError): temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #a3c145fd
 def write_text(path, text: str) -> Path:

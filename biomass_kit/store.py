@@ -8,9 +8,10 @@ __all__ = ['CACHE_DTYPES', 'CACHE_GB', 'ENTRY', 'Draw', 'default_cache_dir', 'Fe
            'store_features']
 
 # %% ../nbs/07b_store.ipynb #8e1e88dd
-import hashlib, json, os, tempfile
+import hashlib, json, os, tempfile, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -74,8 +75,7 @@ class FeatureCache:
         try:
             with atomic_path(self.path(digest, variant)) as tmp:
                 with open(tmp, "wb") as f: np.save(f, features.astype(self.dtype))
-        except OSError as e:
-            raise BiomassError(f"{self.root}: features cannot be kept there ({e.strerror}); free some room, or give another --cache-dir, or --no-cache") from None
+        except BiomassError as e: raise BiomassError(f"{e}; or give another --cache-dir, or --no-cache") from None
 
 # %% ../nbs/07b_store.ipynb #c6172b3a
 ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched
@@ -86,7 +86,10 @@ def trim_cache(
     max_bytes: float,
 ) -> int:  # bytes that remain
     "Delete the least recently used features until the cache fits."
-    entries = []
+    entries, long_ago = [], time.time() - 24 * 3600
+    for left in Path(folder).glob(f"{ENTRY}/.tmp-*"):  # half an entry, from a process that was killed
+        with suppress(FileNotFoundError):
+            if left.stat().st_mtime < long_ago: left.unlink()
     for path in Path(folder).glob(f"{ENTRY}/{ENTRY}-*.npy"):
         try: entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         except FileNotFoundError: pass  # another process was faster

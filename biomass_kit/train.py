@@ -31,13 +31,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import biomass_kit
 from .augment import Box, PairAugment, cutmix_pairs, cutmix_tiles, draw_cutmix, draw_mixup, draw_rng, draw_seed, draw_view, mix, pixel_transform
-from .bundle import copy_members, member_files, read_bundle, save_backbone, save_lora, save_member, write_manifest
-from .data import atomic_path, class_labels, file_digest, read_photo, read_train, split_pair, write_csv, write_json
+from .bundle import copy_members, member_files, read_bundle, save_backbone, save_lora, save_member, write_manifest, write_tensors
+from .data import class_labels, file_digest, read_photo, read_train, split_pair, write_csv, write_json
 from .ensemble import INTERVAL_LEVEL, Ensemble, bound_intervals, interval_views
 from .features import (DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, TileSpec, autocast, backbone_digest, build_backbone, cut_tiles,
                                   pick_device, pick_precision)
@@ -533,7 +532,7 @@ def train_step(
         outputs = f.model.outputs(features)
     loss, terms = total_loss(outputs, truth, f.model.units, loss_options(c))
     if not torch.isfinite(loss):
-        raise BiomassError(f"fold {f.k}: the loss is {loss.item()}; photos {', '.join(Path(f.paths[i]).name for i in batch['photo'])}; try a smaller --lr")
+        raise BiomassError(f"fold {f.k}: the loss is {loss.item()}; photos {', '.join(Path(f.paths[i]).name for i in batch['photo'])}; try a smaller --lr and another --out; the epochs before are kept in {f.checkpoint or 'memory alone'}")
     optimizer.zero_grad()
     f.accelerator.backward(loss)
     if f.part[1] > 1: average_gradients(f.accelerator, optimizer, len(photo))
@@ -680,8 +679,7 @@ class Loop:
         if f.checkpoint is None or (f.part[1] == 1 and time.monotonic() - self.written < CHECKPOINT_SECONDS): return
         tensors = {f"{part}.{k}": v for part, state in self._parts().items() for k, v in state.items()} | random_states(f)
         facts = {"epoch": self.epoch, "rows": self.rows, "best": self.best[0], "scaler": f.accelerator.scaler and f.accelerator.scaler.state_dict()}
-        if f.part[0] == 0:
-            with atomic_path(f.checkpoint) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata={"loop": json.dumps(facts)})
+        if f.part[0] == 0: write_tensors(f.checkpoint, tensors, {"loop": json.dumps(facts)})
         self.written = time.monotonic()
 
     def read(self) -> dict:  # the checkpoint's tensors; empty without one
@@ -778,6 +776,7 @@ def held_by_me(
         who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
         raise BiomassError(f"--out {out}: process {who.get('pid', '?')} on {who.get('host', '?')} is at work there since {who.get('since', '?')} ({who.get('command', '?')}); wait for it, end it, or choose another --out") from None
     try:
+        for left in out.rglob(".tmp-*"): left.unlink()  # half a file, from a process that was killed
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv)})
         yield
     finally:
