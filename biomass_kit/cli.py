@@ -320,7 +320,7 @@ def run_demo(a: DemoArgs, say=tqdm.write) -> dict:
     data = synthetic.write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=tqdm)
     config = training.TrainConfig(
         data=data, out=a.out, backbone=a.backbone, pretrained=False, tile_size=a.tile_size, n_folds=a.n_folds, epochs=a.epochs,
-        batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_aux_heads=True)
+        batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
     say("packing, and running the packed notebook with the network cut")

@@ -118,15 +118,15 @@ def verdict(
 
 def difference_table(
     rows: list,  # dicts: "row", "weighted_r2" and, where they exist, "difference" to the row "against" and "minus_probe", from `paired_difference`
-    default: str = "default",  # the row whose name need not be repeated
+    base: str = "plan",  # the row whose name need not be repeated
 ) -> pd.DataFrame:  # text: row, weighted R², minus what it differs from, minus linear probe, verdict
     "Switches beside what they are compared with."
     def compared(r):
         if "difference" not in r: return ""
-        return difference_text(r["difference"]) + ("" if r["against"] == default else f", against {r['against']}")
+        return difference_text(r["difference"]) + ("" if r["against"] == base else f", against {r['against']}")
 
     return pd.DataFrame([{
-        "row": r["row"], "weighted R²": f"{r['weighted_r2']:.3f}", "minus default": compared(r),
+        "row": r["row"], "weighted R²": f"{r['weighted_r2']:.3f}", "minus " + base: compared(r),
         "minus linear probe": difference_text(r["minus_probe"]) if "minus_probe" in r else "", "verdict": verdict(r["difference"]) if "difference" in r else "",
     } for r in rows])
 

@@ -50,7 +50,7 @@ from .targets import LOG_TARGETS, TARGETS, TRIM, BiomassError, combine, weighted
 from .tta import DEFAULT_VIEWS, STORED_VIEWS, View, arrange, arrange_each, backbone_views, flip_pixels, parse_view
 
 # %% ../nbs/12_train.ipynb #ffdc672f
-AVERAGES = ("none", "ema", "swa")
+AVERAGES = ("auto", "none", "ema", "swa")
 LOGGED = tuple(name for name, columns in LOG_TARGETS.items() if columns)
 
 
@@ -87,12 +87,12 @@ class TrainConfig:
 
     use_mixup: bool = True  # mix photos (or stored features) and their grams, Beta(0.4, 0.4)
     mixup_prob: float = 1.0  # share of the batches that are mixed
-    use_cutmix: bool = False  # replace one box in both halves by another photo's, grams mixed by area; tiles on stored features
+    use_cutmix: bool = True  # replace one box in both halves by another photo's, grams mixed by area; tiles on stored features
     cutmix_prob: float = 0.5  # share of the batches with such a box; the others may be mixed by MixUp
 
     hidden_ratio: float = 0.25  # width of the head as a share of the feature's
     dropout: float = 0.3  # in the exchange between the halves and around the shared projection
-    fusion: Literal[FUSIONS] = "film"  # how the halves inform each other
+    fusion: Literal[FUSIONS] = "cross_attention"  # how the halves inform each other
     symmetric: bool = False  # a head that is blind to which half is left
     density: bool = False  # a figure a tile, summed over the photo, instead of pooling
     two_part: bool = False  # dead and clover as probability of any times amount if any
@@ -111,13 +111,13 @@ class TrainConfig:
     distill_aux: bool = False  # train class heads first and pull the predictions to the mean grams of the classes that they see
     teacher: Optional[Path] = None  # finished run on the same folds, to whose predictions the new ones are pulled
     distill_weight: float = 0.3  # of that pull in the loss
-    constraint_weight: float = 0.0  # of the identities' break in the loss
+    constraint_weight: float = 0.1  # of the identities' break in the loss
 
     epochs: int = 60  # passes over the training photos, all stages together
     batch_size: int = 16  # photos
     lr: float = 1e-3  # of the heads
     head_lr_stage1: Optional[float] = None  # of the heads while the backbone is frozen; --lr by default
-    average: Literal[AVERAGES] = "none"  # of the weights: an exponential average of the steps, or a plain one of the last quarter's epochs (SWA)
+    average: Literal[AVERAGES] = "auto"  # of the weights: an exponential average of the steps (ema), or a plain one of the last quarter's epochs (swa); auto = swa, or none with --checkpoint best
     ema_decay: float = 0.98  # of the exponential average, a step
     two_stage: bool = False  # heads first on the frozen backbone, then both
     freeze_epochs: int = 10  # length of the first stage
@@ -175,7 +175,7 @@ def _unread(c) -> list:
             for name, (read, needs) in READ_ONLY_WHEN.items()]
 
 # %% ../nbs/12_train.ipynb #680d8bd4
-def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` augmentation resolved
+def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
     not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight", "constraint_weight", "cache_gb",
@@ -192,7 +192,7 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` au
         (c.stored_draws and not (stored and c.augment in ("auto", "full")), "--stored-draws needs --freeze-backbone, the cache and --augment full"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics), f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.density and c.use_log_targets, "--density adds tiles up, and no sum of logs is a log: add --no-use-log-targets"),
-        (c.average != "none" and c.checkpoint == "best", f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
+        (c.average in ("ema", "swa") and c.checkpoint == "best", f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
         (c.distill_aux and c.teacher, "--distill-aux and --teacher: give one of them"),
         ((c.augment_crop or c.augment_green) and stored and not c.stored_draws, "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or --no-cache"),
         ((c.augment_crop or c.augment_green) and c.augment in ("none", "flips"), "--augment-crop and --augment-green are read only with --augment full"),
@@ -216,7 +216,8 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and `auto` au
     for wrong, why in refuse:
         if wrong: raise BiomassError(why)
     augment = c.augment if c.augment != "auto" else "flips" if stored and not c.stored_draws else "full"
-    return dataclasses.replace(c, augment=augment, physics="always" if c.always_correct_dead else c.physics)
+    average = c.average if c.average != "auto" else "none" if c.checkpoint == "best" else "swa"
+    return dataclasses.replace(c, augment=augment, average=average, physics="always" if c.always_correct_dead else c.physics)
 
 # %% ../nbs/12_train.ipynb #156e2114
 def config_record(c: TrainConfig) -> dict:  # JSON types only
@@ -705,7 +706,7 @@ class Loop:
         inner = self.optimizer.optimizer
         inner.load_state_dict({**inner.state_dict(), "state": {i: s for i in range(sum(len(g["params"]) for g in inner.param_groups)) if (s := named(tensors, f"optimizer{i}"))}})
         self.schedule.last_epoch = (self.epoch - first) * self.steps
-        for group, lr in zip(inner.param_groups, self.schedule.get_lr()): group["lr"] = lr
+        for group, lr, factor in zip(inner.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas): group["lr"] = lr * factor(self.schedule.last_epoch)
         for i, (_, average) in enumerate(self.averages): average.load_state_dict(named(tensors, f"average{i}"))
 
 # %% ../nbs/12_train.ipynb #4ca2a27b
@@ -769,7 +770,8 @@ def held_by_me(
     out: Path,  # a run folder
 ):
     "Hold a folder for this process, or refuse it with the name of the process that does."
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise BiomassError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
     lock, holder = FileLock(out / ".lock"), out / ".lock.json"
     try: lock.acquire(timeout=0)
     except Timeout:

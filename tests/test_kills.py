@@ -1,0 +1,154 @@
+"""Nothing lost: a run that is killed, whenever, goes on from its last epoch and ends with the same bits; and what stands in its way is named."""
+import dataclasses
+import itertools
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import options, run
+from safetensors.torch import save_file
+
+from biomass_kit import train as training
+from biomass_kit.data import file_digest
+from biomass_kit.features import build_backbone
+from biomass_kit.targets import BiomassError
+from biomass_kit.train import CHECKPOINT, train
+
+quiet = dict(log=lambda line: None)
+LIVE = dict(freeze_backbone=False, augment="flips", backbone_lr=1e-3)
+RECIPES = {
+    "moving average": dict(average="ema"),
+    "average of the last epochs": dict(average="swa"),
+    "best epoch": dict(checkpoint="best"),
+    "class teacher first": dict(distill_aux=True),
+    "two stages": dict(two_stage=True, freeze_epochs=2, **LIVE),
+    "two stages, LoRA": dict(two_stage=True, freeze_epochs=2, lora_rank=2, average="ema", **LIVE),
+}
+EVERY_EPOCH = "import biomass_kit.train as t, biomass_kit.cli as c; t.CHECKPOINT_SECONDS = 0; c.train()"  # short epochs are worth keeping here
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    "One fold of a tiny transformer."
+    room = tmp_path_factory.mktemp("kills")
+    torch.manual_seed(0)
+    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32, use_aux_heads=False, train_folds=(0,))
+
+
+def left(folder):
+    "What a run leaves: digests of its members, its predictions and its curves."
+    members = {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
+    return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
+
+
+class Killed(Exception): pass
+
+
+def killed_after(monkeypatch, config, epochs):
+    "Start a run that ends, as if killed, when it has kept so many epochs."
+    plain, count = training.Loop.write, itertools.count(1)
+
+    def write(self):
+        plain(self)
+        if next(count) == epochs: raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Loop, "write", write)
+        with pytest.raises(Killed): train(config, **quiet)
+    assert list((config.out / "folds").glob(f"*{CHECKPOINT}"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_goes_on_from_its_last_epoch(one, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    whole = dataclasses.replace(one, out=tmp_path / "whole/run", **RECIPES[recipe])
+    train(whole, **quiet)
+    for epochs in (1, 2, 4):
+        cut = dataclasses.replace(whole, out=tmp_path / f"cut{epochs}/run")
+        killed_after(monkeypatch, cut, epochs)
+        seen, step = [], training.run_epoch
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "run_epoch", lambda f, loop, stage: seen.append(loop.epoch) or step(f, loop, stage))
+            torch.manual_seed(99)  # whatever the new process drew before
+            train(cut, **quiet)
+        again = list(range(epochs, 4)) + (list(range(4)) if recipe == "class teacher first" else [])
+        assert seen == again and left(cut.out) == left(whole.out)
+        assert not list((cut.out / "folds").glob(f"*{CHECKPOINT}")), "finished folds need none"
+
+
+def start(config):
+    "A training process of its own."
+    return subprocess.Popen([sys.executable, "-c", EVERY_EPOCH, *options(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process):
+    "Until a file is there."
+    until = time.time() + 120
+    while not path.exists() and process.poll() is None and time.time() < until: time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(one):
+    "An undisturbed two-stage run of two folds, and how long it worked."
+    config = dataclasses.replace(one, out=one.out.parent / "whole/run", train_folds=(0, 1), two_stage=True, freeze_epochs=2, epochs=6, **LIVE)
+    process = start(config)
+    wait_for(config.out / ".lock.json", process)
+    began = time.time()
+    assert process.wait() == 0, process.stderr.read()[-2000:]
+    return config, time.time() - began
+
+
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 25))])
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(whole, number, tmp_path):
+    config, seconds = whole
+    cut = dataclasses.replace(config, out=tmp_path / "run")
+    process = start(cut)
+    wait_for(cut.out / ".lock.json", process)
+    time.sleep(random.Random(number).uniform(0, seconds))
+    process.kill()
+    process.wait()
+    train(cut, **quiet)
+    assert left(cut.out) == left(config.out)
+    assert not list(cut.out.rglob(".tmp-*")), "half a file was left"
+
+
+def test_held_then_interrupted_by_hand(whole, tmp_path):
+    "A second run in the folder is refused with the first one's process; Ctrl-C is one word and leaves nothing half-written; the same command goes on."
+    config, seconds = whole
+    mine = dataclasses.replace(config, out=tmp_path / "run")
+    first = start(mine)
+    wait_for(mine.out / ".lock.json", first)
+    with pytest.raises(BiomassError, match=f"process {first.pid} on "): train(mine, **quiet)
+    time.sleep(seconds / 4)
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130
+    said = first.stderr.read()
+    assert "interrupted" in said and "Traceback" not in said, said
+    assert not list(mine.out.rglob(".tmp-*")) and not (mine.out / "results.json").exists()
+    train(mine, **quiet)
+    assert left(mine.out) == left(config.out)
+
+
+def full_disk(): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file grows beyond 20 kB, as on a disk that is full
+
+
+def test_a_full_disk(whole, tmp_path):
+    "The file that could not be written is named, nothing is half-written, and with room the same command goes on."
+    config, _ = whole
+    mine = dataclasses.replace(config, out=tmp_path / "run")
+    done = run(sys.executable, "-c", EVERY_EPOCH, *options(mine), preexec_fn=full_disk)
+    assert done.returncode == 2 and f"{mine.out}" in done.stderr and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(mine.out.rglob(".tmp-*"))
+    train(mine, **quiet)
+    assert left(mine.out) == left(config.out)
+
+
+def test_a_folder_that_takes_no_files(one, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(BiomassError, match="file/run: cannot be made"): train(dataclasses.replace(one, out=tmp_path / "file/run"), **quiet)
