@@ -198,7 +198,7 @@ class Ensemble:
         for i in np.flatnonzero(broken & [not p.fault for p in photos]): grams[i], issues[int(i)] = self._mended(paths[i], found[:, :, i], level, intervals)
         grams = grams if intervals else grams[:, 0]
         for i, p in enumerate(photos):
-            if p.fault: grams[i], issues[i] = fallback_grams(self.bundle, intervals), Issue(p.fault, MEANS)
+            if p.fault: grams[i], issues[i] = fallback_grams(self.bundle, intervals), Issue(p.fault.removeprefix(f"{paths[i]}: "), MEANS)
         return grams, issues
 
     def _measure(self, photos: list, paths: list, pace: Pace, deadline: Deadline):
@@ -220,7 +220,7 @@ class Ensemble:
         strict: bool = True,  # raise for photos that cannot be read
         intervals: bool = False,  # lower and upper ends beside each figure
         deadline: Deadline = None,  # None takes the time it needs
-        later: Callable = lambda: 0,  # photos that this device has after the batch at hand; asked with a deadline only
+        later: Callable = lambda: 0,  # photos that this device may have to do after the batch at hand; those it has begun to read are counted here
     ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); ends early when there is no time
         "Raw predictions, a batch at a time, memory bounded by the batch."
         deadline, pace, taken = deadline or Deadline(), Pace(), deque()
@@ -232,7 +232,7 @@ class Ensemble:
             mine = [paths[row] for row in batch]
             if deadline.text is not None:
                 self._measure(photos, mine, pace, deadline)
-                level = choose_level(self.levels, pace, deadline.left(), lambda level: self.work(photos, level), len(photos), later())
+                level = choose_level(self.levels, pace, deadline.left(), lambda level: self.work(photos, level), len(photos), max(len(taken), later()))
                 if level is None: break
             start = deadline.clock()
             grams, issues = self.predict_loaded(photos, mine, level, intervals)
@@ -256,8 +256,9 @@ class Ensemble:
         batches = self.run(paths, range(len(paths)), batch_size, num_workers, faults is None, intervals)
         grams = np.zeros((len(paths), *([3] if intervals else []), len(TARGETS)), np.float32)
         for rows, found, issues in progress(batches, desc="predict", unit="batch", total=-(-len(paths) // batch_size)):
-            grams[rows] = found
-            if faults is not None: faults.update({row: issue.reason for row, issue in issues.items() if issue.fallback == MEANS})
+            grams[rows], nothing = found, {row: issue.reason for row, issue in issues.items() if issue.fallback == MEANS}
+            if nothing and faults is None: raise BiomassError(f"{paths[min(nothing)]}: {nothing[min(nothing)]}")
+            if nothing: faults.update(nothing)
         return grams
 
 # %% ../nbs/11_ensemble.ipynb #7db70db7
