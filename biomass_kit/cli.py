@@ -24,6 +24,7 @@ from .bundle import read_bundle
 from .data import check_submission, list_photos, read_test, read_train, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, read_table
+from .outcome import summary_lines
 from .physics import METHODS
 from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
 from .targets import COMBINATIONS, TARGETS, TRIM, BiomassError, weighted_r2
@@ -174,6 +175,7 @@ class PredictArgs:
     cache: bool = True  # keep tile features on disk, so that the same photos cost no backbone pass the next time
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default, shared with training
     cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
+    deadline: Optional[str] = None  # such as 8h30m: give up views, then grids, then folds as far as needed to end in time
     dry_run: bool = False  # print the plan and a probe of a few photos, predict nothing
 
 
@@ -194,14 +196,15 @@ def predict(args=None):
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.dry_run:
         if a.cache_dir or a.cache_gb != CACHE_GB: raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
+        if a.deadline: raise BiomassError("--dry-run predicts nothing, so --deadline changes nothing; drop it")
         if a.physics or a.correction_threshold is not None: raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
         return _dry_run(a)
     cache_dir = (a.cache_dir or default_cache_dir()) if a.cache else None
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
-                precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm)
+                precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm, deadline=a.deadline)
     if table is None: return
-    print(f"{a.out}: {len(table)} rows")
+    print(f"{a.out}: {len(table)} rows", *summary_lines(table), sep="\n")
     if a.cache: print(trim_text(cache_dir, a.cache_gb))
 
 # %% ../nbs/17_cli.ipynb #b016ade2

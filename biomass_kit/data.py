@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'SUBMISSION_COLUMNS', 'IDENTITY_TOLERANCE',
-           'MIN_HEIGHT', 'PHOTO_SUFFIXES', 'PLAUSIBLE_GRAMS', 'atomic_path', 'write_text', 'write_json', 'write_csv',
-           'file_digest', 'species_group', 'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo',
-           'split_pair', 'list_photos', 'read_test', 'write_submission', 'check_submission']
+           'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'PHOTO_SUFFIXES', 'PLAUSIBLE_GRAMS', 'atomic_path', 'write_text',
+           'write_json', 'write_csv', 'file_digest', 'species_group', 'class_labels', 'read_rows', 'photo_paths',
+           'read_train', 'read_photo', 'split_pair', 'list_photos', 'read_test', 'write_submission', 'check_submission']
 
 # %% ../nbs/01_data.ipynb #d3560fb2
 import hashlib, json, os, uuid, warnings
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from .targets import TARGETS, BiomassError, identity_residuals
+from .targets import TARGETS, BiomassError, as_grams, identity_residuals
 
 # %% ../nbs/01_data.ipynb #ad1de2b5
 @contextmanager
@@ -145,6 +145,7 @@ def photo_paths(
     folder,  # the data folder
     rows: pd.DataFrame,  # rows with an `image_path` column, index = line numbers
     path,  # the CSV's path, for errors
+    strict: bool = True,  # refuse a photo that is not there; else only a folder that has none of them
 ) -> dict:  # image_path -> absolute path of the photo
     "Where each photo of the table lies; refuses paths that leave the folder and photos that are not there."
     root = Path(folder).absolute()
@@ -152,7 +153,8 @@ def photo_paths(
     inside = rows["image_path"].map(lambda p: p != "" and not os.path.isabs(p) and not os.path.normpath(p).startswith(".."))
     _refuse(path, rows, ~inside, lambda r: f"image_path '{r.image_path}' leaves the data folder; use a path inside {root}")
     present = rows["image_path"].map(lambda p: found[p].is_file())
-    _refuse(path, rows, ~present, lambda r: f"photo {r.image_path} of {r.sample_id} is not in {root}; copy it there or drop its rows")
+    if not present.any(): raise BiomassError(f"{path}: none of its {len(found)} photos is in {root}, first {next(iter(found))}; give the folder that holds them")
+    if strict: _refuse(path, rows, ~present, lambda r: f"photo {r.image_path} of {r.sample_id} is not in {root}; copy it there or drop its rows")
     return found
 
 # %% ../nbs/01_data.ipynb #939dfdd8
@@ -216,19 +218,29 @@ def read_train(
 
 # %% ../nbs/01_data.ipynb #ade4e059
 MIN_HEIGHT = 32  # pixels
+MIN_CONTRAST = 2.0  # grey levels, standard deviation: noise behind a lens cap has less, the flattest of 80 real photos has 45
+MAX_PIXELS = 64_000_000  # decoded at once, 0.2 GB; a larger JPEG is decoded at half its size
+
+
+def _decode(path) -> np.ndarray:
+    "Pixels, upright, uint8 [H, W, 3] RGB; raises whatever a decoder raises."
+    with Image.open(path) as im:
+        size = im.size
+        if im.width * im.height > MAX_PIXELS: im.draft(None, (im.width // 2, im.height // 2))  # does nothing where the format cannot
+        if im.width * im.height > MAX_PIXELS: raise ValueError(f"{size[0]}x{size[1]} pixels, over {MAX_PIXELS / 1e6:g} million, the most that are read of a {im.format}")
+        return np.array(ImageOps.exif_transpose(im).convert("RGB"))
 
 
 def read_photo(
     path,
 ) -> np.ndarray:  # uint8 [H, W, 3] RGB
     "Decode one photo, upright and in RGB; raises `BiomassError` naming the file."
-    try:
-        with Image.open(path) as im: photo = np.array(ImageOps.exif_transpose(im).convert("RGB"))
+    try: photo = _decode(path)
     except FileNotFoundError: raise BiomassError(f"{path}: no such photo") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BiomassError(f"{path}: not a readable photo ({e}); export it again as JPEG or PNG") from None
+    except Exception as e: raise BiomassError(f"{path}: not a readable photo ({e}); export it again as JPEG or PNG") from None
     if min(photo.shape[0], photo.shape[1] // 2) < MIN_HEIGHT:
         raise BiomassError(f"{path}: {photo.shape[1]}x{photo.shape[0]} pixels is too small; at least {2 * MIN_HEIGHT}x{MIN_HEIGHT}")
+    if photo[::8, ::8].std() < MIN_CONTRAST: raise BiomassError(f"{path}: shows nothing, all of it is about the colour {photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
     return photo
 
 # %% ../nbs/01_data.ipynb #ab7da88d
@@ -264,7 +276,7 @@ def read_test(
     rows = read_rows(path, TEST_COLUMNS)
     _refuse(path, rows, ~rows["target_name"].isin(TARGETS), lambda r: f"target_name '{r.target_name}' is none of {', '.join(TARGETS)}")
     _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
-    found = photo_paths(folder, rows, path)
+    found = photo_paths(folder, rows, path, strict=False)
     sample = Path(folder) / "sample_submission.csv"
     due = list(read_rows(sample, ("sample_id",))["sample_id"]) if sample.is_file() else []
     if set(due) == set(rows["sample_id"]) and len(due) == len(rows): rows = rows.set_index("sample_id", drop=False).loc[due]
@@ -278,7 +290,9 @@ def write_submission(
     grams,  # [photos, 5] in the order of TARGETS
 ) -> Path:
     "Write `sample_id,target` in the order of `rows`, atomically; grams with six decimals."
-    values = dict(zip(photos, np.asarray(grams, dtype=np.float64)))
+    grams = as_grams(grams)
+    if (grams < 0).any(): raise BiomassError(f"{path}: a prediction of {grams.min():g} g; clamp predictions to the training bounds first (`physics.clamp`)")
+    values = dict(zip(photos, grams, strict=True))
     column = {t: i for i, t in enumerate(TARGETS)}
     target = [values[p][column[t]] for p, t in zip(rows["image_path"], rows["target_name"])]
     frame = pd.DataFrame({"sample_id": rows["sample_id"].to_numpy(), "target": target})
@@ -288,21 +302,32 @@ def write_submission(
 PLAUSIBLE_GRAMS = 1000.0  # the heaviest labelled photo has 158 g; more than this is a fault, not a pasture
 
 
+def _check_bytes(path):
+    "Refuse what a reader of tables would forgive and Kaggle would not."
+    if not path.is_file(): raise BiomassError(f"{path}: no such file; write it with biomass_predict --data DIR --out {path.name}")
+    data = path.read_bytes()
+    if data.startswith(b"\xef\xbb\xbf"): raise BiomassError(f"{path}: begins with a byte-order mark, which becomes part of the first column's name; save it as plain UTF-8")
+    for line, text in enumerate(data.splitlines(), 1):
+        if any(part != part.strip() for part in text.split(b",")): raise BiomassError(f"{path} line {line}: has blanks around a value; remove them")
+
+
 def check_submission(
     path,  # a submission CSV
     folder,  # the data folder: its sample_submission.csv, or else its test.csv, says which rows are due
 ) -> pd.DataFrame:  # the submission, `target` as float64 grams
     "Raise `BiomassError` unless Kaggle would accept the file and a pasture could weigh what it says."
+    path = Path(path)
+    _check_bytes(path)
     rows = read_rows(path, SUBMISSION_COLUMNS)
-    if list(rows.columns) != list(SUBMISSION_COLUMNS): raise BiomassError(f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}")
-    _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time")
+    if list(rows.columns) != list(SUBMISSION_COLUMNS): raise BiomassError(f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}, not {','.join(rows.columns)}; drop or reorder the others")
+    _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
     model = next((p for p in (Path(folder) / "sample_submission.csv", Path(folder) / "test.csv") if p.is_file()), None)
-    if model is None: raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against")
+    if model is None: raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the competition's folder")
     due = read_rows(model, ("sample_id",))["sample_id"]
     missing, strange = set(due) - set(rows["sample_id"]), set(rows["sample_id"]) - set(due)
     if missing: raise BiomassError(f"{path}: {len(missing)} rows of {model.name} are missing, first {min(missing)}; predict them all")
     if strange: raise BiomassError(f"{path}: {len(strange)} rows are not in {model.name}, first {min(strange)}; remove them")
     if list(due) != list(rows["sample_id"]): raise BiomassError(f"{path}: rows are not in the order of {model.name}; sort them alike")
     grams = _target_grams(rows, path)
-    _refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target {r.target} of {r.sample_id} is over {PLAUSIBLE_GRAMS:g} g; no quadrat weighs that")
+    _refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target {r.target} of {r.sample_id} is over {PLAUSIBLE_GRAMS:g} g, and no quadrat weighs that; check the unit, and that the weights fit the photos")
     return rows.assign(target=grams).reset_index(drop=True)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSpec', 'tile_edges', 'cut_tiles', 'Backbone',
-           'own_tile_size', 'build_backbone', 'cuda_works', 'pick_device', 'pick_precision', 'autocast',
-           'backbone_digest']
+           'own_tile_size', 'build_backbone', 'launches', 'working_gpus', 'pick_devices', 'pick_device',
+           'pick_precision', 'autocast', 'backbone_digest']
 
 # %% ../nbs/07_features.ipynb #21afbbac
 import difflib, hashlib, json, logging, re, warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -198,24 +198,46 @@ DEVICE_TYPES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
-def cuda_works() -> bool:
-    "Whether a GPU is there *and* launches a kernel: an old card beside a new torch can be visible and useless."
-    if not torch.cuda.is_available(): return False
-    try: return (torch.ones(1, device="cuda") + 1).item() == 2
-    except RuntimeError as e:
-        warnings.warn(f"{torch.cuda.get_device_name()} is visible but cannot launch a kernel ({str(e).splitlines()[0]}); it is left alone")
-        return False
+def launches(device: torch.device) -> bool:
+    "Whether a GPU computes a small product rightly; raises RuntimeError where it cannot launch a kernel."
+    return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
+
+
+def working_gpus(
+    say: Callable = warnings.warn,  # takes what is wrong with a GPU
+):  # yields torch.devices, this process's current one first
+    "GPUs that are there *and* launch a kernel: an old card beside a new torch can be visible and useless."
+    if not torch.cuda.is_available(): return
+    current = torch.cuda.current_device()
+    for i in sorted(range(torch.cuda.device_count()), key=lambda i: i != current):
+        device = torch.device("cuda", i)
+        try: works, why = launches(device), "it computes wrongly"
+        except RuntimeError as e: works, why = False, str(e).splitlines()[0]
+        if works: yield device
+        else: say(f"{device} ({torch.cuda.get_device_name(i)}) is visible but cannot launch a kernel ({why}); it is left alone")
+
+
+def pick_devices(
+    kind: str = "auto",  # one of DEVICE_TYPES
+    say: Callable = warnings.warn,  # takes what is wrong with a GPU
+):  # yields torch.devices
+    "The devices asked for, all GPUs that work, or `BiomassError` where there is none."
+    if kind not in DEVICE_TYPES: raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
+    present = {"cuda": working_gpus(say), "mps": iter([torch.device("mps")] * torch.backends.mps.is_available()), "cpu": iter([torch.device("cpu")])}
+    for k in present if kind == "auto" else (kind,):
+        if (first := next(present[k], None)) is not None:
+            yield first
+            yield from present[k]
+            return
+    raise BiomassError(f"--device-type {kind}: this machine has no {kind} device; use --device-type {pick_device('auto', lambda line: None).type}")
 
 
 def pick_device(
     kind: str = "auto",  # one of DEVICE_TYPES
+    say: Callable = warnings.warn,  # takes what is wrong with a GPU
 ) -> torch.device:
-    "The device asked for, or `BiomassError` where it is absent."
-    present = {"cpu": True, "cuda": cuda_works(), "mps": torch.backends.mps.is_available()}
-    if kind == "auto": kind = next(k for k in ("cuda", "mps", "cpu") if present[k])
-    if kind not in present: raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
-    if not present[kind]: raise BiomassError(f"--device-type {kind}: this machine has no {kind} device; use --device-type {next(k for k in ('cuda', 'mps', 'cpu') if present[k])}")
-    return torch.device(kind)
+    "The device asked for, the current GPU where it works, or `BiomassError` where there is none; no other GPU is touched."
+    return next(pick_devices(kind, say))
 
 
 def pick_precision(
