@@ -404,7 +404,7 @@ def build_wheel(
         shutil.copytree(source / "biomass_kit", Path(copy) / "biomass_kit", ignore=shutil.ignore_patterns("__pycache__"))
         for path in Path(copy).rglob("*"): path.chmod(0o755 if path.is_dir() else 0o644)  # a wheel keeps modes, and a checkout's depend on its owner
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), copy]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"}, umask=0o022)
     if done.returncode: raise BiomassError(f"the wheel could not be built; pip install setuptools wheel. pip said: {done.stderr.strip()[-500:]}")
     return next(out.glob(f"biomass_kit-{biomass_kit.__version__}-*.whl"))
 

@@ -264,8 +264,8 @@ def run_offline(
             seen |= _watch(process, working, mounting)
             errors.seek(0)
             said = errors.read().strip()[-2000:]
-        if not mounting: shutil.copytree(working, out, dirs_exist_ok=True)
-        for path in out.iterdir(): shutil.copy(path, keep / path.name) if path.is_file() else None
+        for path in (out if mounting else working).iterdir():
+            if path.is_file(): shutil.copy(path, keep / path.name)
         if process.returncode: raise BiomassError(f"the packed notebook failed offline; see {keep / EXECUTED}\n{said}")
         if before is not None and before != _state(inputs): raise BiomassError("the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
         if seen["disk"] > room_bytes: raise BiomassError(f"the notebook wrote {seen['disk'] / 1e6:.0f} MB to its working folder, more than the {room_bytes / 1e6:.0f} MB of this room")
