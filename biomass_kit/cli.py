@@ -18,7 +18,7 @@ import torch
 import tyro
 from tqdm.auto import tqdm
 
-from . import ensemble, evidence, kaggle, report, sealed, synthetic
+from . import ensemble, evidence, packing, report, sealed, synthetic
 from . import train as training
 from .bundle import read_bundle
 from .data import check_submission, list_photos, read_test, read_train, write_csv, write_json, write_text
@@ -285,7 +285,7 @@ class PackArgs:
 
     weights: Path  # bundle folder, or a run folder
     out: Path = Path("kaggle_datasets")
-    user: str = kaggle.DEFAULT_USER  # your Kaggle name, for the dataset ids
+    user: str = packing.DEFAULT_USER  # your Kaggle name, for the dataset ids
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
     wheels: Optional[tuple[str, ...]] = None  # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
     verify: bool = True  # run the packed notebook as Kaggle would, over drawn photos
@@ -297,13 +297,13 @@ def pack(args=None):
     "biomass_pack: write what is uploaded to Kaggle, and prove it."
     a = tyro.cli(PackArgs, prog="biomass_pack", args=args)
     if a.share and not a.verify: raise BiomassError("--no-verify: --share would change nothing; drop it")
-    out = kaggle.pack(a.weights, a.out, a.user, a.wheel, a.wheels)
+    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels)
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
         files = [p for p in folder.rglob("*") if p.is_file()]
         print(f"  {folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
-    listed = out / kaggle.LIB / kaggle.WHEEL_LIST
+    listed = out / packing.LIB / packing.WHEEL_LIST
     for entry in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else (): print(f"  {entry['file']}: {entry['reason']}")
-    if a.user == kaggle.DEFAULT_USER: print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
+    if a.user == packing.DEFAULT_USER: print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
     if a.verify: sealed.verify(out, share=a.share)
     print(f"how to upload: {out / 'README.md'}")
 
@@ -357,7 +357,7 @@ def run_demo(a: DemoArgs, say=tqdm.write) -> dict:
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
     say("packing, and running the packed notebook with the network cut")
-    done = sealed.run_offline(kaggle.pack(joint, a.out / "kaggle_datasets"), data, a.out / "working")
+    done = sealed.run_offline(packing.pack(joint, a.out / "kaggle_datasets"), data, a.out / "working")
     submission = check_submission(done["submission"], data)
     (a.out / "submission.csv").write_bytes(done["submission"].read_bytes())
     truth = read_table(data / "test_labels.csv").set_index("sample_id")["target"].loc[submission["sample_id"]].to_numpy()

@@ -16,7 +16,8 @@ from conftest import ROOT, SHARED, run
 from biomass_kit import cli, kaggle, sealed
 from biomass_kit.data import check_submission, file_digest
 from biomass_kit.ensemble import predict_competition
-from biomass_kit.kaggle import LIB, PREDICT_REQUIREMENTS, REFERENCE, WEIGHTS, pack
+from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
+from biomass_kit.packing import WEIGHTS, pack, write_tracked
 from biomass_kit.sealed import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
 from biomass_kit.targets import BiomassError
 
@@ -78,7 +79,7 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     (photos / "broken.jpg").write_bytes(b"no photo")
     cells = [*kaggle.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
     monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
-    kaggle.write_tracked(out, "grass")
+    write_tracked(out, "grass")
     cli.verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
     assert "5 rows, valid" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
