@@ -177,7 +177,7 @@ NOTEBOOK_CELLS = (
      "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
      "library = next(inputs.rglob(\"biomass_kit-*.whl\")).parent\n"
      "subprocess.run([sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\", *library.glob(\"*.whl\")], check=True)"),
-    ("markdown", "## Predict\n\nThe inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; a frozen backbone turns the tiles "
+    ("markdown", "## Predict\n\nThe inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; a backbone turns the tiles "
      "into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, which are averaged and made to add up.\n\n"
      "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. For your own photos it is `grams.csv`, one row a photo. "
      "A photo that cannot be read is named in a table beside it."),

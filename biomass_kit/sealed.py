@@ -22,7 +22,7 @@ from .packing import COMPETITION, KAGGLE_IMAGE, KERNEL, LIB, NOTEBOOK, WEIGHTS, 
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16c_sealed.ipynb #7445e665
-PROBE = "mount -t tmpfs -o size=1m tmpfs /tmp"
+PROBE = "mount --bind . /tmp && mount -o remount,bind,ro /tmp && mount -t tmpfs -o size=1m tmpfs /tmp"  # all that the room asks of mount
 
 
 def network_cut() -> list:  # command prefix, with "--mount" where the room can be mounted too; empty where no namespace is allowed
@@ -115,7 +115,7 @@ ASKED = ("numpy", "pandas", "timm", "albumentations")  # in Kaggle's versions; t
 RUNS_NOTEBOOKS = ("nbclient", "ipykernel")
 
 
-def _torch_pins(python, has) -> list:
+def _torch_pins(has) -> list:
     "torch and torchvision as Kaggle has them where they can be had without what a GPU would need, else as here."
     import torch
 
@@ -126,7 +126,6 @@ def _torch_pins(python, has) -> list:
 
 def kaggle_python(
     folder,  # where the virtual environment is made
-    say=print,
 ) -> Path:  # its python
     "A fresh virtual environment with Kaggle's versions as far as they can be had here; takes minutes and the package registry."
     import venv
@@ -137,7 +136,7 @@ def kaggle_python(
     has = lambda pin: pip("--dry-run", "--no-deps", "--ignore-installed", "--only-binary", ":all:", pin).returncode == 0
     pins = [pin if has(pin) else name for name, pin in ((n, f"{n}=={KAGGLE_IMAGE[n]}") for n in ASKED)]
     rest = [n for n in (*PREDICT_REQUIREMENTS, "matplotlib") if n not in (*ASKED, "torch")]
-    done = pip(*_torch_pins(python, has), *pins, *rest, *RUNS_NOTEBOOKS)
+    done = pip(*_torch_pins(has), *pins, *rest, *RUNS_NOTEBOOKS)
     if done.returncode: raise BiomassError(f"an environment like Kaggle's could not be built; is a package registry within reach? --share takes this environment's packages. pip said: {done.stderr.strip()[-800:]}")
     return python
 
@@ -255,7 +254,7 @@ def run_offline(
         python = python or bare_python(room / "venv")
         seen = {"knock": knock(room, cut), "network": "a network namespace with no interface" if cut else "a guard that refuses every connection",
                 "input": "mounted read-only" if mounting else "a copy, compared afterwards"}
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL"))} | {
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL", "NO_ALBUMENTATIONS"))} | {
             "KAGGLE_INPUT": str(inputs), "KAGGLE_WORKING": str(working), "HOME": str(room / "home"), "PYTHONPATH": str(room / "guard"), "NETWORK_LOG": str(log), "JUPYTER_PLATFORM_DIRS": "1"}
         command = [str(python), "-c", RUNNER, str(packed / KERNEL / NOTEBOOK), EXECUTED]
         script = _room_script(inputs, mounts, working, out, room_bytes, command, python) if mounting else f"{shlex.join(command)}; code=$?; cat /proc/net/snmp /proc/net/snmp6 > {shlex.quote(str(room / 'snmp'))} 2>/dev/null; exit $code"
@@ -267,6 +266,7 @@ def run_offline(
             said = errors.read().strip()[-2000:]
         for path in (out if mounting else working).iterdir():
             if path.is_file(): shutil.copy(path, keep / path.name)
+        if seen["seconds"] > KAGGLE_LIMITS["seconds"]: raise BiomassError(f"the packed notebook ran for more than Kaggle's {KAGGLE_LIMITS['seconds'] / 3600:g} hours and was ended; see {keep / EXECUTED}")
         if process.returncode: raise BiomassError(f"the packed notebook failed offline; see {keep / EXECUTED}\n{said}")
         if before is not None and before != _state(inputs): raise BiomassError("the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
         if seen["disk"] > room_bytes: raise BiomassError(f"the notebook wrote {seen['disk'] / 1e6:.0f} MB to its working folder, more than the {room_bytes / 1e6:.0f} MB of this room")
@@ -347,14 +347,14 @@ def verify(
             data = write_dataset(Path(folder) / "drawn", n_photos=1, n_test=4, seed=0, height=400)
         n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
         start = time.time()
-        python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv", say)
+        python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv")
         found, runs = versions(python), []
         say(f"environment: {'shares the packages of this one, so nothing is proved about versions' if share else f'built in {time.time() - start:.0f} s'}; asked for as Kaggle has it -> got:")
         say("  " + ", ".join(f"{n} {asked or 'any'} -> {got or 'absent'}" for n, (asked, got) in found.items()))
         for form in forms:
             done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes)
             done |= check_run(done, data)
-            if not runs: say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; {n_photos} photos")
+            if not runs: say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
             say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
             runs.append(done)
     say(f"verified: submission and executed notebook are under {keep}")
