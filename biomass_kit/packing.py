@@ -171,7 +171,7 @@ kaggle datasets version --dir-mode zip -p {weights} -m "new weights"
 ```
 
 **Then** wait until both are `ready`, push the notebook, which runs it over the public test photos, and look at what it made.
-The GPU must be named: the default one (P100) cannot launch the kernels of a new torch. A user who is to submit must have
+The GPU is named because the default one (P100) may be unable to launch the kernels of a new torch. Who submits must have
 accepted the competition's rules on its page.
 
 ```sh
