@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO_MARGIN', 'DEMO_MARK', 'command', 'run_training', 'TrainArgs', 'train', 'SearchArgs', 'given_options', 'search',
            'BundleArgs', 'bundle', 'PredictArgs', 'predict', 'ValidateArgs', 'validate', 'CompareArgs', 'compare',
-           'PackArgs', 'pack', 'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
+           'VerifyArgs', 'verify', 'PackArgs', 'pack', 'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
 
 # %% ../nbs/17_cli.ipynb #d13e2d98
-import dataclasses, functools, shutil, sys, warnings
+import dataclasses, functools, json, shutil, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -18,7 +18,7 @@ import torch
 import tyro
 from tqdm.auto import tqdm
 
-from . import ensemble, evidence, kaggle, report, synthetic
+from . import ensemble, evidence, packing, report, sealed, synthetic
 from . import train as training
 from .bundle import read_bundle
 from .data import check_submission, list_photos, read_test, read_train, write_csv, write_json, write_text
@@ -259,23 +259,51 @@ def compare(args=None):
 
 # %% ../nbs/17_cli.ipynb #96577914
 @dataclass(frozen=True)
+class VerifyArgs:
+    "Prove what was packed in a room like Kaggle's: Kaggle's versions, no network, read-only inputs, little room to write."
+
+    packed: Path = Path("kaggle_datasets")  # folder that biomass_pack filled
+    data: Optional[Path] = None  # competition folder with test.csv; drawn photos by default
+    photos: Optional[Path] = None  # folder of photos instead, as a user's own dataset
+    out: Path = Path("runs/verify")  # takes submission and executed notebook
+    share: bool = False  # share this environment's packages: quick, and no proof about Kaggle's versions
+
+
+@command
+def verify(args=None):
+    "biomass_verify: run the packed notebook as Kaggle would."
+    a = tyro.cli(VerifyArgs, prog="biomass_verify", args=args)
+    if a.data and a.photos: raise BiomassError("give --data or --photos, not both")
+    sealed.verify(a.packed, a.data or a.photos, a.out, a.share)
+
+
+@dataclass(frozen=True)
 class PackArgs:
-    "Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook."
+    "Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook, and prove it as biomass_verify does."
 
     weights: Path  # bundle folder, or a run folder
     out: Path = Path("kaggle_datasets")
-    user: str = kaggle.DEFAULT_USER  # your Kaggle name, for the dataset ids
+    user: str = packing.DEFAULT_USER  # your Kaggle name, for the dataset ids
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
+    wheels: Optional[tuple[str, ...]] = None  # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
+    verify: bool = True  # run the packed notebook as Kaggle would, over drawn photos
+    share: bool = False  # of biomass_verify: share this environment's packages
 
 
 @command
 def pack(args=None):
-    "biomass_pack: write what is uploaded to Kaggle."
+    "biomass_pack: write what is uploaded to Kaggle, and prove it."
     a = tyro.cli(PackArgs, prog="biomass_pack", args=args)
-    out = kaggle.pack(a.weights, a.out, a.user, a.wheel)
+    if a.share and not a.verify: raise BiomassError("--no-verify: --share would change nothing; drop it")
+    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels)
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
         files = [p for p in folder.rglob("*") if p.is_file()]
         print(f"  {folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
+    listed = out / packing.LIB / packing.WHEEL_LIST
+    for entry in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else (): print(f"  {entry['file']}: {entry['reason']}")
+    if a.user == packing.DEFAULT_USER: print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
+    if a.verify: sealed.verify(out, share=a.share)
+    print(f"how to upload: {out / 'README.md'}")
 
 # %% ../nbs/17_cli.ipynb #9350d349
 @dataclass(frozen=True)
@@ -327,7 +355,7 @@ def run_demo(a: DemoArgs, say=tqdm.write) -> dict:
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
     say("packing, and running the packed notebook with the network cut")
-    done = kaggle.run_offline(kaggle.pack(joint, a.out / "kaggle_datasets"), data, a.out / "working")
+    done = sealed.run_offline(packing.pack(joint, a.out / "kaggle_datasets"), data, a.out / "working")
     submission = check_submission(done["submission"], data)
     (a.out / "submission.csv").write_bytes(done["submission"].read_bytes())
     truth = read_table(data / "test_labels.csv").set_index("sample_id")["target"].loc[submission["sample_id"]].to_numpy()

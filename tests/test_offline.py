@@ -1,16 +1,25 @@
 """The packed notebook: behind a cut network, in a Python that knows the library only from the packed wheel."""
 import json
-import socket
+import os
+import pickle
+import shutil
 import sys
+import time
 import venv
+import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, run
 
-from biomass_kit.data import check_submission
+from biomass_kit import cli, kaggle, sealed
+from biomass_kit.data import check_submission, file_digest
 from biomass_kit.ensemble import predict_competition
-from biomass_kit.kaggle import PREDICT_REQUIREMENTS, SOCKET_GUARD, network_cut, pack, run_offline
+from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
+from biomass_kit.packing import WEIGHTS, pack, write_tracked
+from biomass_kit.sealed import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
+from biomass_kit.targets import BiomassError
 
 
 def printed(notebook):
@@ -27,22 +36,138 @@ def check(done, bundle, data, tmp_path):
     assert "as at packing" in printed(done["notebook"]) and "NOT as at packing" not in printed(done["notebook"])
 
 
-def test_the_packed_notebook_offline(finished, data, tmp_path):
-    packed = pack(finished, tmp_path / "packed")
-    assert {p.suffix for p in packed.rglob("*") if p.is_file()} <= {".json", ".whl", ".safetensors", ".ipynb", ".png", ".csv"}
-    check(run_offline(packed, data, tmp_path / "working"), finished, data, tmp_path)
+def refused(call, *arguments, **options):
+    "What a call that must be refused says."
+    with pytest.raises(BiomassError) as e: call(*arguments, **options)
+    return str(e.value)
 
 
-ATTEMPT = "import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2)"
+@pytest.fixture(scope="module")
+def packed(finished, tmp_path_factory): return pack(finished, tmp_path_factory.mktemp("packed") / "kaggle_datasets")
 
 
-def test_the_cut_network_is_cut():
-    "A connection that succeeds here fails behind the namespace, and behind the guard."
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        attempt = ATTEMPT.format(port=server.getsockname()[1])
-        assert run(sys.executable, "-c", attempt).returncode == 0
-        assert run(sys.executable, "-c", SOCKET_GUARD + attempt).returncode != 0
-        if network_cut(): assert run(*network_cut(), sys.executable, "-c", attempt).returncode != 0
+def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
+    "Both ways in which Kaggle mounts inputs; a submission equal to ours; figures with their margins."
+    assert {p.suffix for p in packed.rglob("*") if p.is_file()} <= {".json", ".whl", ".safetensors", ".ipynb", ".png", ".csv", ".md"}
+    said = []
+    report = verify(packed, data, tmp_path / "kept", share=True, say=said.append)
+    assert [done["form"] for done in report["runs"]] == ["slug", "kind"]
+    for done in report["runs"]:
+        check(done, finished, data, tmp_path)
+        assert done["attempts"] == 0 and 1e8 < done["memory"] < 4e9 and 0 < done["disk"] < 1e6 and done["seconds"] < 200
+    text = "\n".join(said)
+    for word in ("of 9 h", "of 30 GB", "of 20 GB", "to spare", "numpy 2.0.2 ->", "network attempts: 0", done["network"]): assert word in text, text
+
+
+def small_wheel(folder):
+    "A wheel with one module, for any Python."
+    path = folder / "quadrat_ruler-1.0-py3-none-any.whl"
+    info = "quadrat_ruler-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as z:
+        for name, text in (("quadrat_ruler.py", "length = 70"), (f"{info}/METADATA", "Metadata-Version: 2.1\nName: quadrat-ruler\nVersion: 1.0\n"),
+                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")): z.writestr(name, text)
+    return path
+
+
+def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path, monkeypatch, capsys):
+    "A wheel named with --wheels travels, is listed with its reason and installed; photos without a test.csv become a table of grams."
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)): monkeypatch.setenv(name, value)
+    out = tmp_path / "kaggle_datasets"
+    cli.pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify", "--wheels", "quadrat-ruler==1.0"])
+    assert "quadrat_ruler-1.0-py3-none-any.whl: asked for with --wheels" in capsys.readouterr().out
+    photos = shutil.copytree(data / "test", tmp_path / "quadrats")
+    (photos / "broken.jpg").write_bytes(b"no photo")
+    cells = [*kaggle.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
+    monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+    write_tracked(out, "grass")
+    cli.verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
+    assert "5 rows, valid" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
+    assert list(table.photo) == sorted(p.name for p in photos.iterdir()) and "ruler 70" in printed(tmp_path / "kept/kind/inference-executed.ipynb")
+    assert pd.read_csv(tmp_path / "kept/kind/grams_issues.csv")["photo"].tolist() == ["broken.jpg"]
+    with pytest.raises(SystemExit): cli.pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
+    assert "Kaggle's image lacks nothing" in capsys.readouterr().err
+
+
+def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypatch):
+    "Elsewhere, later, from a bundle whose files have other times, under another umask."
+    copy = shutil.copytree(finished / "bundle", tmp_path / "moved" / "bundle", copy_function=shutil.copyfile)
+    for path in copy.iterdir(): os.utime(path, (1e9, 1e9))
+    time.sleep(2.1)  # a zip file's clock ticks every two seconds
+    old = os.umask(0o077)
+    try: again = pack(copy, tmp_path / "again")
+    finally: os.umask(old)
+    digests = lambda folder: {str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
+    assert digests(again) == digests(packed)
+    assert {f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed)) and any(n.endswith(".whl") for n in digests(packed))
+
+
+def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, data, tmp_path):
+    "By packing, by verifying and in the notebook's own call."
+    def each(edit):
+        bundle, there = shutil.copytree(finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"), shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}")
+        edit(bundle), edit(there / WEIGHTS)
+        return [refused(pack, bundle, tmp_path / "x"), refused(verify, there, data, tmp_path / "y", share=True), refused(kaggle.predict_inputs, there / WEIGHTS, data, tmp_path)]
+
+    for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
+        assert all(name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
+    assert all("notes.md" in said for said in each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))), "a pickle under another name"
+    def manifest(**changes): return lambda f: (f / "manifest.json").write_text(json.dumps(json.loads((f / "manifest.json").read_text()) | changes))
+    assert all("install biomass_kit 7.0 or later" in said for said in each(manifest(library="7.0")))
+    assert all("schema 9" in said for said in each(manifest(schema=9)))
+    assert all("sha256 differs" in said for said in each(lambda f: [p.write_bytes(p.read_bytes()[:-1] + b"!") for p in f.glob("backbone-*")]))
+
+
+def test_a_notebook_that_misbehaves_is_refused(finished, data, tmp_path, monkeypatch):
+    "It is caught when it tries the network, though it hides the error, and when it writes where Kaggle lets nobody write."
+    def packed_with(code):
+        monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", [*kaggle.NOTEBOOK_CELLS[:2], ("code", code)])
+        return pack(finished, tmp_path / "misbehaves")
+
+    hide = "try: {}\nexcept OSError: print('hidden')"
+    cells = kaggle.NOTEBOOK_CELLS
+    said = refused(run_offline, packed_with("import socket\n" + hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")), data, tmp_path / "kept")
+    assert "tried to reach the network" in said and "192.0.2.1" in said
+    if network_cut():  # a process that the guard does not see, counted by the kernel
+        monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+        quiet = "subprocess.run([sys.executable, '-I', '-c', 'import socket; socket.create_connection((\"192.0.2.1\", 80), timeout=2)'], capture_output=True)"
+        assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
+    monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+    writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
+    if "--mount" in network_cut(): assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
+    monkeypatch.setattr(sealed, "network_cut", lambda: [])
+    assert "wrote to its input" in refused(run_offline, writes, data, tmp_path / "kept")
+    assert not (data / "notes.txt").exists()
+
+
+def printed_errors(folder):
+    "The errors that an executed notebook shows."
+    cells = json.loads((folder / "inference-executed.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "".join(o.get("evalue", "") for c in cells for o in c.get("outputs", []))
+
+
+def test_without_a_namespace_the_guard_is_enough(packed, data, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "network_cut", lambda: [])
+    done = run_offline(packed, data, tmp_path / "kept")
+    check(done, finished, data, tmp_path)
+    assert done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
+
+
+ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"
+
+
+def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
+    "A connection that succeeds here fails behind the namespace and behind the guard; both counters count, the loopback does not."
+    assert "failed, counted by the guard" in knock(tmp_path, network_cut())
+    log = tmp_path / "log"
+    for attempts in (1, 2):
+        done = run(sys.executable, "-c", SOCKET_GUARD + ATTEMPT, env={**os.environ, "NETWORK_LOG": str(log)})
+        assert "no network here" in done.stderr and len(log.read_text().splitlines()) == attempts
+    loopback = "import socket, threading; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname(), timeout=2); print('reached')"
+    assert "reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout and len(log.read_text().splitlines()) == 2
+    if network_cut():
+        count = lambda code: unrouted(run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp /proc/net/snmp6").stdout)
+        assert count("pass") == 0 and count(ATTEMPT) == 1
 
 
 @pytest.mark.long
@@ -54,7 +179,9 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
     assert done.returncode == 0, done.stderr[-2000:]
     names = {p["name"] for p in json.loads(run(python, "-m", "pip", "list", "--format", "json").stdout)}
     assert not names & {"albumentations", "scikit-learn", "accelerate", "tyro", "matplotlib", "nbdev", "biomass-kit", "biomass_kit"}
-    check(run_offline(pack(finished, tmp_path / "packed"), data, tmp_path / "working", python), finished, data, tmp_path)
+    done = run_offline(pack(finished, tmp_path / "packed"), data, tmp_path / "working", python)
+    check(done, finished, data, tmp_path)
+    assert "no picture of the predictions" in printed(done["notebook"]), "without matplotlib there is no picture, and nothing else is lost"
 
 
 @pytest.mark.long

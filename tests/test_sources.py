@@ -11,7 +11,7 @@ from conftest import ROOT, imported_names, python
 sys.path.insert(0, str(ROOT / "tests"))
 from render_readme import render
 
-from biomass_kit.kaggle import KERNEL, write_tracked
+from biomass_kit.packing import KERNEL, write_tracked
 
 ROOMS = sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "biomass_kit").glob("*.py") if not p.name.startswith("_"))
@@ -54,7 +54,7 @@ def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
     write_tracked(tmp_path, user)
     for made in (p for p in tmp_path.rglob("*") if p.is_file()):
         tracked = ROOT / "kaggle_datasets" / made.relative_to(tmp_path)
-        assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), f"{tracked}: python -c 'from biomass_kit.kaggle import KERNEL, write_tracked; write_tracked(\"kaggle_datasets\")'"
+        assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), f"{tracked}: python -c 'from biomass_kit.packing import KERNEL, write_tracked; write_tracked(\"kaggle_datasets\")'"
 
 
 def test_rooms_import_only_lower_rooms():
