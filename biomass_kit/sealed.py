@@ -344,7 +344,7 @@ def verify(
         if data is None:
             from biomass_kit.synthetic import write_dataset
 
-            data = write_dataset(Path(folder) / "drawn", n_photos=1, n_test=4, seed=0, height=400)
+            data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
         n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
         start = time.time()
         python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv")

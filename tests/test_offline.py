@@ -146,11 +146,15 @@ def printed_errors(folder):
     return "".join(o.get("evalue", "") for c in cells for o in c.get("outputs", []))
 
 
-def test_without_a_namespace_the_guard_is_enough(packed, data, finished, tmp_path, monkeypatch):
+def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, monkeypatch, capsys):
+    "As biomass_pack verifies: over drawn photos."
     monkeypatch.setattr(sealed, "network_cut", lambda: [])
-    done = run_offline(packed, data, tmp_path / "kept")
-    check(done, finished, data, tmp_path)
-    assert done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
+    done = verify(packed, keep=tmp_path / "kept", share=True, forms=("kind",))["runs"][0]
+    assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
+    asked = []
+    monkeypatch.setattr(sealed, "verify", lambda *a, **k: asked.append((a, k)))
+    for switch in ("--share", "--no-verify"): cli.pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
+    assert asked == [((tmp_path / "packed",), {"share": True})] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
 
 
 ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"
