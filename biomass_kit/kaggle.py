@@ -18,6 +18,7 @@ from PIL import Image
 from .bundle import MANIFEST
 from .data import PHOTO_SUFFIXES, file_digest, list_photos, read_photo, read_test, write_csv
 from .ensemble import predict_competition, predict_folder, predict_photos
+from .outcome import summary_lines  # for the notebook, which asks this room alone
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16_kaggle.ipynb #08736552
@@ -180,11 +181,11 @@ NOTEBOOK_CELLS = (
     ("markdown", "## Predict\n\nThe inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; a backbone turns the tiles "
      "into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, which are averaged and made to add up.\n\n"
      "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. For your own photos it is `grams.csv`, one row a photo. "
-     "A photo that cannot be read is named in a table beside it."),
-    # a deadline for the prediction belongs in the call of `predict_inputs` below, which hands it on
-    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions\n\n"
+     "A photo that cannot be read is named in a table beside it.\n\nA valid file is there from the first minute and becomes better as photos are done. The run is watched: "
+     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer folds, and the closing lines say how many."),
+    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines\n\n"
      "data, weights = find_inputs(inputs)\n"
-     "table = predict_inputs(weights, data, working, progress=print_progress)\ntable.head(10)"),
+     "table = predict_inputs(weights, data, working, deadline=\"8h30m\", progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
     ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. A bare quadrat beside a long bar would be a reason to stop."),
     ("code", "show_predictions(data, table)"),
     ("markdown", "## The same answer as at home?\n\nThree drawn photos travel with the weights, with the predictions that were made when they were packed. "
