@@ -78,7 +78,7 @@ def test_time_enough_changes_nothing(room, whole, monkeypatch):
     assert slow.passes == [1, 1] + [4] * 6 * 4, "two to measure, then the plan"
 
 
-@pytest.mark.parametrize("share, fallback", [(0.75, "2 backbone views, 10 members"), (0.45, "1 backbone views, 10 members"), (0.2, "1 backbone views, 5 members")])
+@pytest.mark.parametrize("share, fallback", [(0.75, "2 backbone views, 10 members"), (0.45, "1 backbone view, 10 members"), (0.2, "1 backbone view, 5 members")])
 def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback):
     slow = SlowBackbones(monkeypatch)
     deadline = Deadline(share * slow.whole(16), lambda: slow.now)
@@ -93,7 +93,7 @@ def test_fine_tuned_folds_go_one_by_one(room, monkeypatch):
     slow, names = SlowBackbones(monkeypatch), list(map(str, list_photos(room / "data/test")))
     outcome, one = Outcome(names), slow.whole(16, 1, 4)  # one fold, one view
     predict_photos(room / "tuned", names, deadline=Deadline(2.6 * one, lambda: slow.now), outcome=outcome, device_type="cpu")
-    assert {i.fallback for i in outcome.issues.values()} >= {"1 backbone views, 2 members"} and MEANS not in {i.fallback for i in outcome.issues.values()}
+    assert {i.fallback for i in outcome.issues.values()} >= {"1 backbone view, 2 members"} and MEANS not in {i.fallback for i in outcome.issues.values()}
 
 
 def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
