@@ -121,7 +121,7 @@ def read_rows(
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False, header=None, index_col=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
+        raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({str(e).strip()}); save it again as CSV UTF-8") from None
     rows = rows.apply(lambda column: column.str.strip())
     rows = rows.iloc[1:].set_axis(list(rows.iloc[0]), axis=1)
     twice = rows.columns[rows.columns.duplicated()]

@@ -44,7 +44,9 @@ class Level(NamedTuple):
     members: tuple  # indices
     work: float  # a photo's, in bytes of weights x pixels seen
 
-    def __str__(self): return f"{len(backbone_views(self.views))} backbone views, {len(self.members)} members"
+    def __str__(self):
+        count = lambda n, what: f"{n} {what}{'s' * (n != 1)}"
+        return f"{count(len(backbone_views(self.views)), 'backbone view')}, {count(len(self.members), 'member')}"
 
 
 def pass_work(
