@@ -49,6 +49,12 @@ def test_readme_is_what_the_index_says():
     assert render() == (ROOT / "README.md").read_text(encoding="utf-8"), "run make prepare"
 
 
+def test_readme_shows_the_committed_ablation():
+    done = python(ROOT / "tests/benchmarks/ablation.py", "--table")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8"), "put what `ablation.py --table` prints into nbs/index.ipynb, then run make prepare"
+
+
 def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
     user = json.loads((ROOT / "kaggle_datasets" / KERNEL / "kernel-metadata.json").read_text(encoding="utf-8"))["id"].split("/")[0]
     write_tracked(tmp_path, user)
