@@ -341,7 +341,7 @@ def serve_all(
     spare: torch.device = None,  # where to go on when all devices have failed
 ):  # yields what `Ensemble.run` yields
     "Batches of all photos as devices finish them, until all are done or the deadline has come."
-    left, devices = set(range(photos)), list(devices)
+    left, devices = set(range(photos)), list(devices)[: max(1, -(-photos // batch_size))]  # no more than there are batches
     while left and devices:
         deal, results, working, failed = Deal(sorted(left), batch_size), SimpleQueue(), set(range(len(devices))), {}
         later = lambda: max(0, deal.left - batch_size) / max(1, len(working))
