@@ -8,7 +8,7 @@ __all__ = ['DEMO_MARGIN', 'DEMO_MARK', 'command', 'run_training', 'TrainArgs', '
            'VerifyArgs', 'verify', 'PackArgs', 'pack', 'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
 
 # %% ../nbs/17_cli.ipynb #d13e2d98
-import dataclasses, functools, json, shutil, sys, warnings
+import dataclasses, functools, json, os, shutil, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -188,6 +188,13 @@ def _dry_run(a: PredictArgs):
     print("{photos} photos, none in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
 
 
+def _leave():
+    "End the process at once where a device is still busy: Python's own way out would abort in the middle of its batch."
+    if not ensemble.devices_at_work(): return
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    os._exit(0)
+
+
 @command
 def predict(args=None):
     "biomass_predict: grams for photos."
@@ -203,9 +210,10 @@ def predict(args=None):
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
                 precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm, deadline=a.deadline)
-    if table is None: return
+    if table is None: return _leave()
     print(f"{a.out}: {len(table)} rows", *summary_lines(table), sep="\n")
     if a.cache: print(trim_text(cache_dir, a.cache_gb))
+    _leave()
 
 # %% ../nbs/17_cli.ipynb #b016ade2
 @dataclass(frozen=True)

@@ -135,6 +135,24 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
     assert is_means(table).all() and table.attrs["outcome"].seconds < 30
 
 
+BUSY = """
+import sys, torch
+from biomass_kit import cli
+from biomass_kit.features import Backbone
+def forward(self, tiles):
+    for _ in range(3000): torch.ones(1500, 1500) @ torch.ones(1500, 1500)
+Backbone.forward = forward
+cli.predict(["--weights", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--no-cache", "--device-type", "cpu", "--deadline", "5s"])
+"""
+
+
+def test_the_command_ends_well_while_a_device_is_busy(room, tmp_path):
+    "Python's own way out would abort the process, and its exit code would say that there is no submission."
+    done = subprocess.run([sys.executable, "-c", BUSY, room / "frozen", room / "data", tmp_path / "s.csv"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "16 got training means" in done.stdout and "terminate" not in done.stderr, done.stderr
+    assert is_means(check_submission(tmp_path / "s.csv", room / "data")).all()
+
+
 def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monkeypatch):
     slow, seen, saves = SlowBackbones(monkeypatch), [], []
     build, plain = Ensemble.__init__, ensemble.write_submission
