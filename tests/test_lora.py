@@ -129,7 +129,7 @@ def test_what_cannot_be_adapted_is_refused(adapting, weights, monkeypatch, tmp_p
     with pytest.raises(BiomassError, match="test_efficientnet has no linear"): train(plain, **quiet)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BiomassError, match="pip install peft"): train(dataclasses.replace(adapting, out=tmp_path / "run"), **quiet)
-    assert not (tmp_path / "run").exists(), "refused before the folder is claimed"
+    assert not (tmp_path / "run/config.json").exists(), "refused before the folder is claimed"
 
 
 @pytest.fixture
