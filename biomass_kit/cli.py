@@ -16,7 +16,6 @@ from typing import Literal, Optional
 import numpy as np
 import torch
 import tyro
-from tqdm.auto import tqdm
 
 from . import ensemble, evidence, packing, report, sealed, synthetic
 from . import train as training
@@ -26,6 +25,7 @@ from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, read_table
 from .outcome import summary_lines
 from .physics import METHODS
+from .progress import progress, say
 from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
 from .targets import COMBINATIONS, TARGETS, TRIM, BiomassError, weighted_r2
 
@@ -69,10 +69,10 @@ def _join(folders: list, out: Path, say=print, how: str = "mean", trim: float = 
 def run_training(
     configs: list,  # TrainConfigs
     joint: Path = None,  # where the runs are joined, if they shall be
-    say=tqdm.write,
+    say=say,
 ) -> dict:  # of the joint bundle, or of the only run; empty in all but the main process
     "Train, score beside floors and linear probe, write the reports."
-    finished = training.train_runs(configs, progress=tqdm, log=say, others={"linear_probe": evidence.linear_probe})
+    finished = training.train_runs(configs, progress=progress, log=say, others={"linear_probe": evidence.linear_probe})
     for config, results in zip(configs, finished):
         say(f"{config.out}: out-of-fold scores of {results['photos']} photos, folds {', '.join(map(str, results['train_folds']))}:")
         _print_scores(results, say)
@@ -135,7 +135,7 @@ def search(args=None):
     from biomass_kit.search import search as run
 
     config = training.TrainConfig(**{f.name: getattr(a, f.name) for f in dataclasses.fields(training.TrainConfig)})
-    run(config, a.trials, a.seeds, given_options(training.TrainConfig, sys.argv[1:] if args is None else args), a.sampler_seed, progress=tqdm, log=tqdm.write)
+    run(config, a.trials, a.seeds, given_options(training.TrainConfig, sys.argv[1:] if args is None else args), a.sampler_seed, progress=progress, log=say)
 
 # %% ../nbs/17_cli.ipynb #960a35dc
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def predict(args=None):
     cache_dir = (a.cache_dir or default_cache_dir()) if a.cache else None
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
-                precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=tqdm, deadline=a.deadline)
+                precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=progress, deadline=a.deadline)
     if table is None: return _leave()
     print(f"{a.out}: {len(table)} rows", *summary_lines(table), sep="\n")
     if a.cache: print(trim_text(cache_dir, a.cache_gb))
@@ -234,7 +234,7 @@ def validate(args=None):
     "biomass_validate: what each cross-validation strategy would promise."
     a = tyro.cli(ValidateArgs, prog="biomass_validate", args=args)
     table = read_train(a.data)
-    features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=default_cache_dir(), progress=tqdm)
+    features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress)
     found = evidence.strategy_table(features, table, a.strategies, a.n_folds, a.fold_seed)
     print(found.to_string(float_format=lambda v: f"{v:.3f}"))
     if a.out: print(write_csv(a.out, found.reset_index()))
@@ -257,7 +257,7 @@ def compare(args=None):
     "biomass_compare: do two folders of photos look alike?"
     a = tyro.cli(CompareArgs, prog="biomass_compare", args=args)
     photos = [list_photos(a.first), list_photos(a.second)]
-    seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=tqdm) for p in photos]
+    seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress) for p in photos]
     dates = evidence.dates_of(photos[0], a.data) if a.data else None
     found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
     trim_cache(default_cache_dir(), CACHE_GB * 1e9)
@@ -282,7 +282,7 @@ def verify(args=None):
     "biomass_verify: run the packed notebook as Kaggle would."
     a = tyro.cli(VerifyArgs, prog="biomass_verify", args=args)
     if a.data and a.photos: raise BiomassError("give --data or --photos, not both")
-    sealed.verify(a.packed, a.data or a.photos, a.out, a.share)
+    sealed.verify(a.packed, a.data or a.photos, a.out, a.share, say=say)
 
 
 @dataclass(frozen=True)
@@ -303,14 +303,14 @@ def pack(args=None):
     "biomass_pack: write what is uploaded to Kaggle, and prove it."
     a = tyro.cli(PackArgs, prog="biomass_pack", args=args)
     if a.share and not a.verify: raise BiomassError("--no-verify: --share would change nothing; drop it")
-    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels)
+    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels, say)
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
         files = [p for p in folder.rglob("*") if p.is_file()]
         print(f"  {folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
     listed = out / packing.LIB / packing.WHEEL_LIST
     for entry in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else (): print(f"  {entry['file']}: {entry['reason']}")
     if a.user == packing.DEFAULT_USER: print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
-    if a.verify: sealed.verify(out, share=a.share)
+    if a.verify: sealed.verify(out, share=a.share, say=say)
     print(f"how to upload: {out / 'README.md'}")
 
 # %% ../nbs/17_cli.ipynb #9350d349
@@ -329,7 +329,7 @@ class SynthArgs:
 def synth(args=None):
     "biomass_synth: draw a data set."
     a = tyro.cli(SynthArgs, prog="biomass_synth", args=args)
-    print(synthetic.write_dataset(a.out, a.photos, a.test, a.seed, a.height, progress=tqdm))
+    print(synthetic.write_dataset(a.out, a.photos, a.test, a.seed, a.height, progress=progress))
 
 # %% ../nbs/17_cli.ipynb #87beb50f
 DEMO_MARGIN = 0.3
@@ -350,20 +350,21 @@ class DemoArgs:
     epochs: int = 14
 
 # %% ../nbs/17_cli.ipynb #2f7e15a1
-def run_demo(a: DemoArgs, say=tqdm.write) -> dict:
+def run_demo(a: DemoArgs, say=say) -> dict:
     "The demo's steps, from nothing; returns the joint results."
     if a.out.exists() and any(a.out.iterdir()) and not (a.out / DEMO_MARK).exists(): raise BiomassError(f"--out {a.out}: is not empty and no earlier demo made it; choose another")
     shutil.rmtree(a.out, ignore_errors=True)
     write_text(a.out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")
     say(f"drawing {a.photos} photos")
-    data = synthetic.write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=tqdm)
+    data = synthetic.write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=progress)
     config = training.TrainConfig(
         data=data, out=a.out, backbone=a.backbone, pretrained=False, tile_size=a.tile_size, n_folds=a.n_folds, epochs=a.epochs,
         batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
-    say("packing, and running the packed notebook with the network cut")
-    done = sealed.run_offline(packing.pack(joint, a.out / "kaggle_datasets"), data, a.out / "working")
+    packed = packing.pack(joint, a.out / "kaggle_datasets", say=say)
+    say("running the packed notebook with the network cut: about half a minute")
+    done = sealed.run_offline(packed, data, a.out / "working")
     submission = check_submission(done["submission"], data)
     (a.out / "submission.csv").write_bytes(done["submission"].read_bytes())
     truth = read_table(data / "test_labels.csv").set_index("sample_id")["target"].loc[submission["sample_id"]].to_numpy()

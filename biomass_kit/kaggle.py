@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE', 'SAME',
-           'DIFFERENT', 'NOTEBOOK_CELLS', 'find_inputs', 'predict_inputs', 'print_progress', 'write_reference',
-           'check_reference', 'draw_predictions', 'show_predictions', 'inference_notebook']
+           'DIFFERENT', 'NOTEBOOK_CELLS', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference',
+           'draw_predictions', 'show_predictions', 'inference_notebook']
 
 # %% ../nbs/16_kaggle.ipynb #c307eade
-import io, time
+import io
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from .bundle import MANIFEST
 from .data import PHOTO_SUFFIXES, file_digest, list_photos, read_photo, read_test, write_csv
 from .ensemble import predict_competition, predict_folder, predict_photos
 from .outcome import summary_lines  # for the notebook, which asks this room alone
+from .progress import print_progress  # likewise
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16_kaggle.ipynb #08736552
@@ -62,21 +63,6 @@ def predict_inputs(
     "Write `submission.csv` for a competition, `grams.csv` for photos."
     if (Path(data) / "test.csv").is_file(): return predict_competition(weights, data, Path(working) / SUBMISSION, **options)
     return predict_folder(weights, data, Path(working) / GRAMS, **options)
-
-# %% ../nbs/16_kaggle.ipynb #58217f38
-def print_progress(
-    items,
-    desc: str = "",
-    unit: str = "it",
-    total: int = None,  # items to come; their length by default
-):
-    "Yield from `items`, printing about ten lines with the time left."
-    total, start, shown = len(items) if total is None else total, time.time(), 0
-    for i, item in enumerate(items, 1):
-        yield item
-        if i * 10 // total > shown or i == total:
-            shown, spent = i * 10 // total, time.time() - start
-            print(f"{desc}: {i}/{total} {unit}, {spent:.0f} s, about {spent / i * (total - i):.0f} s left", flush=True)
 
 # %% ../nbs/16_kaggle.ipynb #99ad3d90
 REFERENCE = "reference"  # folder inside the weights dataset

@@ -12,6 +12,7 @@ __all__ = ['LIB', 'WEIGHTS', 'KERNEL', 'DATASET_METADATA', 'KERNEL_METADATA', 'N
 import json, os, re, shutil, subprocess, sys, tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Callable
 
 import biomass_kit
 from .bundle import MANIFEST, read_bundle, refuse_pickles, version_key
@@ -259,6 +260,7 @@ def pack(
     user: str = DEFAULT_USER,  # your Kaggle name, for the ids
     wheel=None,  # a wheel of this library; None builds it from the checkout
     wheels=None,  # requirements whose wheels travel too, beside what Kaggle's image lacks; None brings none
+    say: Callable = print,  # told what takes seconds, before it does
 ) -> Path:
     "Fill `kaggle_datasets/` from a bundle; what an earlier packing left there is replaced. The same input gives the same bytes."
     check_user(user)
@@ -269,9 +271,13 @@ def pack(
         for old in (p for pattern in patterns for p in (out / slug).glob(pattern)): old.unlink()
     shutil.rmtree(out / WEIGHTS / REFERENCE, ignore_errors=True)
     write_tracked(out, user)
+    say(f"packing into {out}: the library's wheel")
     if wheel is None: build_wheel(out / LIB)
     else: shutil.copy(wheel, out / LIB)
-    if wanted: download_wheels(wanted, out / LIB)
+    if wanted:
+        say(f"packing: wheels of {', '.join(wanted)} from the package index")
+        download_wheels(wanted, out / LIB)
+    say(f"packing: {sum(f.stat().st_size for f in bundle.folder.glob('*.safetensors')) / 1e6:.0f} MB of weights, and their predictions of the reference photos")
     for name in (*bundle.manifest["files"], MANIFEST): shutil.copy(bundle.folder / name, out / WEIGHTS / name)
     write_reference(out / WEIGHTS)
     check_packed(out)

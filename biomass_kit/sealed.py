@@ -347,11 +347,13 @@ def verify(
             data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
         n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
         start = time.time()
+        if not share: say("building an environment with Kaggle's versions: about a minute, more where packages are not cached")
         python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv")
         found, runs = versions(python), []
         say(f"environment: {'shares the packages of this one, so nothing is proved about versions' if share else f'built in {time.time() - start:.0f} s'}; asked for as Kaggle has it -> got:")
         say("  " + ", ".join(f"{n} {asked or 'any'} -> {got or 'absent'}" for n, (asked, got) in found.items()))
         for form in forms:
+            say(f"running the packed notebook, inputs mounted by {form}: at least half a minute")
             done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes)
             done |= check_run(done, data)
             if not runs: say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")

@@ -371,7 +371,7 @@ def write_dataset(
     n_test=8,  # photos without metadata
     seed=0,
     height=1000,  # pixels, even
-    progress=None,  # wraps the list of photos while they are drawn, such as `tqdm`
+    progress=lambda x, **_: x,  # wraps the photos while they are drawn, as tqdm does
 ) -> Path:  # the folder
     "Write a synthetic data set in the competition's layout, and `test_labels.csv`; same arguments, same bytes."
     _check_height(height)
@@ -381,7 +381,7 @@ def write_dataset(
     test["image_path"] = [f"test/{p}.jpg" for p in test["photo"]]
     jobs = [(p, a, [seed, first + i]) for table, first in ((train, 0), (test, TEST_INDEX))
             for i, (p, a) in enumerate(zip(table["image_path"], table[list(TARGETS[:3])].to_numpy()))]
-    for image_path, amounts, index in (progress or iter)(jobs): write_photo(out / image_path, amounts, index, height)
+    for image_path, amounts, index in progress(jobs, desc="drawing", unit="photo"): write_photo(out / image_path, amounts, index, height)
     rows = long_rows(test)
     write_csv(out / "test.csv", rows[["sample_id", "image_path", "target_name"]])
     write_csv(out / "test_labels.csv", rows[["sample_id", "target"]])

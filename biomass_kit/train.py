@@ -12,8 +12,8 @@ __all__ = ['AVERAGES', 'LOGGED', 'READ_ONLY_WHEN', 'LORA_LAYERS', 'CHECKPOINT', 
            'changing_parts', 'fold_state', 'load_fold_state', 'random_states', 'set_random_states', 'named', 'Loop',
            'member_config', 'member_name', 'run_identity', 'open_run', 'is_finished', 'held_by_me', 'finish_fold',
            'fold_scores', 'run_facts', 'write_results', 'manifest_physics', 'stored_variants', 'make_accelerator',
-           'Run', 'class_teacher', 'check_teacher', 'teacher_grams', 'train_runs', 'train', 'expand', 'finish_run',
-           'describe', 'join_runs']
+           'Run', 'class_teacher', 'check_teacher', 'teacher_grams', 'train_runs', 'named_progress', 'train', 'expand',
+           'finish_run', 'describe', 'join_runs']
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, importlib.util, itertools, json, math, os, socket, sys, time
@@ -1018,6 +1018,11 @@ def train_runs(
         return [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs] if accelerator.is_main_process else []
 
 
+def named_progress(progress: Callable, name: str) -> Callable:
+    "The same, with a name before whatever it says."
+    return lambda x, desc="", **options: progress(x, desc=f"{name} {desc}", **options)
+
+
 def _train_members(configs: list, accelerator: Accelerator, precision: str, progress, say) -> list:  # Runs
     "This process's share of the members that are not finished yet."
     index, count, built = accelerator.process_index, accelerator.num_processes, {}
@@ -1031,7 +1036,7 @@ def _train_members(configs: list, accelerator: Accelerator, precision: str, prog
     for run in runs:
         say(describe(run, sum(r is run for r, _ in todo)))
         if run.config.freeze_backbone and run.config.cache: run.store(progress, say)
-    for run, k in todo: run.train_member(k, progress, say)
+    for number, (run, k) in enumerate(todo, 1): run.train_member(k, named_progress(progress, f"member {number} of {len(todo)}, {run.config.out.name}"), say)
     accelerator.wait_for_everyone()
     return runs
 

@@ -10,7 +10,7 @@ is measured against it; the row "default" is what biomass_train does when it is 
 of it. The differences of a row, to the row that it differs from by its switch alone and to the
 linear probe on the same features and folds, carry a paired bootstrap over dates. The bar is taken over every seed with
 every deal. Epochs are a fixed schedule. Tile features are computed once; finished runs are not trained again, so the
-command goes on where it stopped. The rule, written before the first look: a switch leaves the plan's setting only if its
+command goes on where it stopped, and --rows measures some beside the results that --out holds. The rule, written before the first look: a switch leaves the plan's setting only if its
 90 % interval excludes zero; what several such switches do together is the row "default".
 """
 import itertools
@@ -50,8 +50,10 @@ PLAN, DEFAULT, PROBE = "plan", "default", "linear probe"
 PLANNED = dict(fusion="film", use_cutmix=False, constraint_weight=0.0, average="none")  # where the rule has moved biomass_train's defaults
 GRAMS, LITE = "grams throughout", "EfficientNet-Lite0"
 BF16, DRAWS, SMALL = "2x2 in bf16", "2x2 pixel transforms, 8 draws", "1x1@126 frozen"
+DEFAULT_BF16 = "default in bf16"
 TAUGHT = "taught by the plan"  # marks the row whose teacher is the plan's run of the same grid, seed and deal
 DRAWN = dict(precision="bf16", augment="full", stored_draws=8)
+DEFAULTS = {name: getattr(TrainConfig, name) for name in PLANNED}
 REDUCED = dict(precision="bf16", tile_size=126, augment="flips", epochs=10)
 TUNED = REDUCED | dict(freeze_backbone=False, two_stage=True, freeze_epochs=5)
 
@@ -66,7 +68,7 @@ class Switch(NamedTuple):
 
 SWITCHES = {
     PLAN: Switch({}),
-    DEFAULT: Switch({name: getattr(TrainConfig, name) for name in PLANNED}),
+    DEFAULT: Switch(DEFAULTS),
     GRAMS: Switch(dict(use_log_targets=False)),
     "log targets, all": Switch(dict(log_targets="all")),
     "two-part dead and clover": Switch(dict(two_part=True)),
@@ -99,6 +101,8 @@ SWITCHES = {
     DRAWS: Switch(DRAWN, BF16, grids=((2, 2),)),
     "2x2 crops, 8 draws": Switch(DRAWN | dict(augment_crop=True), DRAWS, grids=((2, 2),)),
     "2x2 green jitter, 8 draws": Switch(DRAWN | dict(augment_green=True), DRAWS, grids=((2, 2),)),
+    DEFAULT_BF16: Switch(DEFAULTS | dict(precision="bf16"), DEFAULT),
+    "default, pixel transforms, 8 draws": Switch(DEFAULTS | DRAWN, DEFAULT_BF16),
     SMALL: Switch(REDUCED, None, grids=((1, 1),), seeds=2),
     "1x1@126 two stages": Switch(TUNED, SMALL, grids=((1, 1),), seeds=2),
     "1x1@126 two stages, LoRA": Switch(TUNED | dict(lora_rank=8, backbone_lr=3e-4), SMALL, grids=((1, 1),), seeds=2),
@@ -217,7 +221,14 @@ class Ledger:
         print("   ".join([f"{row:36s} {mean(scores):.3f}", *(f"{k} {difference_text(found[k])}" for k in ("difference", "minus_probe") if k in found)]), flush=True)
         self.write()
 
-    def write(self): write_json(self.a.out / RESULTS.name, {**self.facts, "rows": self.rows})
+    def write(self):
+        "Rows measured now take the place of those of the same name in the folder's results; the others stay, if they are of the same photos and features."
+        path, alike = self.a.out / RESULTS.name, ("photos", "dates", "backbone", "tile_size", "seeds", "machine")
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+        differ = [k for k in alike if k in held and held[k] != json.loads(json.dumps(self.facts[k]))]
+        if differ: raise BiomassError(f"{path}: was measured with another {', '.join(differ)}; choose another --out or delete it")
+        rows = {r["row"]: r for r in [*held["rows"], *self.rows]}
+        write_json(path, {**held, **self.facts, "rows": list(rows.values())})
 
 
 def markdown(found: dict) -> str:
@@ -274,7 +285,7 @@ def tell(a: Args, ledger: Ledger, raw: dict, mixed: dict):
         for method in METHODS:
             if method != TrainConfig.physics: ledger.say(f"physics {method}", ledger.corrected(on_diagonal(joint[row]), method), PLAN, probes[PROBE])
     for row, of_run in mixed.items(): ledger.say(row, ledger.corrected(over_grids(a, of_run)), MIXES[row], each[a.grids[0]])
-    heads = [r for r in joint if config_of(a, r).backbone == a.backbone and not SWITCHES[r].grids and r != DEFAULT]
+    heads = [r for r in joint if config_of(a, r).backbone == a.backbone and not SWITCHES[r].grids and not set(DEFAULTS) <= set(SWITCHES[r].options)]
     stacked = lambda pair, names: np.stack([joint[n][pair] for n in names])
     combined = {
         "raw + log blend": lambda pair: stacked(pair, MADE["raw + log blend"]).mean(0),
