@@ -30,7 +30,7 @@ class Lines(tqdm):
 
     def line(self, d: dict) -> str:
         "The state in words."
-        clock, unit, rate = self.format_interval, d["unit"] + "s", d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
+        clock, unit, rate = self.format_interval, d["unit"] + ("es" if d["unit"].endswith("ch") else "s"), d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
         if d["total"] is None or d["n"] >= d["total"]: return f"{d['prefix']}: {d['n']} {unit} in {clock(d['elapsed'])}"
         return f"{d['prefix']}: {d['n']} of {d['total']} {unit}, {d['n'] / d['total']:.0%}, {clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go"
 
