@@ -9,7 +9,7 @@ __all__ = ['SCHEMAS', 'MANIFEST', 'HEADER', 'SINCE_LATER', 'FIELDS', 'UNSIGNED',
            'read_bundle', 'copy_members']
 
 # %% ../nbs/10_bundle.ipynb #6b7d85f8
-import hashlib, json, re, shutil
+import hashlib, json, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import biomass_kit
-from .data import atomic_path, file_digest, json_text, write_text
+from .data import atomic_path, copy_file, file_digest, json_text, write_text
 from .features import Backbone, build_backbone
 from .model import BiomassModel, member_state
 from .targets import TARGETS, BiomassError
@@ -298,6 +298,5 @@ def copy_members(
     for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
         for name in bundle.manifest["files"]:
-            if name.startswith("member-") or not (Path(out) / name).exists():
-                with atomic_path(Path(out) / name) as tmp: shutil.copyfile(bundle.folder / name, tmp)
+            if name.startswith("member-") or not (Path(out) / name).exists(): copy_file(bundle.folder / name, Path(out) / name)
     return [m for b in bundles for m in b.members]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'SUBMISSION_COLUMNS', 'PLAUSIBLE_GRAMS',
            'NUMBER', 'IDENTITY_TOLERANCE', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'FORMATS', 'PHOTO_SUFFIXES',
-           'atomic_path', 'write_text', 'json_text', 'write_json', 'write_csv', 'file_digest', 'species_group',
-           'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo', 'photo_size', 'split_pair',
-           'list_photos', 'read_test', 'write_submission', 'check_submission']
+           'atomic_path', 'write_text', 'json_text', 'write_json', 'write_csv', 'file_digest', 'copy_file',
+           'species_group', 'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo', 'photo_size',
+           'split_pair', 'list_photos', 'read_test', 'write_submission', 'check_submission']
 
 # %% ../nbs/01_data.ipynb #d3560fb2
-import csv, hashlib, json, os, re, uuid, warnings
+import csv, hashlib, json, os, re, shutil, uuid, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -71,6 +71,12 @@ def file_digest(path) -> str:  # hexadecimal sha256 of the file's bytes
     "What identifies a file: its content, not its name or date."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+
+def copy_file(source, path) -> Path:
+    "Copy a file's bytes atomically."
+    with atomic_path(path) as tmp: shutil.copyfile(source, tmp)
+    return Path(path)
+
 # %% ../nbs/01_data.ipynb #f870bb77
 STATES = ("Tas", "Vic", "NSW", "WA")
 MONTHS = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
@@ -117,15 +123,21 @@ TEST_COLUMNS = ("sample_id", "image_path", "target_name")
 SUBMISSION_COLUMNS = ("sample_id", "target")
 
 # %% ../nbs/01_data.ipynb #6c7ce590
-def _records(path) -> list:  # (line at which it begins, values) of each record
-    "A comma-separated file's records; only the header's own names count as columns."
-    found, last = [], 0
+def _records(path, columns) -> tuple:  # (header: its names; rows: line at which each begins -> its values)
+    "A comma-separated file, its header checked before anything else is read."
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.reader(f, strict=True)
+        full = [v.strip() for v in next(reader, [])]
+        header = full[: max((i for i, name in enumerate(full, 1) if name), default=0)]  # a comma at each line's end names nothing
+        _check_header(path, header, columns)
+        rows, last = {}, reader.line_num
         for values in reader:
-            found.append((last + 1, [v.strip() for v in values]))
-            last = reader.line_num
-    return found
+            line, last, values = last + 1, reader.line_num, [v.strip() for v in values]
+            if not any(values): continue
+            if len(values) not in (len(header), len(full)) or any(values[len(header) :]):
+                raise BiomassError(f"{path} line {line}: has {len(values)} values for {len(header)} columns; write an empty value as ,, and a number as 12.5, not 12,5")
+            rows[line] = values[: len(header)]
+    return header, rows
 
 
 def read_rows(
@@ -135,17 +147,10 @@ def read_rows(
     "A CSV file as text, its index the file's own line numbers (the header is line 1)."
     path = Path(path)
     if not path.is_file(): raise BiomassError(f"{path}: no such file; give the folder that holds {path.name}")
-    try: records = _records(path)
+    try: header, rows = _records(path, columns)
     except (csv.Error, UnicodeDecodeError, OSError) as e: raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
-    header = records[0][1] if records else []
-    while header and not header[-1]: header.pop()
-    _check_header(path, header, columns)
-    rows = {line: values for line, values in records[1:] if any(values)}
     if not rows: raise BiomassError(f"{path}: has a header but no rows")
-    for line, values in rows.items():
-        if len(values) < len(header) or any(values[len(header):]):
-            raise BiomassError(f"{path} line {line}: has {len(values)} values for {len(header)} columns; write an empty value as ,, and a number as 12.5, not 12,5")
-    return pd.DataFrame([values[:len(header)] for values in rows.values()], index=list(rows), columns=header)
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=header)
 
 
 def _check_header(path, header, columns):
