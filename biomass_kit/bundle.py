@@ -22,7 +22,9 @@ import biomass_kit
 from .data import atomic_path, copy_file, file_digest, json_text, write_text
 from .features import Backbone, build_backbone
 from .model import BiomassModel, member_state
-from .targets import TARGETS, BiomassError
+from .physics import METHODS
+from .targets import TARGETS, BiomassError, combine as join_members
+from .tta import parse_view
 
 # %% ../nbs/10_bundle.ipynb #3862a884
 SCHEMAS = (1, 2)  # that are read; 2 where a member has LoRA factors, which a reader of 1 would pass over in silence
@@ -205,7 +207,17 @@ def _check_digest(path, data: bytes, manifest: dict):
     if "sha256" in manifest and manifest_digest(data, str(held)) != held: raise BiomassError(f"{path}: was changed after it was written (its own sha256 differs); copy the bundle again")
     strange = sorted(set(manifest) - set(FIELDS))
     if strange: raise BiomassError(f"{path}: field '{strange[0]}' means nothing to biomass_kit {biomass_kit.__version__}; copy the bundle again, or install the library that wrote it")
-    if np.shape(manifest["bounds"]) != (2, len(TARGETS)) or np.shape(manifest["means"]) != (len(TARGETS),): raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
+
+
+def _check_settings(path, manifest: dict):
+    "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
+    physics, figures = manifest["physics"], np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
+    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all(): raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
+    if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf: raise BiomassError(f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this library; pack the bundle again")
+    try:
+        if not isinstance(manifest["views"], list) or not [parse_view(v) for v in manifest["views"]]: raise BiomassError("names no views")
+        join_members(np.zeros((len(manifest["members"]), 1, len(TARGETS))), **manifest.get("combine", {}))
+    except BiomassError as e: raise BiomassError(f"{path}: {e}; pack the bundle again") from None
 
 
 def _check_member(folder: Path, manifest: dict, member: dict):
@@ -214,6 +226,7 @@ def _check_member(folder: Path, manifest: dict, member: dict):
     if not set(member_files(member)) <= set(manifest["files"]): raise BiomassError(f"{path}: member {name} names a file that the manifest does not list; copy the bundle again")
     if read_member_info(folder / member["file"]) != member: raise BiomassError(f"{path}: what it says of member {name} differs from the member's own header; copy the bundle again")
     grid = member["config"].get("grid", member["grid"])
+    if not all(isinstance(side, int) and 0 < side < 10_000 for side in (*member["grid"], member["tile_size"])): raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles of {member['tile_size']} pixels; train or download it again")
     if list(grid) != list(member["grid"]): raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles, but its own config says {grid}; train or download it again")
     for other in manifest["members"]:
         (a, b), dims = (m["backbone"] for m in (member, other)), (member["model"]["dim"], other["model"]["dim"])
@@ -272,7 +285,8 @@ def read_bundle(
     except (ValueError, RecursionError) as e: raise BiomassError(f"{path}: not JSON ({e}); copy the bundle again") from None
     refuse_pickles(folder)
     try: _check_whole(folder, data, manifest)
-    except (LookupError, TypeError, AttributeError) as e: raise BiomassError(f"{path}: not as biomass_kit writes it ({type(e).__name__}: {e}); copy or pack the bundle again") from None
+    except BiomassError: raise
+    except (LookupError, TypeError, AttributeError, ValueError) as e: raise BiomassError(f"{path}: not as biomass_kit writes it ({type(e).__name__}: {e}); copy or pack the bundle again") from None
     return Bundle(folder, manifest)
 
 
@@ -280,6 +294,7 @@ def _check_whole(folder: Path, data: bytes, manifest):
     "All checks of a bundle but for pickles; meets a LookupError or the like where a manifest is not of the right form."
     _check_manifest(folder / MANIFEST, manifest)
     _check_digest(folder / MANIFEST, data, manifest)
+    _check_settings(folder / MANIFEST, manifest)
     for name, entry in manifest["files"].items():
         if not (folder / name).is_file(): raise BiomassError(f"{folder / name}: missing, though the manifest lists it; copy the bundle again")
         if file_digest(folder / name) != entry["sha256"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
