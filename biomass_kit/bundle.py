@@ -297,7 +297,7 @@ def _check_whole(folder: Path, data: bytes, manifest):
     _check_settings(folder / MANIFEST, manifest)
     for name, entry in manifest["files"].items():
         if not (folder / name).is_file(): raise BiomassError(f"{folder / name}: missing, though the manifest lists it; copy the bundle again")
-        if file_digest(folder / name) != entry["sha256"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
+        if file_digest(folder / name) != entry["sha256"] or (folder / name).stat().st_size != entry["bytes"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
         _shapes(folder / name)
     for member in manifest["members"]: _check_member(folder, manifest, member)
 

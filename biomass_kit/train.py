@@ -1150,6 +1150,12 @@ def _joint_others(runs: list, table: pd.DataFrame) -> dict:
     return {n: np.mean([r["oof"].reindex(table["image_path"])[[f"{t}_{n}" for t in TARGETS]].to_numpy() for r in runs], 0) for n in sorted(names)}
 
 # %% ../nbs/12_train.ipynb #6571d42a
+def _score(results: dict) -> float:
+    "A finished run's score; JSON has no NaN, and labels that do not vary have no score."
+    score = results["scores"]["model"]["weighted_r2"]
+    return math.nan if score is None else score
+
+
 def join_runs(
     folders: list,  # run folders of `train`
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
@@ -1176,7 +1182,7 @@ def join_runs(
     facts = {
         "config": {f"run {i}": r["results"]["config"] for i, r in enumerate(runs)}, "cv": runs[0]["results"]["cv"], "device": runs[0]["results"]["device"],
         "seconds": round(sum(r["results"]["seconds"] for r in runs), 1), **run_facts(), "combine": how,
-        "members": [{"run": str(r["folder"]), "weighted_r2": r["results"]["scores"]["model"]["weighted_r2"], **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
+        "members": [{"run": str(r["folder"]), "weighted_r2": _score(r["results"]), **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
     }
     write_folds(out / "folds.csv", table, fold)
     history = pd.concat([r["history"] for r in runs])
