@@ -235,7 +235,7 @@ ANYWHERE = {
     "an unknown target": cell("target_name", "Dry_Green", "", "total", "dry_green_g", "Dry_Gre\u0301en_g", words="is none of"), "a row cut short": short_row,
     "semicolons": region(";"), "tabs": region("\t"),
     "no rows": whole("has a header but no rows", lambda r: as_text(r[:1]).encode(), lambda r: as_text(r[:1]).encode() + b",,,\n\n"),
-    "no text": whole("not a UTF-8 comma-separated table", lambda r: as_text(r).encode("utf-16"), lambda r: (as_text(r) + "é").encode("latin-1"), lambda r: as_text(r).encode() + b'"open', b"\x89PNG\r\n\x1a\n\0"),
+    "no text": whole("not a UTF-8 comma-separated table", lambda r: as_text(r).encode("utf-16"), lambda r: as_text(r).encode() + "é\n".encode("latin-1"), lambda r: as_text(r).encode() + b'"open', b"\x89PNG\r\n\x1a\n\0"),
     "no table": whole("line 1: ", b"", b"\n\n", b"\0", b"{}", lambda r: as_text(r[1:]).encode()),
 }
 IN_TRAINING = ANYWHERE | {
@@ -300,15 +300,15 @@ def test_what_is_harmless_is_read_and_what_is_not_is_refused(room, name, example
     if examples > 500: assert {w for w, _ in met} == {None, *harmful}, "every mutation was met"
 
 
-JUNK = st.one_of(st.binary(min_size=1, max_size=4), st.text(',;"\n\r\t .0123456789-/eE+abTas\0é', min_size=1, max_size=6).map(str.encode))
+JUNK = list(',;"\n\r\t .0123456789-/eE+abTas\0é')
 
 
-def edited(content, draw):
-    "One to three cuts, insertions, replacements and repetitions of a few bytes."
-    for _ in range(draw(st.integers(1, 3))):
-        at, length, junk = draw(st.integers(0, len(content))), draw(st.integers(0, 12)), draw(JUNK)
-        content = content[:at] + draw(st.sampled_from([junk, b"", junk + content[at : at + length], 2 * content[at : at + length]])) + content[at + length :]
-    return content
+def edited(content, rng):
+    "One or two cuts, insertions, replacements and repetitions of a few characters, all over the file."
+    for _ in range(rng.integers(1, 3)):
+        at, length, junk = rng.integers(len(content)), rng.integers(3), "".join(rng.choice(JUNK, rng.integers(1, 4)))
+        content = content[:at] + [junk, "", junk + content[at : at + length], 2 * content[at : at + length]][rng.integers(4)] + content[at + length :]
+    return content.encode()
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -318,9 +318,9 @@ def test_whatever_is_read_is_what_another_reader_reads(room, examples):
     seen = {"read": 0, "refused": 0}
 
     @settings(max_examples=examples, **THOROUGH)
-    @given(st.data())
-    def case(data):
-        content = edited(as_text(plain["train.csv"]).encode(), data.draw)
+    @given(st.integers(0, 2**32))
+    def case(seed):
+        content = edited(as_text(plain["train.csv"]), np.random.default_rng(seed))
         table, said = read_case(folder, "train.csv", content)
         seen["read" if said is None else "refused"] += 1
         if said is not None: return check_words(said, folder)
@@ -329,7 +329,7 @@ def test_whatever_is_read_is_what_another_reader_reads(room, examples):
         check_train(table, meant([[v.strip() for v in r] for r in records if any(v.strip() for v in r)]), folder)
 
     case()
-    assert min(seen.values()) > examples / 20, seen
+    assert min(seen.values()) > examples / 8, seen
 
 
 def check_words(said, folder): assert said.startswith(f"{folder / 'train.csv'}") and re.search("[;,] \\w", said), said
@@ -351,7 +351,7 @@ def test_one_group_is_refused_with_the_reason(room):
 def test_a_link_to_the_whole_folder_works(room, tmp_path):
     "The folder itself may be a link, and so may train/ in it."
     folder, plain = room
-    (folder / "train.csv").write_text(as_text(plain["train.csv"]))
+    for name, records in plain.items(): (folder / name).write_text(as_text(records))
     (tmp_path / "data").mkdir()
     for name in ("train.csv", "test.csv", "train", "test"): (tmp_path / "data" / name).symlink_to(folder / name)
     (tmp_path / "linked").symlink_to(tmp_path / "data")
