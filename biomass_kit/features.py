@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSpec', 'tile_edges', 'cut_tiles', 'Backbone',
-           'own_tile_size', 'build_backbone', 'launches', 'working_gpus', 'pick_devices', 'pick_device',
+           'own_tile_size', 'patch_size', 'build_backbone', 'launches', 'working_gpus', 'pick_devices', 'pick_device',
            'pick_precision', 'autocast', 'backbone_digest']
 
 # %% ../nbs/07_features.ipynb #21afbbac
@@ -161,6 +161,11 @@ class _MissingKeys(logging.Handler):
         if found: self.names += [n for n in found[1].split(", ") if not n.endswith("num_batches_tracked")]
 
 # %% ../nbs/07_features.ipynb #146161bd
+def patch_size(model: nn.Module) -> int:  # pixels
+    "The side of a timm model's patch; 1 where it has none."
+    return getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+
+
 def build_backbone(
     name: str = DEFAULT_BACKBONE,  # any timm model
     weights=None,  # safetensors file; None takes timm's hub
@@ -189,7 +194,7 @@ def build_backbone(
         raise BiomassError(
             f"--backbone {name}: no pretrained weights could be had from timm's hub ({type(e).__name__}); "
             "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = patch_size(model)
     if tile_size % patch: raise BiomassError(f"--tile-size {tile_size}: must be a multiple of {name}'s patch of {patch} pixels, such as {max(1, round(tile_size / patch)) * patch}")
     return Backbone(model, name, pooling, blocks), tile_size
 

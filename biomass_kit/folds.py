@@ -44,11 +44,11 @@ DEFAULT_FOLDS = 5  # of every other strategy
 # %% ../nbs/03_folds.ipynb #76b6786d
 def _count_folds(cv, n_folds, n_groups, seed):
     "The number of folds of a strategy, or an error that names one that works."
+    if n_groups < 2: raise BiomassError(f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv, or label photos of another day")
     if cv not in LEAVE_ONE:
         n_folds = DEFAULT_FOLDS if n_folds is None else n_folds
         if 2 <= n_folds <= n_groups: return n_folds
         raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups; use 2 to {n_groups} folds or another --cv")
-    if n_groups < 2: raise BiomassError(f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv")
     if n_folds not in (None, n_groups): raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups and each is a fold; use --n-folds {n_groups} or drop it")
     if seed: raise BiomassError(f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to deal; drop --fold-seed")
     return n_groups
@@ -190,7 +190,9 @@ def write_folds(
 def read_table(path) -> pd.DataFrame:
     "Read a CSV that the kit wrote: names stay text, floats come back to the last bit, dates are dates."
     exact = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}  # pandas 3 always is
-    frame = pd.read_csv(path, dtype={c: str for c in ("photo", "State", "Species", "run")}, keep_default_na=False, na_values=[""], **exact)
+    text = dict.fromkeys(("photo", "image_path", "State", "Species", "run"), str)
+    frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], **exact)
+    frame = frame.fillna(dict.fromkeys(set(text) & set(frame), ""))
     return frame.assign(Sampling_Date=pd.to_datetime(frame["Sampling_Date"])) if "Sampling_Date" in frame else frame
 
 # %% ../nbs/03_folds.ipynb #3be1fddc

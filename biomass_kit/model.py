@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FUSIONS', 'AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'FiLM', 'CrossAttention',
            'GatedConv', 'AttentionPool', 'Trunk', 'Units', 'space_statistics', 'check_model', 'to_grams',
-           'presence_chance', 'hurdle_quantile', 'BiomassModel', 'member_state', 'view_batch', 'predict_views']
+           'presence_chance', 'hurdle_quantile', 'inverse_softplus', 'BiomassModel', 'member_state', 'view_batch',
+           'predict_views']
 
 # %% ../nbs/08_model.ipynb #6ef1e1fd
 from typing import NamedTuple, Optional
@@ -194,6 +195,11 @@ def hurdle_quantile(q: float, centre: torch.Tensor, deviation: torch.Tensor, cha
     return (centre + torch.special.ndtri(within) * deviation).clamp_min(0)
 
 # %% ../nbs/08_model.ipynb #5a20b6f9
+def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
+    "What `F.softplus` turns into `y`, for y > 0; labels that do not vary lie thousands of their scales from zero."
+    return torch.where(y > 20, y, torch.log(torch.expm1(y)))  # softplus is the identity from 20 on
+
+
 class BiomassModel(Trunk):
     "A trunk and five Softplus heads, in grams; beside them whatever the options ask for."
 
@@ -245,7 +251,7 @@ class BiomassModel(Trunk):
             self._start(self.presence, torch.logit((grams[:, TWO_PART] > 0).float().mean(0), 0.02))
         mean, variance = space_statistics(space, counted)
         start = ((mean if self.presence is not None else space.mean(0)) / self.output_scale).clamp_min(0.02)
-        self._start(self.heads, torch.log(torch.expm1(start)))
+        self._start(self.heads, inverse_softplus(start))
         if self.spread is not None:
             low, high = LOG_VARIANCE
             self._start(self.spread, torch.logit((torch.log(variance / self.output_scale**2) - low) / (high - low), 0.02))

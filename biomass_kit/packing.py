@@ -16,7 +16,7 @@ from typing import Callable
 
 import biomass_kit
 from .bundle import MANIFEST, read_bundle, refuse_pickles, version_key
-from .data import write_json, write_text
+from .data import copy_file, write_json, write_text
 from .kaggle import PREDICT_REQUIREMENTS, REFERENCE, SAME, inference_notebook, write_reference
 from .targets import BiomassError
 
@@ -146,7 +146,7 @@ def download_wheels(
                        *(a for p in ("manylinux_2_28_x86_64", "manylinux2014_x86_64") for a in ("--platform", p)), "--dest", folder, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode: raise BiomassError(f"--wheels {requirement}: no wheel for Kaggle's Python {KAGGLE_IMAGE['python']} could be had. pip said: {done.stderr.strip()[-300:]}")
-            for wheel in Path(folder).glob("*.whl"): listed.append({"file": Path(shutil.copy(wheel, out)).name, "reason": reason})
+            for wheel in Path(folder).glob("*.whl"): listed.append({"file": copy_file(wheel, Path(out) / wheel.name).name, "reason": reason})
     write_json(Path(out) / WHEEL_LIST, listed)
 
 # %% ../nbs/16b_packing.ipynb #a638ee53
@@ -215,10 +215,11 @@ def build_wheel(
         for name in ("setup.py", "settings.ini", "README.md"): shutil.copy(source / name, copy)
         shutil.copytree(source / "biomass_kit", Path(copy) / "biomass_kit", ignore=shutil.ignore_patterns("__pycache__"))
         for path in Path(copy).rglob("*"): path.chmod(0o755 if path.is_dir() else 0o644)  # a wheel keeps modes, and a checkout's depend on its owner
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), copy]
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", f"{copy}/wheels", copy]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"}, umask=0o022)
-    if done.returncode: raise BiomassError(f"the wheel could not be built; pip install setuptools wheel. pip said: {done.stderr.strip()[-500:]}")
-    return next(out.glob(f"biomass_kit-{biomass_kit.__version__}-*.whl"))
+        if done.returncode: raise BiomassError(f"the wheel could not be built; pip install setuptools wheel. pip said: {done.stderr.strip()[-500:]}")
+        made = next(Path(copy).glob(f"wheels/biomass_kit-{biomass_kit.__version__}-*.whl"))
+        return copy_file(made, out / made.name)
 
 # %% ../nbs/16b_packing.ipynb #28f5d860
 def write_tracked(
@@ -267,18 +268,19 @@ def pack(
     bundle, out, wanted = read_bundle(weights), Path(out), {} if wheels is None else wheels_wanted(wheels)
     for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
         if source.resolve().is_relative_to(out.resolve()): raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
-    for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST])):
-        for old in (p for pattern in patterns for p in (out / slug).glob(pattern)): old.unlink()
+    for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
+        for old in (p for pattern in (*patterns, ".tmp-*") for p in (out / slug).glob(pattern)): old.unlink()  # half a file too, from a packing that was killed
+    for left in out.glob(".tmp-*"): left.unlink()
     shutil.rmtree(out / WEIGHTS / REFERENCE, ignore_errors=True)
     write_tracked(out, user)
     say(f"packing into {out}: the library's wheel")
     if wheel is None: build_wheel(out / LIB)
-    else: shutil.copy(wheel, out / LIB)
+    else: copy_file(wheel, out / LIB / Path(wheel).name)
     if wanted:
         say(f"packing: wheels of {', '.join(wanted)} from the package index")
         download_wheels(wanted, out / LIB)
     say(f"packing: {sum(f.stat().st_size for f in bundle.folder.glob('*.safetensors')) / 1e6:.0f} MB of weights, and their predictions of the reference photos")
-    for name in (*bundle.manifest["files"], MANIFEST): shutil.copy(bundle.folder / name, out / WEIGHTS / name)
+    for name in (*bundle.manifest["files"], MANIFEST): copy_file(bundle.folder / name, out / WEIGHTS / name)
     write_reference(out / WEIGHTS)
     check_packed(out)
     return out

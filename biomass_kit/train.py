@@ -8,13 +8,13 @@ __all__ = ['AVERAGES', 'TRACKERS', 'LOGGED', 'READ_ONLY_WHEN', 'LORA_LAYERS', 'C
            'StoredBatches', 'PixelBatches', 'epoch_order', 'epoch_batches', 'lora_layers', 'adapted_layers', 'add_lora',
            'take_lora', 'Stage', 'stages', 'make_optimizer', 'backbone_groups', 'learning_part', 'set_mode',
            'cosine_warmup', 'model_options', 'loss_options', 'Fold', 'plain_features', 'predict_fold', 'fold_intervals',
-           'train_step', 'average_gradients', 'run_epoch', 'run_fold', 'weight_averages', 'update_averages',
-           'take_averages', 'changing_parts', 'fold_state', 'load_fold_state', 'random_states', 'set_random_states',
-           'named', 'Loop', 'member_config', 'member_name', 'run_identity', 'open_run', 'is_finished', 'held_by_me',
-           'finish_fold', 'fold_scores', 'run_facts', 'write_results', 'manifest_physics', 'stored_variants',
-           'make_accelerator', 'start_trackers', 'track_epoch', 'finish_trackers', 'Run', 'class_teacher',
-           'check_teacher', 'teacher_grams', 'train_runs', 'named_progress', 'train', 'expand', 'finish_run',
-           'describe', 'join_runs']
+           'train_step', 'no_number', 'average_gradients', 'run_epoch', 'run_fold', 'weight_averages',
+           'update_averages', 'take_averages', 'changing_parts', 'fold_state', 'load_fold_state', 'random_states',
+           'set_random_states', 'named', 'Loop', 'member_config', 'member_name', 'run_identity', 'open_run',
+           'is_finished', 'held_by_me', 'finish_fold', 'fold_scores', 'run_facts', 'write_results', 'manifest_physics',
+           'stored_variants', 'make_accelerator', 'start_trackers', 'track_epoch', 'finish_trackers', 'check_folds',
+           'check_tiles', 'Run', 'class_teacher', 'check_teacher', 'teacher_grams', 'train_runs', 'named_progress',
+           'train', 'expand', 'finish_run', 'describe', 'join_runs']
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, importlib.util, itertools, json, math, os, socket, sys, time
@@ -38,10 +38,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import biomass_kit
 from .augment import Box, PairAugment, cutmix_pairs, cutmix_tiles, draw_cutmix, draw_mixup, draw_rng, draw_seed, draw_view, mix, pixel_transform
 from .bundle import copy_members, member_files, read_bundle, save_backbone, save_lora, save_member, write_manifest, write_tensors
-from .data import class_labels, file_digest, read_photo, read_train, split_pair, write_csv, write_json
+from .data import class_labels, file_digest, photo_size, read_photo, read_train, split_pair, write_csv, write_json
 from .ensemble import INTERVAL_LEVEL, Ensemble, bound_intervals, interval_views
 from .features import (DEFAULT_BACKBONE, DEVICE_TYPES, POOLINGS, PRECISIONS, TileSpec, autocast, backbone_digest, build_backbone, cut_tiles,
-                                  pick_device, pick_precision)
+                                  patch_size, pick_device, pick_precision)
 from .folds import (CV_STRATEGIES, FLOORS, FOLD_COLUMNS, floor_predictions, inner_split, make_folds, read_folds, read_table,
                                score_beside_floors, write_folds)
 from .loss import LOSS_KINDS, TARGET_WEIGHTS, LossOptions, class_mean_targets, class_means, total_loss
@@ -538,14 +538,20 @@ def train_step(
             with nullcontext() if stage.train_backbone else torch.no_grad(): features = f.backbone(tiles)
         outputs = f.model.outputs(features)
     loss, terms = total_loss(outputs, truth, f.model.units, loss_options(c))
-    if not torch.isfinite(loss):
-        raise BiomassError(f"fold {f.k}: the loss is {loss.item()}; photos {', '.join(Path(f.paths[i]).name for i in batch['photo'])}; try a smaller --lr and another --out; the epochs before are kept in {f.checkpoint or 'memory alone'}")
+    if not torch.isfinite(loss): raise no_number(f, photo, f"the loss is {loss.item()}")
     optimizer.zero_grad()
     f.accelerator.backward(loss)
     if f.part[1] > 1: average_gradients(f.accelerator, optimizer, len(photo))
-    f.accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.grad_clip)
+    norm = f.accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.grad_clip)
+    if f.accelerator.scaler is None and not torch.isfinite(norm): raise no_number(f, photo, f"the gradient's norm is {norm.item()}")  # fp16's scaler leaves such a step out
     optimizer.step()
     return {"loss": loss.detach(), **terms}
+
+
+def no_number(f: Fold, photos: torch.Tensor, what: str) -> BiomassError:
+    "The end of a run that would go on from no number: which photos, and what is kept."
+    kept = f"the epochs before are kept in {f.checkpoint}" if f.checkpoint and f.checkpoint.is_file() else "no epoch before was kept"
+    return BiomassError(f"fold {f.k}: {what}; photos {', '.join(Path(f.paths[i]).name for i in photos)}; look at them, or try a smaller --lr and another --out; {kept}")
 
 # %% ../nbs/12_train.ipynb #306c5fcf
 def average_gradients(
@@ -925,6 +931,34 @@ def finish_trackers(runs: list, results: list):
     for tracker in runs[0].accelerator.trackers: tracker.finish()
 
 # %% ../nbs/12_train.ipynb #38137211
+def check_folds(
+    c: TrainConfig,
+    table: pd.DataFrame,
+    fold: np.ndarray,  # [N]
+) -> list:  # the folds to train
+    "Refuse what these photos' folds cannot give."
+    folds = list(c.train_folds or range(fold.max() + 1))
+    if max(folds) > fold.max(): raise BiomassError(f"--train-folds {max(folds)}: the folds are 0 to {fold.max()}")
+    if c.physics in NEEDS_COVARIANCE and fold.max() == 0: raise BiomassError(f"--physics {c.physics} learns from other folds' errors; use two folds or more")
+    if c.checkpoint == "best":
+        for k in folds: inner_split(table, np.flatnonzero(fold != k), c.seed)
+    if c.teacher: check_teacher(c.teacher, table, fold)
+    return folds
+
+
+def check_tiles(
+    paths: list,  # photos
+    spec: TileSpec,
+    patch: int,  # pixels of the backbone's patch
+):
+    "Refuse a grid whose tiles have fewer pixels than one patch: most of what the backbone would see is made up."
+    side, path = min((min(h, w // 2), path) for path in paths for h, w in [photo_size(path)])
+    most = side // patch
+    if max(spec.grid) > most:
+        raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller than a patch of {patch}; use at most {most} rows and columns" if most else
+                           f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; use larger photos or another --backbone")
+
+
 class Run:
     "One config made ready: its table, folds, starting backbone and, where that is frozen, stored features."
 
@@ -938,6 +972,7 @@ class Run:
         c, self.accelerator, self.precision = config, accelerator, precision
         self.table = read_train(c.data)
         self.fold = make_folds(self.table, c.cv, c.n_folds, c.fold_seed)
+        self.folds = check_folds(c, self.table, self.fold)
         key = c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks, None if c.pretrained else c.seed, bool(c.lora_rank)
         if key not in built:
             set_seed(c.seed)
@@ -947,10 +982,7 @@ class Run:
         self.backbone, size, self.start = built[key]
         self.config, self.spec = dataclasses.replace(c, tile_size=size), TileSpec(*c.grid, size)
         self.arithmetic = f"{accelerator.device.type}, {precision}"
-        self.folds = list(c.train_folds or range(self.fold.max() + 1))
-        if max(self.folds) > self.fold.max(): raise BiomassError(f"--train-folds {max(self.folds)}: the folds are 0 to {self.fold.max()}")
-        if c.physics in NEEDS_COVARIANCE and self.fold.max() == 0: raise BiomassError(f"--physics {c.physics} learns from other folds' errors; use two folds or more")
-        if c.teacher: check_teacher(c.teacher, self.table, self.fold)
+        check_tiles(list(self.table["path"]), self.spec, patch_size(self.backbone.model))
         self.lora_layers = lora_layers(self.backbone, size) if c.lora_rank else []
         if accelerator.is_main_process: open_run(c.out, run_identity(self.config, self.table, self.backbone, self.arithmetic), self.table, self.fold)
         self.stored = None
@@ -1160,6 +1192,12 @@ def _joint_others(runs: list, table: pd.DataFrame) -> dict:
     return {n: np.mean([r["oof"].reindex(table["image_path"])[[f"{t}_{n}" for t in TARGETS]].to_numpy() for r in runs], 0) for n in sorted(names)}
 
 # %% ../nbs/12_train.ipynb #6571d42a
+def _score(results: dict) -> float:
+    "A finished run's score; JSON has no NaN, and labels that do not vary have no score."
+    score = results["scores"]["model"]["weighted_r2"]
+    return math.nan if score is None else score
+
+
 def join_runs(
     folders: list,  # run folders of `train`
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
@@ -1186,7 +1224,7 @@ def join_runs(
     facts = {
         "config": {f"run {i}": r["results"]["config"] for i, r in enumerate(runs)}, "cv": runs[0]["results"]["cv"], "device": runs[0]["results"]["device"],
         "seconds": round(sum(r["results"]["seconds"] for r in runs), 1), **run_facts(), "combine": how,
-        "members": [{"run": str(r["folder"]), "weighted_r2": r["results"]["scores"]["model"]["weighted_r2"], **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
+        "members": [{"run": str(r["folder"]), "weighted_r2": _score(r["results"]), **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
     }
     write_folds(out / "folds.csv", table, fold)
     history = pd.concat([r["history"] for r in runs])

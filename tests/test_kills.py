@@ -13,7 +13,7 @@ import torch
 from conftest import options, run
 from safetensors.torch import save_file
 
-from biomass_kit import train as training
+from biomass_kit import packing, train as training
 from biomass_kit.data import file_digest
 from biomass_kit.features import build_backbone
 from biomass_kit.targets import BiomassError
@@ -152,3 +152,52 @@ def test_a_full_disk(whole, tmp_path):
 def test_a_folder_that_takes_no_files(one, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(BiomassError, match="file/run: cannot be made"): train(dataclasses.replace(one, out=tmp_path / "file/run"), **quiet)
+
+
+def contents(folder):
+    "Digest of every file, by its path."
+    return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def entries(folder): return {name: digest for name, digest in contents(folder).items() if name.endswith(".npy") and ".tmp-" not in name} if folder.exists() else {}
+
+
+def test_a_killed_feature_store_goes_on(one, tmp_path):
+    "Killed after some photos: what is there is whole, the rest is added, nothing is computed again, and the features are those of an undisturbed store."
+    config = dataclasses.replace(one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
+    train(dataclasses.replace(config, cache_dir=tmp_path / "whole", out=tmp_path / "whole/run"), **quiet)
+    slow = "import time, biomass_kit.store as s; plain = s.FeatureCache.put; s.FeatureCache.put = lambda *a: (plain(*a), time.sleep(0.05))\n" + EVERY_EPOCH
+    process = subprocess.Popen([sys.executable, "-c", slow, *options(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 120
+    while len(entries(config.cache_dir)) < 20 and process.poll() is None and time.time() < until: time.sleep(0.01)
+    process.kill()
+    process.wait()
+    half, whole = entries(config.cache_dir), entries(tmp_path / "whole")
+    assert 20 <= len(half) < len(whole) == 30 * 4 and half.items() <= whole.items()
+    inodes = {name: (config.cache_dir / name).stat().st_ino for name in half}
+    train(config, **quiet)
+    assert entries(config.cache_dir) == whole and {name: (config.cache_dir / name).stat().st_ino for name in half} == inodes, "what was there was not written again"
+    assert left(config.out) == left(tmp_path / "whole/run")
+
+
+PACK = "import sys, time, biomass_kit.data as d; plain = d.os.replace; d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); import biomass_kit.packing as p; p.pack(*sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def packed(finished, tmp_path_factory): return packing.pack(finished, tmp_path_factory.mktemp("packed") / "whole")
+
+
+@pytest.mark.parametrize("killed_at", [3, 8])
+def test_a_killed_packing_is_packed_again_to_the_same_bytes(finished, packed, tmp_path, killed_at):
+    "Killed just before its n-th file appears under its name: no file is half, and the next packing is as if nothing had been."
+    out = tmp_path / "packed"
+    process = subprocess.Popen([sys.executable, "-c", PACK, finished, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for _ in range(killed_at): assert process.stdout.readline()
+    process.kill()
+    process.wait()
+    half = {name: digest for name, digest in contents(out).items() if ".tmp-" not in name}
+    assert len(half) == killed_at - 1 and len(half) < len(contents(out)), "its n-th file was left under a temporary name"
+    assert half.items() < contents(packed).items(), "what is there is whole"
+    with pytest.raises(BiomassError): packing.check_packed(out)
+    packing.pack(finished, out)
+    assert contents(out) == contents(packed)

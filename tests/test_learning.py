@@ -51,13 +51,6 @@ def test_seed_decides_everything(config, finished, tmp_path):
     assert not torch.equal(same["embed.weight"], other["embed.weight"]), "another seed, the same weights"
 
 
-def test_workers_change_nothing(config, tmp_path):
-    "Photos augmented in the loop: by this process, by one worker, by two."
-    live = dataclasses.replace(config, freeze_backbone=False, train_folds=(0,), epochs=2)
-    for n in (0, 1, 2): train(dataclasses.replace(live, out=tmp_path / str(n), num_workers=n), **quiet)
-    assert members(tmp_path / "0") == members(tmp_path / "1") == members(tmp_path / "2")
-
-
 def test_two_processes_share_the_members(config, finished, tmp_path):
     "Members of two runs, dealt to two processes: each as one process alone would train it."
     two = dataclasses.replace(config, out=tmp_path / "runs", cache_dir=tmp_path / "cache")

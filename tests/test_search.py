@@ -123,10 +123,15 @@ def test_a_killed_search_goes_on(tiny, tmp_path):
     second = start(tiny, out)
     said = second.communicate(timeout=120)
     assert second.returncode == 0, said
-    table, _ = check_finished(out, "".join(said))
+    table, found = check_finished(out, "".join(said))
     assert list(table.trial) == list(range(TRIALS)), "the killed trial was taken over under its number"
     begun = diary(out)[0]
     assert sorted(begun.values())[-2:] == [1, 2], "only the fold in which it was killed was begun twice"
+    whole = start(tiny, tmp_path / "whole")
+    said = whole.communicate(timeout=120)
+    assert whole.returncode == 0, said
+    undisturbed, best = check_finished(tmp_path / "whole", "".join(said))
+    assert table.equals(undisturbed) and found["best"] == best["best"] and found["fresh"] == best["fresh"], "it ends as an undisturbed search"
 
 
 def test_the_table_is_of_the_config(tiny):

@@ -1,0 +1,148 @@
+"""Numbers that must not depend on how they were made: workers, kills, the cache; and data too small or too flat to learn from."""
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import options
+from safetensors.torch import save_file
+
+from biomass_kit import cli, train as training
+from biomass_kit.data import file_digest, list_photos
+from biomass_kit.ensemble import predict_photos
+from biomass_kit.features import Backbone, build_backbone
+from biomass_kit.folds import read_table
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.targets import TARGETS, BiomassError
+from biomass_kit.train import CHECKPOINT, TrainConfig, train
+
+quiet = dict(log=lambda line: None)
+RAW = [t + "_raw" for t in TARGETS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "Twelve drawn photos and a tiny transformer that is read in the loop."
+    room = tmp_path_factory.mktemp("numbers")
+    data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
+    torch.manual_seed(0)
+    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32, batch_size=4, epochs=3,
+                       cache_dir=room / "cache", device_type="cpu")
+
+
+def left(folder): return {p.name: file_digest(p) for p in (folder / "bundle").glob("*.safetensors")}, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
+
+
+class Killed(Exception): pass
+
+
+def killed_after_two(config, monkeypatch):
+    "A run that ends, as if killed, when two epochs are kept."
+    plain, kept = training.Loop.write, []
+
+    def write(self):
+        plain(self)
+        kept.append(self.epoch)
+        if len(kept) == 2: raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Loop, "write", write)
+        with pytest.raises(Killed): train(config, **quiet)
+
+
+def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
+    "Pixels augmented in the loop, with 0, 1 and 2 workers; begun with one number and gone on with another."
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    run = lambda name, workers: dataclasses.replace(base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
+    for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
+    killed_after_two(run("cut", 2), monkeypatch)
+    train(run("cut", 1), **quiet)
+    assert left(run("0", 0).out) == left(run("1", 1).out) == left(run("2", 2).out) == left(run("cut", 1).out)
+
+
+def oof(config):
+    train(config, **quiet)
+    return read_table(config.out / "oof.csv")[RAW].to_numpy()
+
+
+def test_cached_as_not_cached(base, tmp_path):
+    "With the same draws of flips and swaps, stored features in fp32 give what the backbone gives in every epoch; in fp16 it differs by what is said here."
+    plain = dataclasses.replace(base, freeze_backbone=True, augment="flips", use_mixup=False, use_cutmix=False, train_folds=None, epochs=6)
+    anew = oof(dataclasses.replace(plain, cache=False, out=tmp_path / "anew/run"))
+    off = {}
+    for dtype in ("fp32", "fp16"):
+        stored = dataclasses.replace(plain, cache_dtype=dtype, out=tmp_path / dtype / "run", cache_dir=tmp_path / dtype / "cache")
+        off[dtype] = np.abs(oof(stored) - anew).max()
+    print(f"largest difference to features computed in every epoch: fp32 store {off['fp32']:.2g} g, fp16 store {off['fp16']:.2g} g")
+    assert off["fp32"] < 1e-3 and 0 < off["fp16"] < 0.05
+    photos = list_photos(base.data / "test")
+    fresh, first, again = (predict_photos(tmp_path / "fp32/run", photos, device_type="cpu", cache_dir=c) for c in (None, tmp_path / "c", tmp_path / "c"))
+    assert np.abs(first - fresh).max() < 1e-3 and np.abs(again - fresh).max() < 1e-3
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monkeypatch):
+    "In the second epoch a batch gives no number: its photos are named, the epochs before are kept, and the run goes on from them when the fault is gone."
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    config, plain, calls = dataclasses.replace(base, out=tmp_path / "run"), training.total_loss, []
+
+    def total_loss(outputs, truth, *rest):
+        calls.append(len(truth["grams"]))
+        loss, terms = plain(outputs, truth, *rest)
+        if len(calls) != 4: return loss, terms
+        return (loss * torch.nan if what == "loss" else loss + torch.sqrt(0 * outputs["grams"].sum())), terms  # the root of zero has no slope
+
+    batches, run = [], training.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "total_loss", total_loss)
+        patch.setattr(training, "train_step", lambda f, batch, *rest: (batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
+        with pytest.raises(BiomassError) as e: train(config, **quiet)
+    said, kept = str(e.value), config.out / f"folds/0{CHECKPOINT}"
+    assert ("the loss is nan" if what == "loss" else "the gradient's norm is") in said and f"photos {', '.join(batches[-1])};" in said and f"the epochs before are kept in {kept}" in said and len(batches) == 4, said
+    assert kept.is_file() and not (config.out / "results.json").exists()
+    if what == "loss": return
+    train(config, **quiet)
+    train(dataclasses.replace(config, out=tmp_path / "whole/run"), **quiet)
+    assert left(config.out) == left(tmp_path / "whole/run"), "it went on from the epochs that were kept"
+
+
+def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
+    "The message promises no checkpoint that is not there."
+    monkeypatch.setattr(training, "total_loss", lambda *_: (torch.tensor(torch.inf, requires_grad=True), {}))
+    with pytest.raises(BiomassError, match="the loss is inf; photos .*; no epoch before was kept"): train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
+
+
+SMALL = {  # name -> (table -> table, options)
+    "one photo a fold": (lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:4])], dict(cv="random", n_folds=4)),
+    "two photos": (lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:2])], dict(cv="random", n_folds=2)),
+    "one state": (lambda t: t.assign(State="WA"), {}), "states without a name": (lambda t: t.assign(State="", Species=""), {}),
+    "one target constant": (lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
+    "all targets constant": (lambda t: t.assign(target=5.0), {}), "nothing grows": (lambda t: t.assign(target=0.0), {}),
+    "two dates": (lambda t: t.assign(Sampling_Date=["2015/9/4" if i % 2 else "2015/9/5" for i in t.image_path.astype("category").cat.codes]), {}),
+}
+
+
+FLAT = ("all targets constant", "nothing grows")
+BY_COMMAND = ("one photo a fold", "states without a name", "all targets constant")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SMALL)
+def test_small_and_flat_data_work(base, name, tmp_path):
+    "With every head that looks at labels, some by the command with two grids joined; what has no score says so, and every prediction is a number."
+    change, more = SMALL[name]
+    shutil.copytree(base.data, tmp_path / "data")
+    change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(tmp_path / "data/train.csv", index=False)
+    config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16, use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True, **more)
+    out = config.out / "bundle" if name in BY_COMMAND else config.out
+    if name in BY_COMMAND: cli.train([*options(config), "--grids", "1", "1", "2", "2"])
+    else: train(config, **quiet)
+    results, table = json.loads((out / "results.json").read_text()), read_table(out / "oof.csv")
+    score = results["scores"]["model"]["weighted_r2"]
+    assert np.isfinite(table[RAW].to_numpy()).all() and len(table) == results["photos"] and (score is None) == (name in FLAT), score
+    assert np.isfinite(predict_photos(out, list_photos(tmp_path / "data/test"), device_type="cpu")).all()
+    if name in BY_COMMAND: assert (out / "report.html").stat().st_size > 50_000
