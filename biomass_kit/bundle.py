@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'MANIFEST', 'HEADER', 'PICKLES', 'tensor_bytes', 'write_tensors', 'save_backbone', 'save_lora',
-           'merge_lora', 'save_member', 'read_member_info', 'member_files', 'write_manifest', 'Bundle', 'version_key',
-           'is_pickle', 'refuse_pickles', 'read_bundle', 'copy_members']
+           'save_reference', 'merge_lora', 'save_member', 'read_member_info', 'member_files', 'write_manifest',
+           'Bundle', 'version_key', 'is_pickle', 'refuse_pickles', 'read_bundle', 'copy_members']
 
 # %% ../nbs/10_bundle.ipynb #6b7d85f8
 import hashlib, json, re, shutil
@@ -67,6 +67,14 @@ def save_lora(
     return {"lora": {"file": _save_by_content(folder, "lora", factors), "scale": scale}}
 
 
+def save_reference(
+    folder,  # the bundle
+    tensors: dict,  # "features" and "own" of a `trust.Reference`
+) -> str:  # the file's name
+    "Write what a bundle remembers of the training photos, named by its content."
+    return _save_by_content(folder, "reference", tensors)
+
+
 def merge_lora(
     weights: dict,  # a backbone's tensors by name
     factors: dict,  # as `save_lora` takes them
@@ -111,10 +119,11 @@ def write_manifest(
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
     combine: dict = None,  # {"how", "weights" of the members, "trim"} of `targets.combine`; the plain mean by default
+    trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
 ) -> Path:
     "Describe a finished bundle; from now on every byte of it is accounted for."
     folder = Path(folder)
-    files = sorted({f for m in members for f in member_files(m)})
+    files = sorted({f for m in members for f in member_files(m)} | {trust[k]["file"] for k in ("reference",) if k in (trust or {})})
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
         "schema": max(m["schema"] for m in members), "library": biomass_kit.__version__, "targets": list(TARGETS),
@@ -123,7 +132,7 @@ def write_manifest(
         "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
-        "members": members,
+        "members": members, **({"trust": trust} if trust else {}),
     }
     return write_json(folder / MANIFEST, manifest, sort_keys=True)
 
@@ -135,6 +144,15 @@ class Bundle(NamedTuple):
 
     @property
     def members(self) -> list: return self.manifest["members"]
+
+    @property
+    def trust(self) -> dict:
+        "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
+        return self.manifest.get("trust", {})
+
+    def load_reference(self) -> dict:
+        "What is remembered of the training photos, by name; empty where nothing is."
+        return load_file(self.folder / self.trust["reference"]["file"]) if "reference" in self.trust else {}
 
     def load_model(self, member: dict) -> BiomassModel:
         "A member's head, in eval mode on the CPU."
@@ -225,6 +243,9 @@ def read_bundle(
     for name, entry in manifest["files"].items():
         if not (folder / name).is_file(): raise BiomassError(f"{folder / name}: missing, though the manifest lists it; copy the bundle again")
         if file_digest(folder / name) != entry["sha256"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
+    reference = manifest.get("trust", {}).get("reference")
+    if reference and (reference["file"] not in manifest["files"] or reference["member"] not in [m["name"] for m in manifest["members"]]):
+        raise BiomassError(f"{path}: its reference of training photos names a file or a member that it does not list; copy the bundle again")
     for member in manifest["members"]:
         if not set(member_files(member)) <= set(manifest["files"]):
             raise BiomassError(f"{path}: member {member['name']} names a file that the manifest does not list")
@@ -245,7 +266,7 @@ def copy_members(
     if twice: raise BiomassError(f"member {twice[0]} is in two of the bundles; joining a run with itself would only count it twice")
     for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
-        for name in bundle.manifest["files"]:
+        for name in sorted({f for m in bundle.members for f in member_files(m)}):
             if name.startswith("member-") or not (Path(out) / name).exists():
                 with atomic_path(Path(out) / name) as tmp: shutil.copyfile(bundle.folder / name, tmp)
     return [m for b in bundles for m in b.members]
