@@ -118,7 +118,7 @@ def card(
                        for kind, share in seen.maps.items())
         picture = f'<div class="seen"><img class="photo" src="{image_uri(seen.image)}" alt="Photo {escape(name)}">{over}</div>'
     warn = f'<p class="warn">{escape(warning)}</p>' if warning else ""
-    return f'<article class="card"><h4>{escape(name)}</h4><p class="note">{escape(note)}</p>{picture}{warn}{figures}</article>'
+    return f'<article class="card" aria-label="{escape(name)}"><p class="name">{escape(name)}</p><p class="note">{escape(note)}</p>{picture}{warn}{figures}</article>'
 
 
 def cards(
@@ -150,7 +150,7 @@ def gallery_style(
 GALLERY_STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 1.4rem }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: .7rem; min-width: 0 }
-.card h4 { overflow-wrap: anywhere }
+.card .name { font-weight: 600; margin: 0; overflow-wrap: anywhere }
 .card .note { margin: 0 0 .5rem }
 .seen { position: relative; border-radius: 6px; overflow: hidden; line-height: 0 }
 .photo { width: 100%; height: auto }

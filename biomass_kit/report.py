@@ -8,11 +8,10 @@ __all__ = ['LABELS', 'MARKERS', 'CARD_FACTS', 'SECTIONS', 'TITLE', 'label', 'sco
            'residual_table', 'plot_learning', 'identity_gaps', 'gap_words', 'plot_identities', 'plot_intervals',
            'interval_table', 'error_shares', 'extremes', 'worst_table', 'scores_section', 'folds_section',
            'predicted_section', 'worst_section', 'residuals_section', 'intervals_section', 'photos_section',
-           'identities_section', 'learning_section', 'as_text', 'pairs_table', 'members_section', 'sources',
-           'made_section', 'page', 'write_report']
+           'identities_section', 'learning_section', 'members_section', 'sources', 'made_section', 'page',
+           'write_report']
 
 # %% ../nbs/15_report.ipynb #43f0d11b
-import json
 from html import escape
 from numbers import Number
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
-from .page import COLORS, document, duration, figure, interval, number, paragraph, table, write_document
+from .page import COLORS, as_text, document, duration, figure, interval, number, pairs_table, paragraph, table, write_document
 from .targets import TARGETS, TOTAL, WEIGHTS, BiomassError, as_grams, identity_residuals, per_target_scores
 
 # %% ../nbs/15_report.ipynb #cc5c1f0f
@@ -421,21 +420,6 @@ def learning_section(results, oof, history, photos):
     return figure(plot_learning(history), alt, "Every line is one fold of one run.")
 
 # %% ../nbs/15_report.ipynb #775006eb
-def as_text(
-    value,  # anything
-) -> str:
-    "Compact JSON; what JSON does not know becomes its `str`."
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def pairs_table(
-    values,  # a dict
-    caption,  # what it holds
-) -> str:
-    "A dict as a table of two columns."
-    return table([("Name", 0), ("Value", 0)], [[str(k), as_text(v)] for k, v in values.items()], caption)
-
-
 def members_section(results, oof, history, photos):
     "What a joined bundle consists of."
     members = results.get("members") or []
