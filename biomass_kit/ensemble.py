@@ -590,7 +590,7 @@ def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray: 
     device = (options.get("devices") or [options.get("device_type", "auto")])[0]
     own = {k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress") if k in options}
     try: return photo_likeness(bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
-    except RuntimeError as e: outcome.note(f"how much the photos are like those trained on could not be told ({str(e).splitlines()[0]})")
+    except (BiomassError, RuntimeError) as e: outcome.note(f"how much the photos are like those trained on could not be told ({str(e).splitlines()[0]})")
 
 
 def predict_folder(

@@ -135,7 +135,7 @@ def map_switch(
     if not kinds: return ""
     choice = lambda kind, words, on: f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
     choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [choice("none", "photos alone", False)]
-    key = "".join(f'<span><i style="background:rgb{c}"></i>{w}</span>' for c, w in ((MORE, "twice an even share or more"), (LESS, "half or less")))
+    key = "".join(f'<span><i style="background:rgb{c}"></i>{w}</span>' for c, w in ((MORE, "twice an even share or more"), (LESS, "half or less"))) + "<span>clear: an even share</span>"
     return f'<fieldset class="switch"><legend>Drawn over the photos</legend>{"".join(choices)}<p class="key">{key}</p></fieldset>'
 
 
@@ -156,14 +156,14 @@ GALLERY_STYLE = """
 .photo { width: 100%; height: auto }
 .map { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated }
 .figures { width: 100%; margin-top: .5rem }
-.figures th, .figures td { padding: .12rem .4rem; border: 0; background: none }
+.figures th, .figures td { padding: .12rem .4rem; border: 0; background: none; white-space: nowrap }
 .figures tr > :first-child { position: static; text-align: left; padding-left: 0 }
 .figures .bars { width: 45%; position: relative; padding: .12rem 0 }
 .bar { display: block; height: .42rem; border-radius: 0 2px 2px 0; min-width: 1px }
-.bar.measured { background: var(--soft) }
+.bar.measured { border: 1.5px solid var(--ink) }
 .bar.predicted { background: var(--accent) }
 .whisker { position: absolute; top: 50%; height: 2px; min-width: 2px; background: var(--ink) }
-.measured-key { background: var(--soft) } .predicted-key { background: var(--accent) }
+.measured-key { border: 1.5px solid var(--ink) } .predicted-key { background: var(--accent) }
 .switch { border: 1px solid var(--line); border-radius: 10px; padding: .5rem .8rem; margin: .8rem 0; max-width: 46rem }
 .switch label { display: inline-block; margin-right: 1rem; padding: .3rem 0; cursor: pointer }
 .key { margin: .2rem 0; font-size: .9rem; color: var(--soft) }
