@@ -270,7 +270,8 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + "_low" in table else None
     facts = training.run_facts() | {"weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
                                     "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
-    return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), table, facts, seen)
+    shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
+    return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
 
 
 def _leave():

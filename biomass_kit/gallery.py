@@ -162,7 +162,7 @@ GALLERY_STYLE = """
 .bar { display: block; height: .42rem; border-radius: 0 2px 2px 0; min-width: 1px }
 .bar.measured { border: 1.5px solid var(--ink) }
 .bar.predicted { background: var(--accent) }
-.whisker { position: absolute; top: 50%; height: 2px; min-width: 2px; background: var(--ink) }
+.whisker { position: absolute; top: calc(50% + .32rem); height: 2px; min-width: 2px; background: var(--ink) }
 .measured-key { border: 1.5px solid var(--ink) } .predicted-key { background: var(--accent) }
 .switch { border: 1px solid var(--line); border-radius: 10px; padding: .5rem .8rem; margin: .8rem 0; max-width: 46rem }
 .switch label { display: inline-block; margin-right: 1rem; padding: .3rem 0; cursor: pointer }

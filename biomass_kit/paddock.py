@@ -44,7 +44,7 @@ def summary_table(
     "Mean, median and range of each target."
     rows = [[SHORT[t], predicted[t].mean(), *(getattr(predicted[k], f)() for f in ("mean", "median", "min", "max"))] for t, k in zip(TARGETS, KG_HA)]
     columns = [("Dry matter", 0), ("mean, g", 1), ("mean", 0), ("median", 0), ("lowest", 0), ("highest", 0)]
-    return table(columns, rows, f"Over all photos. GDM is green and clover together.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
+    return table(columns, rows, "Over all photos. GDM is green and clover together.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
 
 
 def plot_totals(
@@ -114,10 +114,11 @@ def _photos(predicted, facts, photos) -> str:
     "The shown photos with bars and maps."
     if not photos: return paragraph("Photos were left out of this report.")
     grams, ends, rows = predicted[list(TARGETS)].to_numpy(), ends_of(predicted, TARGETS), shown_photos(predicted)
-    full = max(grams[rows].max(), 1.0)
+    full = max((ends[1] if ends else grams)[rows].max(), 1.0)
     of = lambda i: photos.get(predicted["photo"].iloc[i], Seen(fault="not looked up"))
     note = lambda i: f"total {number(predicted[KG_HA[TOTAL]].iloc[i], 0)} {HECTARE}"
-    made = [card(predicted["photo"].iloc[i], note(i), of(i), bars(grams[i], full, None, [e[i] for e in ends] or None), predicted["flag"].iloc[i]) for i in rows]
+    warning = lambda i: predicted["flag"].iloc[i] if of(i).image is not None else ""  # where there is no picture, its place says why
+    made = [card(predicted["photo"].iloc[i], note(i), of(i), bars(grams[i], full, None, [e[i] for e in ends] or None), warning(i)) for i in rows]
     which = "All photos" if len(rows) == len(predicted) else f"{len(rows)} of {len(predicted)} photos: those flagged and those with the least and the most"
     kinds = sorted({k for i in rows for k in of(i).maps})
     maps = " Maps are the mean over all members and their tile grids, in the plain view." if kinds else ""
