@@ -123,7 +123,7 @@ def write_manifest(
 ) -> Path:
     "Describe a finished bundle; from now on every byte of it is accounted for."
     folder = Path(folder)
-    files = sorted({f for m in members for f in member_files(m)} | {trust[k]["file"] for k in ("reference",) if k in (trust or {})})
+    files = sorted({f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
         "schema": max(m["schema"] for m in members), "library": biomass_kit.__version__, "targets": list(TARGETS),

@@ -375,11 +375,14 @@ def intervals_section(results, oof, history, photos):
     given = results.get("intervals")
     if not (given or results.get("coverage")): return ""
     if not given: return interval_table(results) + paragraph("What the heads say of themselves; too few dates to widen it by measured errors.")
+    unlike = results.get("unlike")
+    strange = paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {number(100 * unlike['flagged'], 0)} % of the photos; "
+                        f"about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
     said = paragraph(f"Intervals come from the errors on {number(given['dates'])} dates held out, " + (
         "added to what the uncertainty heads say." if given["of"] == "heads" else "around each prediction.") + " The margin for each fold comes from the other folds.")
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
     return said + interval_table(results) + figure(plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
-                                                   "Crosses are photos whose measured total lies outside its interval.")
+                                                   "Crosses are photos whose measured total lies outside its interval.") + strange
 
 
 def photos_section(results, oof, history, photos):
