@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'MANIFEST', 'HEADER', 'SINCE_LATER', 'FIELDS', 'UNSIGNED', 'PICKLES', 'tensor_bytes', 'write_tensors',
-           'save_backbone', 'save_lora', 'merge_lora', 'save_member', 'read_member_info', 'member_files',
-           'manifest_digest', 'sign_manifest', 'write_manifest', 'Bundle', 'version_key', 'is_pickle', 'refuse_pickles',
-           'read_bundle', 'copy_members']
+           'save_backbone', 'save_lora', 'save_reference', 'merge_lora', 'save_member', 'read_member_info',
+           'member_files', 'manifest_digest', 'sign_manifest', 'write_manifest', 'Bundle', 'version_key', 'is_pickle',
+           'refuse_pickles', 'read_bundle', 'copy_members']
 
 # %% ../nbs/10_bundle.ipynb #6b7d85f8
 import hashlib, json, re
@@ -30,7 +30,7 @@ from .tta import parse_view
 SCHEMAS = (1, 2)  # that are read; 2 where a member has LoRA factors, which a reader of 1 would pass over in silence
 MANIFEST = "manifest.json"
 HEADER = "biomass_kit"  # the key of a member's description in its safetensors header
-SINCE_LATER = ("combine", "sha256")  # fields that a manifest of an earlier library lacks
+SINCE_LATER = ("combine", "trust", "sha256")  # fields that a manifest of an earlier library lacks
 FIELDS = ("schema", "library", "targets", "physics", "views", "bounds", "means", "scores", "files", "members", *SINCE_LATER)
 UNSIGNED = "0" * 64  # in the place of a manifest's own digest while that is taken
 
@@ -71,6 +71,14 @@ def save_lora(
 ) -> dict:  # {"lora": {"file", "scale"}}, to be added to what a member says of its backbone
     "Write a member's LoRA factors, named by their content."
     return {"lora": {"file": _save_by_content(folder, "lora", factors), "scale": scale}}
+
+
+def save_reference(
+    folder,  # the bundle
+    tensors: dict,  # "features" and "own" of a `trust.Reference`
+) -> str:  # the file's name
+    "Write what a bundle remembers of the training photos, named by its content."
+    return _save_by_content(folder, "reference", tensors)
 
 
 def merge_lora(
@@ -131,10 +139,11 @@ def write_manifest(
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
     combine: dict = None,  # {"how", "weights" of the members, "trim"} of `targets.combine`; the plain mean by default
+    trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
 ) -> Path:
     "Describe a finished bundle; from now on every byte of it is accounted for."
     folder = Path(folder)
-    files = sorted({f for m in members for f in member_files(m)})
+    files = sorted({f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
         "schema": max(m["schema"] for m in members), "library": biomass_kit.__version__, "targets": list(TARGETS),
@@ -143,7 +152,7 @@ def write_manifest(
         "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
-        "members": members,
+        "members": members, **({"trust": trust} if trust else {}),
     }
     return sign_manifest(folder, manifest)
 
@@ -155,6 +164,15 @@ class Bundle(NamedTuple):
 
     @property
     def members(self) -> list: return self.manifest["members"]
+
+    @property
+    def trust(self) -> dict:
+        "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
+        return self.manifest.get("trust", {})
+
+    def load_reference(self) -> dict:
+        "What is remembered of the training photos, by name; empty where nothing is."
+        return load_file(self.folder / self.trust["reference"]["file"]) if "reference" in self.trust else {}
 
     def load_model(self, member: dict) -> BiomassModel:
         "A member's head, in eval mode on the CPU."
@@ -300,6 +318,9 @@ def _check_whole(folder: Path, data: bytes, manifest):
         if file_digest(folder / name) != entry["sha256"] or (folder / name).stat().st_size != entry["bytes"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
         _shapes(folder / name)
     for member in manifest["members"]: _check_member(folder, manifest, member)
+    reference = manifest.get("trust", {}).get("reference")
+    if reference and (reference["file"] not in manifest["files"] or reference["member"] not in [m["name"] for m in manifest["members"]]):
+        raise BiomassError(f"{folder / MANIFEST}: its reference of training photos names a file or a member that it does not list; copy the bundle again")
 
 # %% ../nbs/10_bundle.ipynb #45f75f98
 def copy_members(
@@ -312,6 +333,6 @@ def copy_members(
     if twice: raise BiomassError(f"member {twice[0]} is in two of the bundles; joining a run with itself would only count it twice")
     for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
-        for name in bundle.manifest["files"]:
+        for name in sorted({f for m in bundle.members for f in member_files(m)}):
             if name.startswith("member-") or not (Path(out) / name).exists(): copy_file(bundle.folder / name, Path(out) / name)
     return [m for b in bundles for m in b.members]

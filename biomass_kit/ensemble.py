@@ -6,10 +6,11 @@
 __all__ = ['INTERVAL_LEVEL', 'DEVICE_THREAD', 'LOADING', 'SAVE_EVERY', 'PENDING', 'has_intervals', 'check_intervals',
            'interval_views', 'bound_intervals', 'fallback_grams', 'combine_some', 'Ensemble', 'describe_plan',
            'peak_memory', 'probe', 'is_main_process', 'Deal', 'devices_at_work', 'serve_all', 'predict_photos',
-           'predict_competition', 'predict_folder']
+           'predict_competition', 'some_members', 'plain_features', 'photo_likeness', 'intervals_from_heads',
+           'folder_intervals', 'grams_table', 'flags', 'predict_folder', 'member_map', 'common_grid', 'photo_maps']
 
 # %% ../nbs/11_ensemble.ipynb #f4844b34
-import os, sys, threading, time, warnings
+import math, os, sys, threading, time, warnings
 from collections import deque
 from datetime import timedelta
 from functools import partial
@@ -28,9 +29,10 @@ from .model import BiomassModel, predict_views, view_batch
 from .outcome import MEANS, Issue, Outcome, write_issues
 from .physics import apply_physics, clamp
 from .plan import Deadline, Level, Pace, Pass, choose_level, pass_work, plan_levels, plan_passes
-from .store import FeatureCache, FeatureRequest, load_photo, loaded_features, photo_batches
-from .targets import TARGETS, BiomassError, as_grams, combine
-from .tta import backbone_views, parse_view
+from .store import FeatureCache, FeatureRequest, feature_batches, load_photo, loaded_features, photo_batches
+from .targets import KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine, kg_per_ha
+from .trust import UNLIKE, Reference, likeness, widen
+from .tta import View, backbone_views, parse_view
 
 # %% ../nbs/11_ensemble.ipynb #de75c1b8
 INTERVAL_LEVEL = 0.9  # share of photos that an interval should hold
@@ -502,32 +504,175 @@ def predict_competition(
     table.attrs["outcome"] = outcome
     return table
 
+# %% ../nbs/11_ensemble.ipynb #73eecaa4
+def some_members(bundle: Bundle, keep: Callable) -> Bundle:
+    "A bundle of those members alone for which `keep(member)` holds, all of one weight."
+    return bundle._replace(manifest={**bundle.manifest, "members": [m for m in bundle.members if keep(m)], "combine": {"how": "mean"}})
+
+
+def plain_features(
+    ensemble: Ensemble,
+    paths: list,
+    batch_size: int = 4,
+    num_workers: int = 1,
+):  # yields (for each pass: float32 [B, 2, T, D] of the plain view, for each photo its fault or "")
+    "Tile features as the photos are, out of the cache where they are in it."
+    requests = [r._replace(variants=(View(),)) for r in ensemble.requests]
+    for found, faults in feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False): yield [f[View()] for f in found], faults
+
+
+def photo_likeness(
+    bundle: Bundle,  # with a reference of its training photos
+    paths: list,
+    batch_size: int = 4,
+    num_workers: int = 1,
+    progress: Callable = lambda x, **_: x,
+    deadline: Deadline = None,  # None takes the time it needs
+    **options,  # device_type, precision and cache_dir of `Ensemble`
+) -> np.ndarray:  # [N] in (0, 1], as `trust.likeness` gives it; nan for photos that cannot be read or came too late
+    "How much photos are like those that a bundle's members were trained on."
+    reference = Reference(*(bundle.load_reference()[name].numpy() for name in Reference._fields))
+    ensemble = Ensemble(some_members(bundle, lambda m: m["name"] == bundle.trust["reference"]["member"]), ["plain"], **options)
+    means, batches = np.full((len(paths), reference.features.shape[1]), np.nan, np.float32), plain_features(ensemble, paths, batch_size, num_workers)
+    for i, ((features,), faults) in enumerate(progress(batches, desc="likeness", unit="batch", total=-(-len(paths) // batch_size))):
+        own = features.mean((1, 2)).cpu().numpy()
+        own[[f != "" for f in faults]] = np.nan
+        means[i * batch_size : i * batch_size + len(own)] = own
+        if deadline and deadline.left() <= 0: break
+    batches.close()
+    return likeness(reference, means)
+
+# %% ../nbs/11_ensemble.ipynb #628d6a3b
+def intervals_from_heads(bundle: Bundle) -> bool:
+    "Whether a folder's intervals start from what the members say of their uncertainty, rather than from the prediction."
+    return has_intervals(bundle) and bundle.trust.get("intervals", {}).get("of", "heads") == "heads"
+
+
+def folder_intervals(
+    bundle: Bundle,
+    final: np.ndarray,  # [N, 5] grams
+    ends: list,  # lower and upper ends [N, 5] from the members; empty where they give none
+    unknown: list,  # rows of photos that nothing is known of
+) -> list:  # of two [N, 5]; empty where the bundle knows no intervals
+    "Intervals widened by what training measured on dates held out; for a photo that was not read, all that was ever seen."
+    known = bundle.trust.get("intervals")
+    if known: ends = widen(*(ends or (final, final)), known["margin"], final)
+    ends = [np.array(end) for end in ends]
+    for end, bound in zip(ends, bundle.manifest["bounds"]): end[unknown] = bound
+    return ends
+
+
+def grams_table(
+    names: list,  # of the photos
+    parts: list,  # [N, 5] grams: the prediction and, if known, lower and upper ends
+    quadrat_cm,
+) -> pd.DataFrame:  # photo, the targets in grams, then in kg DM/ha, each also with _low and _high if known
+    "What is predicted for each photo, in both units."
+    columns = {"photo": names}
+    for units, of in ((TARGETS, lambda g: g), (KG_HA, lambda g: kg_per_ha(g, quadrat_cm))):
+        for grams, part in zip(parts, ("", "_low", "_high")): columns |= {name + part: of(grams[:, i]) for i, name in enumerate(units)}
+    return pd.DataFrame(columns)
+
+
+def flags(
+    outcome: Outcome,
+    alike: np.ndarray,  # [N], or None
+) -> list:  # of text, empty where nothing speaks against the figure
+    "What should keep a reader from believing a figure."
+    said = lambda i: [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
+    strange = lambda i: ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
+    return ["; ".join(said(i) + strange(i)) for i in range(len(outcome.names))]
+
 # %% ../nbs/11_ensemble.ipynb #3a25063a
+def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray:  # [N], or None
+    "`photo_likeness` where there is time for it; a device that fails costs the likeness, never the table."
+    if deadline.left() <= 0: return None
+    device = (options.get("devices") or [options.get("device_type", "auto")])[0]
+    own = {k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress") if k in options}
+    try: return photo_likeness(bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
+    except (BiomassError, RuntimeError) as e: outcome.note(f"how much the photos are like those trained on could not be told ({str(e).splitlines()[0]})")
+
+
 def predict_folder(
     weights,  # a bundle folder
     folder,  # photos directly in it
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo (file name), the five targets in grams and, if known, their _low and _high, with the Outcome in `attrs`; None in all but the main process
+) -> pd.DataFrame:  # photo (file name), the targets in grams and in kg DM/ha and, if known, their _low and _high and the likeness, and flag, with the Outcome in `attrs`; None in all but the main process
     "Predict every photo of a folder, no table needed."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, bundle = list_photos(folder), weights if isinstance(weights, Bundle) else read_bundle(weights)
-    outcome, parts = Outcome([p.name for p in paths]), ("", "_low", "_high") if has_intervals(bundle) else ("",)
+    outcome, heads, remembers = Outcome([p.name for p in paths]), intervals_from_heads(bundle), "reference" in bundle.trust
+    kg_per_ha(0.0, quadrat_cm)
 
-    def save(grams):
-        table = pd.concat([pd.DataFrame(g, columns=[t + part for t in TARGETS]) for g, part in zip(grams.reshape(len(parts), len(paths), -1), parts)], axis=1)
-        table.insert(0, "photo", outcome.names)
+    def save(grams, alike=None):
+        final, *ends = grams if heads else [grams]
+        nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
+        table = grams_table(outcome.names, [final, *folder_intervals(bundle, final, ends, nothing)], quadrat_cm)
+        if remembers: table["likeness"] = np.nan if alike is None else alike
+        table["flag"] = flags(outcome, alike)
         write_issues(out, outcome.names, outcome.issues)
         write_csv(out, table, float_format="%.4f")
         return table
 
-    grams = predict_photos(bundle, paths, intervals=len(parts) > 1, deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
+    grams = predict_photos(bundle, paths, intervals=heads, deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
     if not is_main_process(): return None
     table = save(grams)
+    if remembers: table = save(grams, _likeness_in_time(bundle, paths, deadline, outcome, options))
     _close(outcome, out)
     table.attrs["outcome"] = outcome
     return table
+
+# %% ../nbs/11_ensemble.ipynb #3a6384c2
+@torch.inference_mode()
+def member_map(
+    model: BiomassModel,  # in eval mode
+    features: torch.Tensor,  # [B, 2, T, D] of the plain view
+    grid: tuple,  # (rows, columns)
+) -> tuple:  # ("attention" or "density", float32 [B, rows, 2 x columns] in times an even share)
+    "How much each tile counted, the halves side by side."
+    share = model.density_map(features)[..., TOTAL] if model.density else model.attention_map(features)
+    even = share.mean((1, 2), keepdim=True)
+    share = torch.where(even > 0, share / even, 1.0)
+    return "density" if model.density else "attention", share.unflatten(2, grid).movedim(1, 2).flatten(2).cpu().numpy()
+
+
+def common_grid(
+    maps: list,  # of [rows, columns], each on a grid of its own
+) -> np.ndarray:  # [R, C], their mean on the finest grid that all of them divide
+    "Maps of several grids as one."
+    rows, columns = (math.lcm(*(m.shape[i] for m in maps)) for i in (0, 1))
+    return np.mean([m.repeat(rows // m.shape[0], 0).repeat(columns // m.shape[1], 1) for m in maps], 0)
+
+
+def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
+    "Yields (row, kind -> map) for each photo, fold by fold; nothing of photos that cannot be read."
+    for k in sorted(set(fold)):
+        ensemble, rows = Ensemble(some_members(bundle, lambda m: k in (None, m["fold"])), ["plain"], **options), [i for i, f in enumerate(fold) if f == k]
+        readers = [(i, ensemble.models[m], p.spec.grid) for i, p in enumerate(ensemble.passes) for m in p.members]
+        for row, (features, (fault,)) in zip(rows, plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)):
+            found = {}
+            for i, model, grid in readers if not fault else ():
+                kind, share = member_map(model, features[i], grid)
+                found.setdefault(kind, []).append(share[0])
+            yield row, {kind: common_grid(maps) for kind, maps in found.items()}
+
+
+def photo_maps(
+    weights,  # a bundle folder, or a checked Bundle
+    paths: list,
+    fold: list = None,  # for each photo the fold whose members look at it; None has all members look
+    num_workers: int = 1,
+    progress: Callable = lambda x, **_: x,
+    **options,  # device_type, precision and cache_dir of `Ensemble`
+) -> list:  # for each photo kind -> [R, C] in times an even share; empty for one that cannot be read
+    "Where members look, on each photo."
+    bundle, out = weights if isinstance(weights, Bundle) else read_bundle(weights), [{} for _ in paths]
+    found = _photo_maps(bundle, list(paths), list(fold) if fold is not None else [None] * len(out), num_workers, options)
+    for row, maps in progress(found, desc="where the model looks", unit="photo", total=len(out)): out[row] = maps
+    return out
 
 # %% ../nbs/11_ensemble.ipynb #5e1ea813
 #| eval: false

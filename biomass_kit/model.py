@@ -128,14 +128,23 @@ class Trunk(nn.Module):
         row = lambda y: self.gated(y.flatten(1, 2)).view_as(y)
         return (row(x) + row(x.flip(1)).flip(1)) / 2 if self.symmetric else row(x)
 
+    def informed(self, features: torch.Tensor) -> torch.Tensor:
+        "`[B, 2, T, D]` -> `[B, 2, T, hidden]`: normalised, embedded, each half informed by the other."
+        if self.learning: x = F.layer_norm(features, features.shape[-1:])
+        else: x = (features - self.input_mean) / self.input_std
+        return self.exchange(self.embed(x))
+
+    def attention_map(self, features: torch.Tensor) -> torch.Tensor:
+        "`[B, 2, T, D]` -> `[B, 2, T]`, each tile's weight in the pooling of its half."
+        if not self.pooled: raise BiomassError("this member adds tiles up instead of pooling them, so no attention; ask for its density_map")
+        return self.pool.weights(self.informed(features).flatten(0, 1)).squeeze(-1).unflatten(0, (len(features), 2))
+
     def shared(
         self,
         features: torch.Tensor,  # [B, 2, T, D]
     ) -> torch.Tensor:  # [B, hidden], or [B, 2, T, hidden] if not pooled
         "What all heads read."
-        if self.learning: x = F.layer_norm(features, features.shape[-1:])
-        else: x = (features - self.input_mean) / self.input_std
-        x = self.exchange(self.embed(x))
+        x = self.informed(features)
         if not self.pooled: return self.project(x)
         left, right = self.pool(x[:, 0]), self.pool(x[:, 1])
         return self.project(torch.cat([(left + right) / 2, (left - right).abs()] if self.symmetric else [left, right], -1))

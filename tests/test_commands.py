@@ -14,7 +14,7 @@ from conftest import python, run
 
 from biomass_kit.bundle import read_bundle
 from biomass_kit.data import check_submission
-from biomass_kit.targets import TARGETS
+from biomass_kit.targets import KG_HA, TARGETS
 
 BIN = Path(sys.executable).parent
 PLAN = {  # the plan's recommended training commands, word for word but for the device
@@ -73,6 +73,9 @@ def test_draw_train_join_predict(tmp_path):
     table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
     for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
     assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
+    assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01) and (tmp_path / "table_report.html").stat().st_size > 30_000
+    before = (tmp_path / "both/report.html").read_text()
+    assert "both/report.html" in ok("biomass_report", "both") and (tmp_path / "both/report.html").read_text() == before
 
 
 def test_mistakes_are_one_line(finished, data, tmp_path):
