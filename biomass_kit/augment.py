@@ -53,7 +53,7 @@ def excess_green(
     x = image.astype(np.float32)
     return (3 * x[..., 1] - x.sum(-1)) / np.maximum(x.sum(-1), 1)
 
-
+# %% ../nbs/05_augment.ipynb #7e05aeb9
 class GreenJitter(A.ImageOnlyTransform):
     "Move hue, saturation and value of green pixels; leave all others as they are, to the bit."
 

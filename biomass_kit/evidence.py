@@ -235,7 +235,7 @@ def adversarial_validation(
 
 def _middle(values): return [float(q) for q in np.quantile(values, [0.05, 0.95])]
 
-
+# %% ../nbs/13_evidence.ipynb #73c91b03
 def _date_reference(features, dates, share, auc_of, n_draws, rng):
     "Range of the AUC between a part of the dates and the others; None where no part of five photos can be drawn."
     if len(set(dates)) < 2: return None

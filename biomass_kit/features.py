@@ -221,7 +221,7 @@ def working_gpus(
         if works: yield device
         else: say(f"{device} ({torch.cuda.get_device_name(i)}) is visible but cannot launch a kernel ({why}); it is left alone")
 
-
+# %% ../nbs/07_features.ipynb #bb58cc00
 def pick_devices(
     kind: str = "auto",  # one of DEVICE_TYPES
     say: Callable = warnings.warn,  # takes what is wrong with a GPU
@@ -244,7 +244,7 @@ def pick_device(
     "The device asked for, the current GPU where it works, or `BiomassError` where there is none; no other GPU is touched."
     return next(pick_devices(kind, say))
 
-
+# %% ../nbs/07_features.ipynb #87cb21cc
 def pick_precision(
     device: torch.device,
     kind: str = "auto",  # one of PRECISIONS

@@ -132,7 +132,7 @@ def bootstrap_scores(
     spread = np.where(spread > 1e-9, spread, np.nan)
     return np.stack([1 - drawn((y - as_grams(p)) ** 2 @ w) / spread for p in predictions])
 
-
+# %% ../nbs/03_folds.ipynb #f124f316
 def date_interval(
     measured,  # [N, 5] grams
     predicted,  # [N, 5] grams

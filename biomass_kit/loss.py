@@ -174,7 +174,7 @@ def check_loss(options: LossOptions):
         chosen = getattr(options, name)
         if chosen not in table: raise BiomassError(f"loss option {name} '{chosen}': choose one of {', '.join(table)}")
 
-
+# %% ../nbs/09_loss.ipynb #40afab6e
 def total_loss(
     outputs: dict,  # of `BiomassModel.outputs`
     batch: dict,  # labels, unmixed: "grams" [B, 5], "teacher" [B, 5] if asked for, one [B] for each auxiliary head;

@@ -50,7 +50,7 @@ def issues_path(
     "Where its issues are listed."
     return Path(out).with_name(f"{Path(out).stem}_issues.csv")
 
-
+# %% ../nbs/10c_outcome.ipynb #03a937d1
 def write_issues(
     out,  # the table or submission
     names: list,  # of all photos

@@ -122,7 +122,7 @@ def image_gaps(
         elif image[name] and not asked[name].specifier.contains(image[name]): gaps[str(asked[name])] = f"Kaggle's image has {image[name]}"
     return gaps
 
-
+# %% ../nbs/16b_packing.ipynb #c1b83fdb
 def wheels_wanted(
     names,  # requirements named by the user, maybe none
 ) -> dict:  # requirement -> reason

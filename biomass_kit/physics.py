@@ -140,7 +140,7 @@ def clamp_folds(
     for k in np.unique(fold): out[fold == k] = clamp(out[fold == k], bounds_by_fold[k])
     return out
 
-
+# %% ../nbs/06_physics.ipynb #0bed791a
 def nested_physics(
     raw,  # [N, 5] grams, out of fold
     measured,  # [N, 5] grams

@@ -57,7 +57,7 @@ def pass_work(
     file = manifest["members"][p.members[0]]["backbone"]["file"]
     return manifest["files"][file]["bytes"] * 2 * p.spec.rows * p.spec.cols * p.spec.size**2
 
-
+# %% ../nbs/10b_plan.ipynb #b9caf631
 def plan_levels(
     manifest: dict,  # of a bundle
     views: list,  # Views
@@ -97,7 +97,7 @@ def read_duration(
         raise BiomassError(f"--deadline {text}: not a duration; write hours, minutes and seconds in this order, such as 8h30m, 45m or 90s, more than none")
     return seconds
 
-
+# %% ../nbs/10b_plan.ipynb #b0949efc
 class Deadline:
     "Seconds from now, on a clock that a test may bring along; None never ends."
 
@@ -136,7 +136,7 @@ class Pace:
         "What this should take."
         return max(self.rates, default=0) * work + max(self.waits, default=0) * photos
 
-
+# %% ../nbs/10b_plan.ipynb #48c41106
 def choose_level(
     levels: list,  # the richest first
     pace: Pace,

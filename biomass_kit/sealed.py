@@ -72,7 +72,7 @@ def own_address() -> str:
         except OSError: return "127.0.0.1"
         return s.getsockname()[0]
 
-
+# %% ../nbs/16c_sealed.ipynb #c2a927ce
 def knock(
     room,  # folder for what the room needs; `guard/sitecustomize.py` appears in it
     cut: list,  # from `network_cut`
@@ -140,7 +140,7 @@ def kaggle_python(
     if done.returncode: raise BiomassError(f"an environment like Kaggle's could not be built; is a package registry within reach? --share takes this environment's packages. pip said: {done.stderr.strip()[-800:]}")
     return python
 
-
+# %% ../nbs/16c_sealed.ipynb #7522c23b
 def versions(
     python,
 ) -> dict:  # name -> (Kaggle's version, the one in this Python)
@@ -178,7 +178,7 @@ def _room_script(inputs: Path, mounts: dict, working: Path, keep: Path, size: in
         shlex.join(command), "code=$?", f"touch {q(inputs / 'written')} 2>/dev/null && echo 'the input can be written to' >&2 && code=3",
         f"cat /proc/net/snmp /proc/net/snmp6 > {q(keep.parent / 'snmp')} 2>/dev/null", f"cp -a . {q(keep)}", "exit $code"])
 
-
+# %% ../nbs/16c_sealed.ipynb #e75ad26a
 def _state(folder) -> dict:
     "Sizes and times of all files, to see whether something wrote."
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
@@ -212,7 +212,7 @@ def family_memory(pid: int) -> int:  # bytes
     try: return sum(map(one, [(parent := psutil.Process(pid)), *parent.children(recursive=True)]))
     except psutil.Error: return 0
 
-
+# %% ../nbs/16c_sealed.ipynb #f93c025b
 def folder_bytes(folder) -> int:
     "Bytes of all files under a folder; 0 where it cannot be seen."
     try: return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
@@ -322,7 +322,7 @@ def _check_wheels(packed: Path):
         if parse_wheel_filename(path.name)[3].isdisjoint(sys_tags()):
             raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; verify under Kaggle's Python {KAGGLE_IMAGE['python']} (make PYTHON=python{KAGGLE_IMAGE['python']} demo builds its .venv)")
 
-
+# %% ../nbs/16c_sealed.ipynb #d6f79079
 def verify(
     packed,  # kaggle_datasets/ from `pack`
     data=None,  # a competition's folder, or one with photos; None draws some

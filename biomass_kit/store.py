@@ -42,7 +42,7 @@ def default_cache_dir() -> Path:
     "`$XDG_CACHE_HOME/biomass_kit/features`, by default under `~/.cache`."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass_kit" / "features"
 
-
+# %% ../nbs/07b_store.ipynb #d174aa16
 class FeatureCache:
     "Tile features on disk, one small file a photo and variant; a folder for each backbone and tile spec."
 
@@ -136,7 +136,7 @@ class _Threads:
         for _ in self.threads: self.todo.put(None)
         for t in self.threads * wait: t.join()
 
-
+# %% ../nbs/07b_store.ipynb #d4402de6
 def _in_step(run: Callable, items, timeout: float, late: Callable):
     "run(item) one by one, each waited for as long as `timeout`."
     for item in items:
@@ -160,7 +160,7 @@ def refuse_late(item):
     "The end of a run that needs every item."
     raise BiomassError(f"{item}: was not read in time, twice; copy it to a disk that answers")
 
-
+# %% ../nbs/07b_store.ipynb #4ac97633
 def read_ahead(
     run: Callable,  # what is done to each item
     items,
@@ -214,7 +214,7 @@ def faulty_photo(fault: str, requests: list) -> LoadedPhoto:
     "A photo that nothing is known of but why."
     return LoadedPhoto("", [{} for _ in requests], [{} for _ in requests], fault)
 
-
+# %% ../nbs/07b_store.ipynb #7f131757
 def load_photo(
     path,
     requests: list,  # FeatureRequests
@@ -240,7 +240,7 @@ def _cut(pair, spec, device) -> torch.Tensor:
     try: return cut_tiles(torch.from_numpy(pair).to(device), spec)
     except torch.OutOfMemoryError: return cut_tiles(pair, spec, as_float=True)
 
-
+# %% ../nbs/07b_store.ipynb #99a3030e
 def _tiles(pair, request, variants, digest, cut) -> dict:
     "The tiles that a backbone sees for each variant; a view's keep their unflipped places and are flipped on the device."
     for v in variants:
@@ -268,7 +268,7 @@ def _variant_features(photos, i, request, variant, precision) -> torch.Tensor:
     out[fresh] = features
     return out
 
-
+# %% ../nbs/07b_store.ipynb #27d6a67e
 def photo_batches(
     paths,  # photos
     requests: list,  # FeatureRequests
@@ -294,7 +294,7 @@ def loaded_features(
     "What the backbones make of one batch."
     return [{v: _variant_features(photos, i, r, v, precision) for v in r.variants} for i, r in enumerate(requests)]
 
-
+# %% ../nbs/07b_store.ipynb #73e9b174
 def feature_batches(
     paths,  # photos
     requests: list,  # FeatureRequests
@@ -332,7 +332,7 @@ class StoredFeatures:
         each = variants if isinstance(variants, list) else [variants] * len(photos)
         return torch.from_numpy(self.array[list(photos), [self.column[v] for v in each]]).float()
 
-
+# %% ../nbs/07b_store.ipynb #5a9777ae
 def store_features(
     paths,  # photos
     request: FeatureRequest,  # with a cache

@@ -41,7 +41,7 @@ def test_library_is_what_the_notebooks_export(copy):
 
 
 def test_notebooks_are_clean(copy):
-    dirty = [p.name for p in (ROOT / "nbs").rglob("*.ipynb") if p.read_bytes() != (copy / "nbs" / p.relative_to(ROOT / "nbs")).read_bytes()]
+    dirty = [p.name for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.read_bytes() != (copy / "nbs" / p.relative_to(ROOT / "nbs")).read_bytes()]
     assert not dirty, f"run make prepare: {dirty} are not clean"
 
 

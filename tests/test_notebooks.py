@@ -1,0 +1,164 @@
+"""Every notebook reads well from top to bottom, and what the exploratory ones store was drawn."""
+import ast
+import csv
+import json
+from textwrap import dedent
+
+import pytest
+from conftest import ROOT, SHARED
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ROOMS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.stem != "index"]
+EXPLORE = [p for p in NOTEBOOKS if p.parent.name == "explore"]
+MOST_LINES = 25  # of code in a cell; empty lines and nbdev's directives are not counted
+MOST_BYTES = 150_000  # of a stored picture
+
+LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
+    "one class or function; no cell boundary can part it": {
+        "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"], "08_model": ["Trunk", "BiomassModel"],
+        "09_loss": ["total_loss"], "11_ensemble": ["Ensemble", "predict_photos"],
+        "12_train": ["TrainConfig", "check_config", "PixelBatches", "Fold", "train_step", "Loop", "write_results", "Run", "join_runs"],
+        "15_report": ["plot_predicted", "plot_learning"], "16c_sealed": ["run_offline", "verify"],
+    },
+    "a few short functions, each a step of the one after it": {
+        "01_data": ["check_submission"], "11_ensemble": ["serve_all"], "12_train": ["make_optimizer", "run_fold", "open_run", "train_runs"],
+        "15_report": ["members_section"], "17_cli": ["PredictArgs", "pack"],
+    },
+    "a list or a text that is read as one": {
+        "12_train": ["import dataclasses, hashlib, importlib.util, itertools, json, math, os, socket, sys, time", "_unread"],
+        "15_report": ['STYLE = """'], "16_kaggle": ["inference_notebook"], "16b_packing": ["upload_readme"],
+    },
+    "an example whose steps need what came before them": {
+        "08_model": ["from itertools import product"], "10_bundle": ["said_of"],
+        "11_ensemble": ["import tempfile", "naive", "for k, info in enumerate(infos[:2]):"],
+    },
+}
+NO_PICTURE = {
+    "10_bundle": "files and digests; the folder is listed", "10c_outcome": "a file of reasons and closing lines; both are printed",
+    "16b_packing": "files and metadata; they are printed", "16c_sealed": "a verdict; its lines are printed",
+    "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report",
+}
+
+
+def cells(path, kind=None):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, c["cell_type"])]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def headings(path):
+    "(level, text) of every heading, in order."
+    lines = [line for c in cells(path, "markdown") for line in source(c).splitlines() if line.startswith("#")]
+    return [(len(line) - len(line.lstrip("#")), line.lstrip("#").strip()) for line in lines]
+
+
+def stored(path): return [o for c in cells(path, "code") for o in c["outputs"]]
+
+
+def length(code): return sum(bool(line.strip()) and not line.startswith("#|") for line in code.splitlines())
+
+
+def named(code):
+    "The longest definition of a cell, or its first line."
+    body = ast.parse(code).body
+    defined = {n.end_lineno - n.lineno: n.name for n in reversed(body) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    return defined[max(defined)] if defined else ast.get_source_segment(code, body[0]).splitlines()[0]
+
+
+def long_cells(path): return [named(code) for code in map(source, cells(path, "code")) if length(code) > MOST_LINES]
+
+
+def excused(path): return [name for group in LONGER.values() for name in group.get(path.stem, [])]
+
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+@every_notebook
+def test_opens_with_its_title_and_a_sentence(path):
+    first = cells(path)[0]
+    assert first["cell_type"] == "markdown"
+    title, empty, sentence = source(first).splitlines()[:3]
+    assert title.startswith("# ") and not empty and sentence.startswith("> ") and len(sentence.split()) >= 5
+    paragraph = source(first).split("\n\n")[1]
+    assert paragraph.rstrip().endswith("."), "the sentence has no end"
+
+
+@every_notebook
+def test_headings_are_in_order(path):
+    levels, texts = zip(*headings(path))
+    assert levels[0] == 1 and levels.count(1) == 1, "one title"
+    assert all(b <= a + 1 for a, b in zip(levels, levels[1:])), "a level is skipped"
+    assert len(set(texts)) == len(texts), "two headings share a name, so a link to one is a link to the other"
+
+
+@pytest.mark.parametrize("path", [*ROOMS, *EXPLORE], ids=lambda p: p.stem)
+def test_lists_its_contents(path):
+    sections = [text for level, text in headings(path) if level == 2]
+    links = [f"[{text}](#{text.replace(' ', '-')})" for text in sections]
+    opening = " ".join(" ".join(source(c) for c in cells(path)[:2] if c["cell_type"] == "markdown").split())
+    if "](#" in opening or len(sections) >= 4: assert " · ".join(links) in opening, f"contents should read {' · '.join(links)}"
+
+
+@every_notebook
+def test_cells_are_short(path):
+    surplus = sorted(set(long_cells(path)) - set(excused(path)))
+    assert not surplus, f"over {MOST_LINES} lines: the cells of {surplus}; part them, or say in LONGER why not"
+    gone = sorted(set(excused(path)) - set(long_cells(path)))
+    assert not gone, f"short enough by now: the cells of {gone}; drop them from LONGER"
+
+
+def shows(path):
+    "Whether a notebook has a picture: among its outputs, or linked by its prose."
+    return any(kind.startswith("image/") for o in stored(path) for kind in o.get("data", {})) or any("![" in source(c) for c in cells(path, "markdown"))
+
+
+@pytest.mark.parametrize("path", [*ROOMS, *EXPLORE], ids=lambda p: p.stem)
+def test_has_something_to_look_at(path):
+    assert shows(path) != (path.stem in NO_PICTURE), "draw something, or say in NO_PICTURE why there is nothing to see; not both"
+    sizes = [len("".join(v)) * 3 // 4 for o in stored(path) for kind, v in o.get("data", {}).items() if kind in ("image/png", "image/jpeg")]
+    assert max(sizes, default=0) <= MOST_BYTES
+
+
+def shown(node):
+    "Whether a last statement is a value, which a notebook prints."
+    return isinstance(node, ast.Expr) and isinstance(node.value, (ast.Name, ast.Dict, ast.List, ast.Subscript, ast.Attribute))
+
+
+@every_notebook
+def test_outputs_are_stored_and_clean(path):
+    for c in (c for c in cells(path, "code") if "#| eval: false" not in source(c)):
+        noise = [o for o in c["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
+        assert not noise, f"{source(c)[:60]}: {noise}"
+        body = ast.parse(dedent(source(c))).body
+        draws = "plt.subplots(" in source(c) and "plt.close(" not in source(c)
+        prints = any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "print" for n in body)
+        if draws: assert any("image/png" in o.get("data", {}) for o in c["outputs"]), f"run it: {source(c)[:60]}"
+        if prints or body and shown(body[-1]): assert c["outputs"], f"run it: {source(c)[:60]}"
+
+
+@pytest.mark.parametrize("path", EXPLORE, ids=lambda p: p.stem)
+def test_explore_runs_on_what_is_committed(path):
+    settings = ast.parse(source(cells(path, "code")[0])).body
+    assert settings and all(isinstance(n, ast.Assign) for n in settings), "the first cell holds the variables, and nothing else"
+    for n in settings:
+        value = ast.literal_eval(n.value)
+        assert value is None or (path.parent / value).resolve().is_relative_to(ROOT / "tests"), f"{n.targets[0].id} = {value!r} is not what the notebook is committed with"
+
+
+@pytest.mark.parametrize("path", EXPLORE, ids=lambda p: p.stem)
+def test_explore_defines_nothing(path):
+    for code in map(source, cells(path, "code")):
+        defined = [n.name for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        assert not defined, f"{defined}: what is worth a function belongs into a room"
+        assert not code.startswith("#| export")
+
+
+@pytest.mark.skipif(not (SHARED / "csiro").is_dir(), reason="the competition's photos are not here")
+def test_no_output_names_a_real_photo():
+    with open(SHARED / "csiro" / "train.csv", encoding="utf-8") as f: real = {row["image_path"].split("/")[-1].removesuffix(".jpg") for row in csv.DictReader(f)}
+    assert len(real) == 80
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        assert not [photo for photo in real if photo in text], path.name
