@@ -14,9 +14,8 @@ import math, os, sys, threading, time, warnings
 from collections import deque
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import pandas as pd

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from .bundle import read_bundle
 from .data import read_train
 from .ensemble import Ensemble
-from .folds import CV_STRATEGIES, FLOORS, LEAVE_ONE, bootstrap_scores, make_folds, score_beside_floors, shared_dates
+from .folds import CV_STRATEGIES, LEAVE_ONE, bootstrap_scores, make_folds, score_beside_floors, shared_dates
 from .store import feature_batches
 from .targets import TARGETS, WEIGHTS, BiomassError, as_grams, weighted_r2
 from .tta import View

@@ -12,7 +12,6 @@ import difflib, hashlib, json, logging, re, warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .augment import mix
 from .model import TWO_PART, Units
-from .targets import CLOVER, DEAD, GDM, GREEN, TARGETS, TOTAL, WEIGHTS, BiomassError, to_log
+from .targets import CLOVER, DEAD, GDM, GREEN, TOTAL, WEIGHTS, BiomassError, to_log
 
 # %% ../nbs/09_loss.ipynb #d9f7cdef
 TARGET_WEIGHTS = {"total-heavy": WEIGHTS, "equal": (0.2,) * 5}  # the official weights, or none

@@ -16,7 +16,6 @@ from html.parser import HTMLParser
 from numbers import Integral
 from pathlib import Path
 
-from matplotlib.figure import Figure
 
 from .data import write_text
 from .targets import BiomassError

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 
 from .features import TileSpec
 from .targets import BiomassError
-from .tta import backbone_views, parse_view
+from .tta import backbone_views
 
 # %% ../nbs/10b_plan.ipynb #4a286b13
 class Pass(NamedTuple):

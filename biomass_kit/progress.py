@@ -6,7 +6,7 @@
 __all__ = ['LINE_SECONDS', 'LINE_SHARE', 'Lines', 'progress', 'print_progress', 'say']
 
 # %% ../nbs/00b_progress.ipynb #a0b10003
-import sys, time
+import sys
 
 from tqdm.std import tqdm
 

@@ -27,8 +27,9 @@ from .data import file_digest, read_train, write_csv, write_json
 from .evidence import paired_difference
 from .features import pick_device, pick_precision
 from .folds import FLOORS, LEAVE_ONE, make_folds, read_table
-from .targets import TARGETS, BiomassError, weighted_r2
-from .train import BY_CONTENT, READ_ONLY_WHEN, TrainConfig, check_config, config_record, expand, member_config, train_runs
+from .targets import TARGETS, BiomassError
+from .config import READ_ONLY_WHEN, TrainConfig, check_config, config_record
+from .train import BY_CONTENT, expand, member_config, train_runs
 
 # %% ../nbs/14_search.ipynb #0699d5fa
 SPACE = {

@@ -17,7 +17,8 @@ from biomass_kit import packing, train as training
 from biomass_kit.data import file_digest
 from biomass_kit.features import build_backbone
 from biomass_kit.targets import BiomassError
-from biomass_kit.train import CHECKPOINT, train
+from biomass_kit.loop import CHECKPOINT
+from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)
 LIVE = dict(freeze_backbone=False, augment="flips", backbone_lr=1e-3)
@@ -29,7 +30,7 @@ RECIPES = {
     "two stages": dict(two_stage=True, freeze_epochs=2, **LIVE),
     "two stages, LoRA": dict(two_stage=True, freeze_epochs=2, lora_rank=2, average="ema", **LIVE),
 }
-EVERY_EPOCH = "import biomass_kit.train as t, biomass_kit.cli as c; t.CHECKPOINT_SECONDS = 0; c.train()"  # short epochs are worth keeping here
+EVERY_EPOCH = "import biomass_kit.loop as t, biomass_kit.cli as c; t.CHECKPOINT_SECONDS = 0; c.train()"  # short epochs are worth keeping here
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +53,29 @@ class Killed(Exception): pass
 
 def killed_after(monkeypatch, config, epochs):
     "Start a run that ends, as if killed, when it has kept so many epochs."
-    plain, count = training.Loop.write, itertools.count(1)
+    plain, count = loop.Loop.write, itertools.count(1)
 
     def write(self):
         plain(self)
         if next(count) == epochs: raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Loop, "write", write)
+        patch.setattr(loop.Loop, "write", write)
         with pytest.raises(Killed): train(config, **quiet)
     assert list((config.out / "folds").glob(f"*{CHECKPOINT}"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_goes_on_from_its_last_epoch(one, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     whole = dataclasses.replace(one, out=tmp_path / "whole/run", **RECIPES[recipe])
     train(whole, **quiet)
     for epochs in (1, 2, 4):
         cut = dataclasses.replace(whole, out=tmp_path / f"cut{epochs}/run")
         killed_after(monkeypatch, cut, epochs)
-        seen, step = [], training.run_epoch
+        seen, step = [], loop.run_epoch
         with monkeypatch.context() as patch:
-            patch.setattr(training, "run_epoch", lambda f, loop, stage: seen.append(loop.epoch) or step(f, loop, stage))
+            patch.setattr(loop, "run_epoch", lambda f, loop, stage: seen.append(loop.epoch) or step(f, loop, stage))
             torch.manual_seed(99)  # whatever the new process drew before
             train(cut, **quiet)
         again = list(range(epochs, 4)) + (list(range(4)) if recipe == "class teacher first" else [])

@@ -9,13 +9,15 @@ import torch
 from conftest import launch, options
 from safetensors.torch import load_file, save_file
 
-from biomass_kit import train as training
+from biomass_kit import loop
 from biomass_kit.bundle import Bundle, read_bundle, save_backbone, save_lora
 from biomass_kit.data import file_digest
 from biomass_kit.ensemble import Ensemble, predict_folder
 from biomass_kit.features import Backbone, build_backbone
 from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.train import add_lora, adapted_layers, lora_layers, set_mode, take_lora, train
+from biomass_kit.loop import set_mode
+from biomass_kit.lora import add_lora, adapted_layers, lora_layers, take_lora
+from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)
 
@@ -135,7 +137,7 @@ def test_what_cannot_be_adapted_is_refused(adapting, weights, monkeypatch, tmp_p
 @pytest.fixture
 def watch(monkeypatch):
     "The backbone's buffers when each stage starts, and the mode in which each stage's batches pass through it."
-    seen, make, forward = {"buffers": [], "modes": []}, training.make_optimizer, Backbone.forward
+    seen, make, forward = {"buffers": [], "modes": []}, loop.make_optimizer, Backbone.forward
 
     def starts(model, backbone, stage, c):
         seen["buffers"].append({k: v.clone() for k, v in backbone.model.named_buffers()})
@@ -146,7 +148,7 @@ def watch(monkeypatch):
         if seen["modes"] and not torch.is_inference_mode_enabled(): seen["modes"][-1].add(self.training)
         return forward(self, tiles)
 
-    monkeypatch.setattr(training, "make_optimizer", starts)
+    monkeypatch.setattr(loop, "make_optimizer", starts)
     monkeypatch.setattr(Backbone, "forward", passes)
     return seen
 

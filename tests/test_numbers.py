@@ -17,7 +17,9 @@ from biomass_kit.features import Backbone, build_backbone
 from biomass_kit.folds import read_table
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.train import CHECKPOINT, TrainConfig, train
+from biomass_kit.config import TrainConfig
+from biomass_kit.loop import CHECKPOINT
+from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
@@ -42,7 +44,7 @@ class Killed(Exception): pass
 
 def killed_after_two(config, monkeypatch):
     "A run that ends, as if killed, when two epochs are kept."
-    plain, kept = training.Loop.write, []
+    plain, kept = loop.Loop.write, []
 
     def write(self):
         plain(self)
@@ -50,13 +52,13 @@ def killed_after_two(config, monkeypatch):
         if len(kept) == 2: raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Loop, "write", write)
+        patch.setattr(loop.Loop, "write", write)
         with pytest.raises(Killed): train(config, **quiet)
 
 
 def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
     "Pixels augmented in the loop, with 0, 1 and 2 workers; begun with one number and gone on with another."
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     run = lambda name, workers: dataclasses.replace(base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
     for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
     killed_after_two(run("cut", 2), monkeypatch)
@@ -87,8 +89,8 @@ def test_cached_as_not_cached(base, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monkeypatch):
     "In the second epoch a batch gives no number: its photos are named, the epochs before are kept, and the run goes on from them when the fault is gone."
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    config, plain, calls = dataclasses.replace(base, out=tmp_path / "run"), training.total_loss, []
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    config, plain, calls = dataclasses.replace(base, out=tmp_path / "run"), loop.total_loss, []
 
     def total_loss(outputs, truth, *rest):
         calls.append(len(truth["grams"]))
@@ -96,10 +98,10 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
         if len(calls) != 4: return loss, terms
         return (loss * torch.nan if what == "loss" else loss + torch.sqrt(0 * outputs["grams"].sum())), terms  # the root of zero has no slope
 
-    batches, run = [], training.train_step
+    batches, run = [], loop.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(training, "total_loss", total_loss)
-        patch.setattr(training, "train_step", lambda f, batch, *rest: (batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
+        patch.setattr(loop, "total_loss", total_loss)
+        patch.setattr(loop, "train_step", lambda f, batch, *rest: (batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
         with pytest.raises(BiomassError) as e: train(config, **quiet)
     said, kept = str(e.value), config.out / f"folds/0{CHECKPOINT}"
     assert ("the loss is nan" if what == "loss" else "the gradient's norm is") in said and f"photos {', '.join(batches[-1])};" in said and f"the epochs before are kept in {kept}" in said and len(batches) == 4, said
@@ -112,7 +114,7 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
 
 def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
     "The message promises no checkpoint that is not there."
-    monkeypatch.setattr(training, "total_loss", lambda *_: (torch.tensor(torch.inf, requires_grad=True), {}))
+    monkeypatch.setattr(loop, "total_loss", lambda *_: (torch.tensor(torch.inf, requires_grad=True), {}))
     with pytest.raises(BiomassError, match="the loss is inf; photos .*; no epoch before was kept"): train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
 
 

@@ -192,7 +192,8 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
 @pytest.mark.skipif(not (SHARED / "csiro").is_dir(), reason="needs the real photos in ../shared/csiro")
 def test_real_photos_end_to_end(tmp_path):
     "A one-fold run on the real photos, packed, run offline over the public test photo."
-    from biomass_kit.train import TrainConfig, train
+    from biomass_kit.config import TrainConfig
+    from biomass_kit.train import train
 
     config = TrainConfig(data=SHARED / "csiro", out=tmp_path / "run", backbone="vit_small_patch14_dinov2", tile_size=112, freeze_backbone=True, epochs=20,
                          backbone_weights=SHARED / "weights/vit_small_patch14_dinov2.safetensors", train_folds=(0,), device_type="cpu")

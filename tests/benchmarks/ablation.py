@@ -42,7 +42,8 @@ from biomass_kit.folds import FLOORS, floor_predictions, make_folds, read_table
 from biomass_kit.physics import METHODS, nested_physics, training_bounds
 from biomass_kit.store import FeatureCache, FeatureRequest, store_features
 from biomass_kit.targets import TARGETS, BiomassError, combine, weighted_r2
-from biomass_kit.train import TrainConfig, config_record, expand, train_runs
+from biomass_kit.config import TrainConfig, config_record
+from biomass_kit.train import expand, train_runs
 from biomass_kit.tta import View
 
 RESULTS = Path(__file__).with_name("ablation.json")

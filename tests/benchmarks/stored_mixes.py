@@ -17,7 +17,9 @@ from biomass_kit.features import TileSpec, build_backbone
 from biomass_kit.folds import make_folds, read_table
 from biomass_kit.store import Draw, FeatureCache, FeatureRequest, StoredFeatures, store_features
 from biomass_kit.targets import TARGETS
-from biomass_kit.train import Fold, check_config, make_accelerator, predict_fold, run_fold
+from biomass_kit.config import check_config
+from biomass_kit.loop import Fold, predict_fold, run_fold
+from biomass_kit.train import make_accelerator
 from biomass_kit.tta import STORED_VIEWS, arrange, parse_view
 
 K = 8  # mixes stored a photo

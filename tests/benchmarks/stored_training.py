@@ -19,7 +19,10 @@ import torch
 import tyro
 
 from biomass_kit.synthetic import write_dataset
-from biomass_kit.train import Fold, Run, TrainConfig, check_config, epoch_batches, make_accelerator, make_optimizer, predict_fold, stages, train_step
+from biomass_kit.batches import epoch_batches
+from biomass_kit.config import TrainConfig, check_config
+from biomass_kit.loop import Fold, make_optimizer, predict_fold, stages, train_step
+from biomass_kit.train import Run, make_accelerator
 from biomass_kit.tta import View
 
 
