@@ -131,7 +131,7 @@ def sign_manifest(folder, manifest: dict) -> Path:
     text = json_text({**manifest, "sha256": UNSIGNED}, sort_keys=True)
     return write_text(Path(folder) / MANIFEST, text.replace(UNSIGNED, manifest_digest(text.encode(), UNSIGNED), 1))
 
-
+# %% ../nbs/10_bundle.ipynb #d79dd559
 def write_manifest(
     folder,  # the bundle; its members and backbones are already there
     members: list,  # descriptions from `save_member`
@@ -226,7 +226,7 @@ def _check_digest(path, data: bytes, manifest: dict):
     strange = sorted(set(manifest) - set(FIELDS))
     if strange: raise BiomassError(f"{path}: field '{strange[0]}' means nothing to biomass_kit {biomass_kit.__version__}; copy the bundle again, or install the library that wrote it")
 
-
+# %% ../nbs/10_bundle.ipynb #aa36dbe1
 def _check_settings(path, manifest: dict):
     "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
     physics, figures = manifest["physics"], np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
@@ -307,7 +307,7 @@ def read_bundle(
     except (LookupError, TypeError, AttributeError, ValueError) as e: raise BiomassError(f"{path}: not as biomass_kit writes it ({type(e).__name__}: {e}); copy or pack the bundle again") from None
     return Bundle(folder, manifest)
 
-
+# %% ../nbs/10_bundle.ipynb #d8f77734
 def _check_whole(folder: Path, data: bytes, manifest):
     "All checks of a bundle but for pickles; meets a LookupError or the like where a manifest is not of the right form."
     _check_manifest(folder / MANIFEST, manifest)

@@ -24,7 +24,7 @@ from . import ensemble, evidence, gallery, packing, paddock, report, sealed, syn
 from . import train as training
 from .bundle import read_bundle
 from .config import TrainConfig
-from .data import check_submission, list_photos, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
+from .data import check_submission, list_photos, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, read_table
 from .joining import join_runs
@@ -96,7 +96,7 @@ def look_at(
         return seen
     return seen | {name: seen[name]._replace(maps=m) for name, m in zip(read, found)}
 
-
+# %% ../nbs/17_cli.ipynb #767897a9
 def write_run_report(
     folder: Path,  # of a run or a joint bundle
     results: dict,
@@ -205,7 +205,7 @@ def given_options(cls, words: list) -> tuple:
     flags = lambda name: {f"--{name}", f"--no-{name}"}
     return tuple(f.name for f in dataclasses.fields(cls) if flags(f.name.replace("_", "-")) & named)
 
-
+# %% ../nbs/17_cli.ipynb #8b592965
 @command
 def search(args=None):
     "biomass_search: which settings of the head score best."
@@ -263,7 +263,7 @@ def report_run(args=None):
     missing = [name for name in ("results.json", "oof.csv", "history.csv") if not (a.run / name).is_file()]
     if missing: raise BiomassError(f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
     if a.data and not a.report_photos: raise BiomassError("--no-report-photos: --data would change nothing; drop it")
-    results = json.loads((a.run / "results.json").read_text(encoding="utf-8"))
+    results = read_json(a.run / "results.json")
     print(f"report: {write_run_report(a.run, results, a.report_photos, a.out, a.data, device_type=a.device_type)}")
 
 # %% ../nbs/17_cli.ipynb #df97f2c3
@@ -295,7 +295,7 @@ class PhysicsConfig:
     physics: Optional[Literal[tuple(METHODS)]] = None  # how predictions are made consistent; the bundle's by default
     correction_threshold: Optional[float] = None  # the bundle's by default
 
-
+# %% ../nbs/17_cli.ipynb #82370e4c
 @dataclass(frozen=True)
 class StoreConfig:
     "Features that are kept."
@@ -362,7 +362,7 @@ def _leave():
     for stream in (sys.stdout, sys.stderr): stream.flush()
     os._exit(0)
 
-
+# %% ../nbs/17_cli.ipynb #26f31a8c
 @command
 def predict(args=None):
     "biomass_predict: grams for photos."
@@ -468,7 +468,7 @@ class PackArgs:
     verify: bool = True  # run the packed notebook as Kaggle would, over drawn photos
     share: bool = False  # of biomass_verify: share this environment's packages
 
-
+# %% ../nbs/17_cli.ipynb #a3a384c5
 @command
 def pack(args=None):
     "biomass_pack: write what is uploaded to Kaggle, and prove it."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'SUBMISSION_COLUMNS', 'PLAUSIBLE_GRAMS',
            'NUMBER', 'IDENTITY_TOLERANCE', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'FORMATS', 'PHOTO_SUFFIXES',
-           'atomic_path', 'write_text', 'json_text', 'write_json', 'write_csv', 'file_digest', 'copy_file',
+           'atomic_path', 'write_text', 'json_text', 'write_json', 'read_json', 'write_csv', 'file_digest', 'copy_file',
            'species_group', 'class_labels', 'read_rows', 'photo_paths', 'read_train', 'read_photo', 'photo_size',
            'split_pair', 'list_photos', 'read_test', 'write_submission', 'check_submission']
 
@@ -59,6 +59,14 @@ def json_text(value, **options) -> str:
 def write_json(path, value, **options) -> Path:
     "Write JSON atomically; `options` as for `json_text`."
     return write_text(path, json_text(value, **options))
+
+
+def read_json(path) -> dict:
+    "Read one of the kit's own JSON objects; one that is damaged is named."
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e: raise BiomassError(f"{path}: damaged, not JSON ({e}); delete it and give the same command again, or copy its folder anew") from None
+    if not isinstance(found, dict): raise BiomassError(f"{path}: damaged, not what the kit writes there; delete it and give the same command again, or copy its folder anew")
+    return found
 
 # %% ../nbs/01_data.ipynb #a8ebbe08
 def write_csv(path, frame: pd.DataFrame, **options) -> Path:
@@ -139,7 +147,7 @@ def _records(path, columns) -> tuple:  # (header: its names; rows: line at which
             rows[line] = values[: len(header)]
     return header, rows
 
-
+# %% ../nbs/01_data.ipynb #42e1cc8b
 def read_rows(
     path,  # a CSV file
     columns,  # names that must be there
@@ -198,7 +206,7 @@ def photo_paths(
     if strict: _refuse_two_names(path, rows, found)
     return found
 
-
+# %% ../nbs/01_data.ipynb #f738b80a
 def _refuse_two_names(path, rows, found):
     "Refuse a photo that the table names in two ways."
     first, real = {}, {p: os.path.realpath(f) for p, f in found.items()}
@@ -299,7 +307,7 @@ def _unreadable(path, e: Exception) -> BiomassError:
     if isinstance(e, FileNotFoundError): return BiomassError(f"{path}: no such photo")
     return BiomassError(f"{path}: not a readable photo ({e}); export it again as JPEG or PNG")
 
-
+# %% ../nbs/01_data.ipynb #f5a77636
 def read_photo(
     path,
 ) -> np.ndarray:  # uint8 [H, W, 3] RGB

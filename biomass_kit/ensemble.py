@@ -84,7 +84,7 @@ def combine_some(
         how = {**how, "weights": weights / weights.sum()} if weights.sum() > 0 else {"how": "mean"}
     return combine(predictions, **how)
 
-
+# %% ../nbs/11_ensemble.ipynb #d4763477
 class Ensemble:
     "All members of a bundle on one device."
 
@@ -324,7 +324,7 @@ def devices_at_work() -> bool:
     for t in threads: t.join(1)  # seconds, for one that is just ending
     return any(t.is_alive() for t in threads)
 
-
+# %% ../nbs/11_ensemble.ipynb #2e1883d1
 LOADING = threading.Lock()  # building a backbone watches timm's log, which is one for all threads
 
 
@@ -341,7 +341,7 @@ def _serve(i: int, make: Callable, run: Callable, deal: Deal, results: SimpleQue
     except Exception as e: error = e
     finally: results.put((i, None, error))
 
-
+# %% ../nbs/11_ensemble.ipynb #a9e5c010
 def serve_all(
     devices: list,  # torch.devices
     make: Callable,  # device -> Ensemble
@@ -377,7 +377,7 @@ def serve_all(
         for i, error in failed.items(): outcome.note(f"{devices[i]} failed ({str(error).splitlines()[0]}); its photos went to {' and '.join(map(str, others))}")
         devices = others
 
-
+# %% ../nbs/11_ensemble.ipynb #b62f8218
 def _predict_shared(predict, paths, device_type, outcome):
     "Run `predict(paths, outcome)` on this process's photos and gather everybody's rows and issues."
     from accelerate import PartialState
@@ -415,7 +415,7 @@ def _collect(batches, raw, outcome, deadline, save):
     late = Issue(f"no time left in the deadline of {deadline.text}", MEANS)
     outcome.issues.update({row: late for row, issue in outcome.issues.items() if issue is PENDING})
 
-
+# %% ../nbs/11_ensemble.ipynb #288bdcc6
 def predict_photos(
     weights,  # a bundle folder, or a checked Bundle
     paths,  # photos
@@ -519,7 +519,7 @@ def plain_features(
     requests = [r._replace(variants=(View(),)) for r in ensemble.requests]
     for found, faults in feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False): yield [f[View()] for f in found], faults
 
-
+# %% ../nbs/11_ensemble.ipynb #c4663390
 def photo_likeness(
     bundle: Bundle,  # with a reference of its training photos
     paths: list,
@@ -572,7 +572,7 @@ def grams_table(
         for grams, part in zip(parts, ("", "_low", "_high")): columns |= {name + part: of(grams[:, i]) for i, name in enumerate(units)}
     return pd.DataFrame(columns)
 
-
+# %% ../nbs/11_ensemble.ipynb #a987c3c1
 def flags(
     outcome: Outcome,
     alike: np.ndarray,  # [N], or None
@@ -591,7 +591,7 @@ def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray: 
     try: return photo_likeness(bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
     except (BiomassError, RuntimeError) as e: outcome.note(f"how much the photos are like those trained on could not be told ({str(e).splitlines()[0]})")
 
-
+# %% ../nbs/11_ensemble.ipynb #4f2c7fb8
 def predict_folder(
     weights,  # a bundle folder
     folder,  # photos directly in it
@@ -645,7 +645,7 @@ def common_grid(
     rows, columns = (math.lcm(*(m.shape[i] for m in maps)) for i in (0, 1))
     return np.mean([m.repeat(rows // m.shape[0], 0).repeat(columns // m.shape[1], 1) for m in maps], 0)
 
-
+# %% ../nbs/11_ensemble.ipynb #2ef1fa8f
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
     "Yields (row, kind -> map) for each photo, fold by fold; nothing of photos that cannot be read."
     for k in sorted(set(fold)):

@@ -164,7 +164,7 @@ def patch_size(model: nn.Module) -> int:  # pixels
     "The side of a timm model's patch; 1 where it has none."
     return getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
 
-
+# %% ../nbs/07_features.ipynb #edf986e8
 def build_backbone(
     name: str = DEFAULT_BACKBONE,  # any timm model
     weights=None,  # safetensors file; None takes timm's hub

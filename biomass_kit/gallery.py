@@ -146,7 +146,7 @@ def gallery_style(
     rules = [f'body:has(input[name=maps]:checked:not([value="{k}"])) .map.{k} {{ display: none }}' for k in kinds]
     return GALLERY_STYLE + "\n".join(rules)
 
-
+# %% ../nbs/14c_gallery.ipynb #1b3fc26b
 GALLERY_STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 1.4rem }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: .7rem; min-width: 0 }

@@ -6,13 +6,14 @@
 __all__ = ['copy_reference', 'join_runs']
 
 # %% ../nbs/12b_joining.ipynb #12b0000c
-import json, math
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .bundle import copy_members, read_bundle, save_reference, write_manifest
+from .data import read_json
 from .folds import read_folds, read_table, write_folds
 from .loop import ENDS, OWN_ENDS
 from .results import manifest_physics, manifest_trust, run_facts, write_results
@@ -25,7 +26,7 @@ def _read_run(folder) -> dict:
     if not (folder / "results.json").is_file(): raise BiomassError(f"{folder}: no results.json; give the --out folder of a finished biomass_train")
     return {
         "folder": folder, "oof": read_table(folder / "oof.csv").set_index("image_path", drop=False).rename_axis(None), "folds": read_folds(folder / "folds.csv"),
-        "history": read_table(folder / "history.csv"), "results": json.loads((folder / "results.json").read_text(encoding="utf-8")),
+        "history": read_table(folder / "history.csv"), "results": read_json(folder / "results.json"),
         "bundle": read_bundle(folder / "bundle"),
     }
 
@@ -63,7 +64,7 @@ def copy_reference(bundle, out) -> dict:  # "reference" of the manifest, or None
     known, tensors = bundle.trust.get("reference"), bundle.load_reference()
     return known and {**known, "file": save_reference(out, tensors)}
 
-
+# %% ../nbs/12b_joining.ipynb #5ea40734
 def join_runs(
     folders: list,  # run folders of `train`
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest

@@ -78,7 +78,7 @@ def learning_part(backbone):
     factors = [m[key] for part in (adapted_layers(backbone).values() if backbone is not None else ()) for m in (part.lora_A, part.lora_B) for key in m]
     return torch.nn.ModuleList(factors) if factors else backbone
 
-
+# %% ../nbs/11e_loop.ipynb #3e1c0009
 def set_mode(backbone, learns: bool):
     "Train mode where the backbone learns, else eval mode, so that dropout rests and running statistics stay; beside LoRA factors they always stay."
     backbone.train(learns)
@@ -215,7 +215,7 @@ def train_step(
     optimizer.step()
     return {"loss": loss.detach(), **terms}
 
-
+# %% ../nbs/11e_loop.ipynb #f8272a37
 def no_number(f: Fold, photos: torch.Tensor, what: str) -> BiomassError:
     "The end of a run that would go on from no number: which photos, and what is kept."
     kept = f"the epochs before are kept in {f.checkpoint}" if f.checkpoint and f.checkpoint.is_file() else "no epoch before was kept"
@@ -255,7 +255,7 @@ def run_epoch(
     watched = weighted_r2(f.grams[f.watched], predict_fold(f, f.watched, [View()]))
     return {**{k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}, "valid_r2": watched}
 
-
+# %% ../nbs/11e_loop.ipynb #8f879959
 def run_fold(
     f: Fold,
     progress: Callable,  # wraps the epochs, as tqdm does
@@ -337,7 +337,7 @@ def named(tensors: dict, part: str) -> dict:
     "The tensors of one part, without its name."
     return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
 
-
+# %% ../nbs/11e_loop.ipynb #965385c4
 class Loop:
     "A member between two epochs: all that a killed run must find again."
 

@@ -208,7 +208,7 @@ def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
     "What `F.softplus` turns into `y`, for y > 0; labels that do not vary lie thousands of their scales from zero."
     return torch.where(y > 20, y, torch.log(torch.expm1(y)))  # softplus is the identity from 20 on
 
-
+# %% ../nbs/08_model.ipynb #cd9cc0e6
 class BiomassModel(Trunk):
     "A trunk and five Softplus heads, in grams; beside them whatever the options ask for."
 

@@ -46,7 +46,7 @@ def summary_table(
     columns = [("Dry matter", 0), ("mean, g", 1), ("mean", 0), ("median", 0), ("lowest", 0), ("highest", 0)]
     return table(columns, rows, "Over all photos. GDM is green and clover together.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
 
-
+# %% ../nbs/15b_paddock.ipynb #52d511d9
 def plot_totals(
     predicted,  # the table
 ) -> Figure:
@@ -124,7 +124,7 @@ def _photos(predicted, facts, photos) -> str:
     maps = " Maps are the mean over all members and their tile grids, in the plain view." if kinds else ""
     return paragraph(f"{which}, by predicted total.{maps}") + map_switch(kinds) + bar_key(False, facts.get("level")) + cards(made)
 
-
+# %% ../nbs/15b_paddock.ipynb #3a4709d2
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     score = facts.get("score") or {}
@@ -151,7 +151,7 @@ def page(
     return document(title, headline(predicted), [("How much there is", summary_table(predicted) + fig), ("To be read with care", _care(predicted, facts)),
                                                  ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)), ("How it was made", _made(facts))], gallery_style(kinds))
 
-
+# %% ../nbs/15b_paddock.ipynb #2dc30fd8
 def write_paddock(path, predicted, facts: dict, photos: dict) -> Path:
     "Write the report of a folder of photos as one self-contained HTML file."
     return write_document(path, page(predicted, facts, photos))

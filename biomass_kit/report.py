@@ -165,7 +165,7 @@ def shortened(
     "A long name cut in its middle, where names of mixtures differ least."
     return text if len(text) <= most else f"{text[:most // 2]}…{text[-(most - most // 2 - 1):]}"
 
-
+# %% ../nbs/15_report.ipynb #03e09320
 def plot_residuals(
     oof,  # the out-of-fold table
 ) -> Figure:
@@ -184,7 +184,7 @@ def plot_residuals(
     fig.supxlabel("predicted − measured total, g", fontsize=12)
     return fig
 
-
+# %% ../nbs/15_report.ipynb #13bf0d60
 def residual_table(
     oof,  # the out-of-fold table
 ) -> str:
@@ -276,7 +276,7 @@ def plot_intervals(
     ax.legend(fontsize=9.5, frameon=False)
     return fig
 
-
+# %% ../nbs/15_report.ipynb #a03c8644
 def interval_table(
     results,  # with `intervals`, `coverage` or both
 ) -> str:
@@ -308,7 +308,7 @@ def extremes(
     n = min(n, len(order) // 2)
     return {"best": order[:n], "worst": order[::-1][:n]}
 
-
+# %% ../nbs/15_report.ipynb #92a5c565
 def worst_table(
     oof,  # the out-of-fold table
     n=10,  # photos
@@ -384,7 +384,7 @@ def intervals_section(results, oof, history, photos):
     return said + interval_table(results) + figure(plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
                                                    "Crosses are photos whose measured total lies outside its interval.") + strange
 
-
+# %% ../nbs/15_report.ipynb #74a50b46
 def photos_section(results, oof, history, photos):
     "The best and the worst photos with their figures and maps."
     if photos is None: return ""
@@ -413,7 +413,7 @@ def identities_section(results, oof, history, photos):
     return figure(plot_identities(oof), f"Sorted gaps between the predicted total and the sum of its parts. {said}.",
                   "By how much the predicted total misses green + dead + clover.")
 
-
+# %% ../nbs/15_report.ipynb #c1921391
 def learning_section(results, oof, history, photos):
     "Learning curves, when the epochs were recorded."
     if history is None or not len(history): return ""

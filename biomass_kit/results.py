@@ -114,7 +114,7 @@ def write_results(
     write_json(out / "results.json", results)
     return results
 
-
+# %% ../nbs/11f_results.ipynb #97531389
 def manifest_physics(results: dict, physics: dict) -> dict:
     "What a bundle says of its correction."
     return {**physics, "covariance": results["covariance"]}

@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import TrialState
 
 import biomass_kit
-from .data import file_digest, read_train, write_csv, write_json
+from .data import file_digest, read_json, read_train, write_csv, write_json
 from .evidence import paired_difference
 from .features import pick_device, pick_precision
 from .folds import FLOORS, LEAVE_ONE, make_folds, read_table
@@ -146,7 +146,7 @@ def claim_folder(s: Search):
     "Write `study.json`, or refuse a folder that holds another search."
     path, identity = s.config.out / "study.json", search_identity(s)
     if not path.is_file(): return write_json(path, identity)
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = read_json(path)
     differ = [f"{k} ({held.get(k)} there, {identity.get(k)} here)" for k in sorted({*held, *identity}) if held.get(k) != identity.get(k)]
     if differ: raise BiomassError(f"--out {s.config.out}: holds a search with other {'; '.join(differ)}; choose another --out or delete the folder")
 
@@ -229,7 +229,7 @@ def score_runs(
 ) -> dict:  # {"weighted_r2", one of each floor, "seeds", "options"}
     "Train what is not trained yet, and score; a folder that holds its score is only read."
     path = config.out / "score.json"
-    if path.is_file(): return json.loads(path.read_text(encoding="utf-8"))
+    if path.is_file(): return read_json(path)
     scores = [r["scores"] for r in train_runs(expand(config, (), seeds), progress, log=lambda line: None)]
     mean = lambda name: float(np.mean([x[name]["weighted_r2"] for x in scores]))
     found = {"weighted_r2": mean("model"), **{f: mean(f) for f in FLOORS}, "seeds": [x["model"]["weighted_r2"] for x in scores]}
@@ -270,7 +270,7 @@ def trials_table(s: Search, study: optuna.Study) -> pd.DataFrame:
     "One row a trial that ended: number, values, score, floors."
     rows = []
     for t in _in_state(study, TrialState.COMPLETE, TrialState.PRUNED):
-        found = json.loads((trial_config(s, trial_values(s, t.params)).out / "score.json").read_text(encoding="utf-8"))
+        found = read_json(trial_config(s, trial_values(s, t.params)).out / "score.json")
         rows.append({"trial": t.number, **t.params, **{k: found.get(k) for k in ("weighted_r2", *FLOORS, "why")}})
     return pd.DataFrame(rows)
 

@@ -27,7 +27,7 @@ import biomass_kit
 from .augment import PairAugment, draw_seed, pixel_transform
 from .bundle import member_files, read_bundle, save_backbone, save_lora, save_member, save_reference, write_manifest
 from .config import TrainConfig, check_config, config_record
-from .data import file_digest, photo_size, read_train, write_csv, write_json
+from .data import file_digest, photo_size, read_json, read_train, write_csv, write_json
 from .ensemble import Ensemble
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
@@ -72,7 +72,7 @@ def run_identity(
     if c.teacher: digests["teacher"] = hashlib.sha256(json.dumps(read_bundle(c.teacher).manifest["files"]).encode()).hexdigest()
     return options | {"arithmetic": arithmetic, "library": biomass_kit.__version__} | {f"sha256 of {k}": v for k, v in digests.items()}
 
-
+# %% ../nbs/12_train.ipynb #475957ff
 def open_run(
     out: Path,
     identity: dict,  # from `run_identity`
@@ -82,7 +82,7 @@ def open_run(
     "Claim the run folder for this run, or refuse one that holds another."
     path = out / "config.json"
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         differ = [f"{k} ({held.get(k)} there, {identity[k]} here)" for k in identity if held.get(k) != identity[k]]
         if differ: raise BiomassError(f"--out {out}: holds a run with other {'; '.join(differ)}; choose another --out or delete the folder")
     else:
@@ -94,7 +94,7 @@ def is_finished(out: Path, k: int) -> bool:
     "Whether fold `k` of a run folder is done: its mark is there, and what the mark promises."
     mark = out / "folds" / f"{k}.json"
     if not mark.is_file(): return False
-    info = json.loads(mark.read_text(encoding="utf-8"))
+    info = read_json(mark)
     return all((out / "bundle" / name).is_file() for name in member_files(info))
 
 # %% ../nbs/12_train.ipynb #e90b6c37
@@ -108,7 +108,7 @@ def held_by_me(
     lock, holder = FileLock(out / ".lock"), out / ".lock.json"
     try: lock.acquire(timeout=0)
     except Timeout:
-        who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
+        who = read_json(holder) if holder.is_file() else {}
         raise BiomassError(f"--out {out}: process {who.get('pid', '?')} on {who.get('host', '?')} is at work there since {who.get('since', '?')} ({who.get('command', '?')}); wait for it, end it, or choose another --out") from None
     try:
         for left in out.rglob(".tmp-*"): left.unlink()  # half a file, from a process that was killed
@@ -207,7 +207,7 @@ def check_tiles(
         raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller than a patch of {patch}; use at most {most} rows and columns" if most else
                            f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; use larger photos or another --backbone")
 
-
+# %% ../nbs/12_train.ipynb #37c594f3
 class Run:
     "One config made ready: its table, folds, starting backbone and, where that is frozen, stored features."
 
@@ -338,7 +338,7 @@ def named_progress(progress: Callable, name: str) -> Callable:
     "The same, with a name before whatever it says."
     return lambda x, desc="", **options: progress(x, desc=f"{name} {desc}", **options)
 
-
+# %% ../nbs/12_train.ipynb #7adcb47e
 def _train_members(configs: list, accelerator: Accelerator, precision: str, progress, say) -> list:  # Runs
     "This process's share of the members that are not finished yet."
     index, count, built = accelerator.process_index, accelerator.num_processes, {}
@@ -388,7 +388,7 @@ def remember_photos(
     alike = nested_likeness(features, dates, run.fold)
     return {"file": file, "member": members[0]["name"]}, {"unlike": {"limit": UNLIKE, "flagged": float((alike <= UNLIKE).mean())}}
 
-
+# %% ../nbs/12_train.ipynb #2967211f
 def finish_run(run: Run, others: dict, seconds: float) -> dict:
     "Gather the finished folds of a run: scores, bundle manifest."
     c = run.config
@@ -396,9 +396,9 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
     history = part("history")
     history.insert(0, "run", c.out.resolve().name)
     if run.stored: others = {name: rival(run.stored.gather(range(len(run.table)), View()).numpy(), run.table, run.fold) for name, rival in others.items()}
-    digests = {k.removeprefix("sha256 of "): v for k, v in json.loads((c.out / "config.json").read_text(encoding="utf-8")).items() if k.startswith("sha256 of ")}
+    digests = {k.removeprefix("sha256 of "): v for k, v in read_json(c.out / "config.json").items() if k.startswith("sha256 of ")}
     facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds, **run_facts(), "digests": digests}
-    members = [json.loads((c.out / "folds" / f"{k}.json").read_text(encoding="utf-8")) for k in run.folds]
+    members = [read_json(c.out / "folds" / f"{k}.json") for k in run.folds]
     physics, bounds = {"method": c.physics, "threshold": c.correction_threshold}, {m["fold"]: m["bounds"] for m in members}
     reference, unlike = remember_photos(run, members)
     results = write_results(c.out, run.table, run.fold, part("oof"), physics, bounds, others if run.stored else {}, history, facts | unlike)

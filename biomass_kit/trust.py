@@ -36,7 +36,7 @@ def conformal_margin(
     reached = (np.cumsum(weight[order], 0) < level - 1e-9).sum(0)
     return np.take_along_axis(excess, order, 0)[reached.clip(max=len(y) - 1), np.arange(len(TARGETS))]
 
-
+# %% ../nbs/10d_trust.ipynb #9fcba492
 def widen(
     low,  # [N, 5] grams
     high,  # [N, 5] grams
@@ -67,7 +67,7 @@ def nested_intervals(
         out[:, own] = widen(low[own], high[own], margin, within[own])
     return out
 
-
+# %% ../nbs/10d_trust.ipynb #4e3c61e7
 def coverage(
     measured,  # [N, 5] grams
     low,  # [N, 5] grams
@@ -111,7 +111,7 @@ def make_reference(
     apart = np.where(dates[:, None] == dates, np.inf, _distances(x, x))
     return Reference(features, apart.min(1).astype(np.float32))
 
-
+# %% ../nbs/10d_trust.ipynb #5545a995
 def likeness(
     reference: Reference,
     features,  # [M, D] mean tile features; a row of nan for a photo that was not read

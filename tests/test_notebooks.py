@@ -16,25 +16,23 @@ MOST_BYTES = 150_000  # of a stored picture
 LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
     "one class or function; no cell boundary can part it": {
         "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"], "08_model": ["Trunk", "BiomassModel"],
-        "09_loss": ["total_loss"], "11_ensemble": ["Ensemble", "predict_photos"],
-        "12_train": ["TrainConfig", "check_config", "PixelBatches", "Fold", "train_step", "Loop", "write_results", "Run", "join_runs"],
-        "15_report": ["plot_predicted", "plot_learning"], "16c_sealed": ["run_offline", "verify"],
-    },
-    "a few short functions, each a step of the one after it": {
-        "01_data": ["check_submission"], "11_ensemble": ["serve_all"], "12_train": ["make_optimizer", "run_fold", "open_run", "train_runs"],
-        "15_report": ["members_section"], "17_cli": ["PredictArgs", "pack"],
+        "09_loss": ["total_loss"], "10_bundle": ["Bundle"], "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
+        "11e_loop": ["Fold", "train_step", "Loop"], "11f_results": ["write_results"], "12_train": ["Run"], "12b_joining": ["join_runs"],
+        "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"],
     },
     "a list or a text that is read as one": {
-        "12_train": ["import dataclasses, hashlib, importlib.util, itertools, json, math, os, socket, sys, time", "_unread"],
-        "15_report": ['STYLE = """'], "16_kaggle": ["inference_notebook"], "16b_packing": ["upload_readme"],
+        "11b_config": ["_unread", "check_config"], "12_train": ["import dataclasses, hashlib, itertools, json, os, socket, sys, time"],
+        "14b_page": ['STYLE = """'], "16_kaggle": ["inference_notebook"], "16b_packing": ["upload_readme"],
     },
     "an example whose steps need what came before them": {
-        "08_model": ["from itertools import product"], "10_bundle": ["said_of"],
-        "11_ensemble": ["import tempfile", "naive", "for k, info in enumerate(infos[:2]):"],
+        "01_data": ["damage"], "08_model": ["from itertools import product"], "10_bundle": ["said_of"],
+        "11_ensemble": ["from pathlib import Path", "naive", "for k, info in enumerate(infos[:2]):"], "17_cli": ["room = Path(tempfile.mkdtemp())"],
     },
 }
 NO_PICTURE = {
-    "10_bundle": "files and digests; the folder is listed", "10c_outcome": "a file of reasons and closing lines; both are printed",
+    "00b_progress": "lines of text; they are printed", "10_bundle": "files and digests; the folder is listed", "10c_outcome": "a file of reasons and closing lines; both are printed",
+    "11b_config": "options and what contradicts what; the refusals are printed", "11c_batches": "tensors; what the draws look like is in 05_augment", "11d_lora": "factors; their effect is asserted",
+    "11f_results": "tables and JSON; 15_report shows them", "12b_joining": "scores and refusals; they are printed", "14b_page": "the words and tables of a page; 15_report shows one whole",
     "16b_packing": "files and metadata; they are printed", "16c_sealed": "a verdict; its lines are printed",
     "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report",
 }
