@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from biomass_kit.config import TrainConfig
 from biomass_kit.features import build_backbone
 from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import write_dataset
-from biomass_kit.config import TrainConfig
 from biomass_kit.train import train
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,6 @@
 """train.csv and test.csv as spreadsheets, scripts and strangers leave them: read as what they mean, or refused with file, line and fix."""
 import csv
 import io
-import math
 import re
 import shutil
 import warnings

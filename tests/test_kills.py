@@ -13,11 +13,11 @@ import torch
 from conftest import options, run
 from safetensors.torch import save_file
 
-from biomass_kit import packing, train as training
+from biomass_kit import loop, packing
 from biomass_kit.data import file_digest
 from biomass_kit.features import build_backbone
-from biomass_kit.targets import BiomassError
 from biomass_kit.loop import CHECKPOINT
+from biomass_kit.targets import BiomassError
 from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)
@@ -181,7 +181,7 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     assert left(config.out) == left(tmp_path / "whole/run")
 
 
-PACK = "import sys, time, biomass_kit.data as d; plain = d.os.replace; d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); import biomass_kit.packing as p; p.pack(*sys.argv[1:])"
+PACK = "import sys, time, biomass_kit.data as d; plain = d.os.replace; d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); import biomass_kit.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)"
 
 
 @pytest.fixture(scope="module")

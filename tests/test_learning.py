@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from biomass_kit.bundle import read_bundle
 from biomass_kit.data import file_digest
+from biomass_kit.joining import join_runs
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import BiomassError
-from biomass_kit.config import TrainConfig
-from biomass_kit.joining import join_runs
 from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)

@@ -14,9 +14,9 @@ from biomass_kit.bundle import Bundle, read_bundle, save_backbone, save_lora
 from biomass_kit.data import file_digest
 from biomass_kit.ensemble import Ensemble, predict_folder
 from biomass_kit.features import Backbone, build_backbone
-from biomass_kit.targets import TARGETS, BiomassError
 from biomass_kit.loop import set_mode
-from biomass_kit.lora import add_lora, adapted_layers, lora_layers, take_lora
+from biomass_kit.lora import adapted_layers, add_lora, lora_layers, take_lora
+from biomass_kit.targets import TARGETS, BiomassError
 from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)

@@ -10,15 +10,15 @@ import torch
 from conftest import options
 from safetensors.torch import save_file
 
-from biomass_kit import cli, train as training
+from biomass_kit import cli, loop
+from biomass_kit.config import TrainConfig
 from biomass_kit.data import file_digest, list_photos
 from biomass_kit.ensemble import predict_photos
-from biomass_kit.features import Backbone, build_backbone
+from biomass_kit.features import build_backbone
 from biomass_kit.folds import read_table
+from biomass_kit.loop import CHECKPOINT
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.config import TrainConfig
-from biomass_kit.loop import CHECKPOINT
 from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)

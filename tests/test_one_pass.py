@@ -16,6 +16,7 @@ from biomass_kit.features import Backbone
 from biomass_kit.targets import TARGETS
 from biomass_kit.train import train
 
+
 @pytest.fixture
 def passes(monkeypatch):
     "How often any backbone was called."

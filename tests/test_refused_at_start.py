@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from biomass_kit import cli
+from biomass_kit.config import TrainConfig
 from biomass_kit.features import Backbone, build_backbone
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import BiomassError
-from biomass_kit.config import TrainConfig
 from biomass_kit.train import train
 
 

@@ -3,7 +3,6 @@ import itertools
 import subprocess
 import sys
 import threading
-import warnings
 
 import numpy as np
 import pandas as pd

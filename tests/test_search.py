@@ -18,11 +18,11 @@ from conftest import ROOT, imported_names
 from safetensors.torch import save_file
 
 from biomass_kit.cli import TrainArgs
+from biomass_kit.config import TrainConfig
 from biomass_kit.features import build_backbone
 from biomass_kit.search import SPACE, as_options, check_space
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import TARGETS, weighted_r2
-from biomass_kit.config import TrainConfig
 
 TRIALS = 3
 SEARCHED = [k for k in SPACE if k != "grid" and not k.startswith("aux_")]

@@ -15,7 +15,6 @@ command goes on where it stopped, and --rows measures some beside the results th
 """
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from stored_mixes import MIXES, mixed_predictions
 
 from biomass_kit.cli import command
+from biomass_kit.config import TrainConfig, config_record
 from biomass_kit.data import file_digest, read_train, write_csv, write_json
 from biomass_kit.ensemble import is_main_process
 from biomass_kit.evidence import difference_table, difference_text, linear_probe, nested_stack, paired_difference
@@ -42,7 +42,6 @@ from biomass_kit.folds import FLOORS, floor_predictions, make_folds, read_table
 from biomass_kit.physics import METHODS, nested_physics, training_bounds
 from biomass_kit.store import FeatureCache, FeatureRequest, store_features
 from biomass_kit.targets import TARGETS, BiomassError, combine, weighted_r2
-from biomass_kit.config import TrainConfig, config_record
 from biomass_kit.train import expand, train_runs
 from biomass_kit.tta import View
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import tyro
 
-from biomass_kit.synthetic import write_dataset
 from biomass_kit.batches import epoch_batches
 from biomass_kit.config import TrainConfig, check_config
 from biomass_kit.loop import Fold, make_optimizer, predict_fold, stages, train_step
+from biomass_kit.synthetic import write_dataset
 from biomass_kit.train import Run, make_accelerator
 from biomass_kit.tta import View
 
