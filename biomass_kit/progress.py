@@ -31,9 +31,10 @@ class Lines(tqdm):
 
     def line(self, d: dict) -> str:
         "The state in words."
-        clock, unit, rate = self.format_interval, PLURALS.get(d["unit"], d["unit"] + "s"), d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
-        if d["total"] is None or d["n"] >= d["total"]: return f"{d['prefix']}: {d['n']} {unit} in {clock(d['elapsed'])}"
-        return f"{d['prefix']}: {d['n']} of {d['total']} {unit}, {d['n'] / d['total']:.0%}, {clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go"
+        clock, rate = self.format_interval, d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
+        counted = lambda n: f"{n} {d['unit'] if n == 1 else PLURALS.get(d['unit'], d['unit'] + 's')}"
+        if d["total"] is None or d["n"] >= d["total"]: return f"{d['prefix']}: {counted(d['n'])} in {clock(d['elapsed'])}"
+        return f"{d['prefix']}: {d['n']} of {counted(d['total'])}, {d['n'] / d['total']:.0%}, {clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go"
 
     def clear(self, nolock=False): pass  # a line that is printed stays
 
