@@ -23,7 +23,7 @@ from .progress import print_progress  # likewise
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16_kaggle.ipynb #08736552
-PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors")  # all that predicting needs beside this library; the picture at the end also takes matplotlib
+PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors", "tqdm")  # all that predicting needs beside this library; the picture at the end also takes matplotlib
 
 # %% ../nbs/16_kaggle.ipynb #d215cc2d
 def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's

@@ -101,9 +101,9 @@ def check_metadata(
     return made
 
 # %% ../nbs/16b_packing.ipynb #5e84f5f3
-KAGGLE_IMAGE = {  # inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings safetensors, Kaggle/docker-python lists matplotlib
+KAGGLE_IMAGE = {  # inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings safetensors and tqdm, Kaggle/docker-python lists matplotlib
     "python": "3.12", "torch": "2.10.0", "torchvision": "0.25.0", "timm": "1.0.26", "albumentations": "2.0.8", "numpy": "2.0.2", "pandas": "2.2.2",
-    "pillow": None, "safetensors": None, "matplotlib": None,
+    "pillow": None, "safetensors": None, "tqdm": None, "matplotlib": None,
 }
 WHEEL_LIST = "wheels.json"
 

@@ -154,7 +154,7 @@ def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, mon
     asked = []
     monkeypatch.setattr(sealed, "verify", lambda *a, **k: asked.append((a, k)))
     for switch in ("--share", "--no-verify"): cli.pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
-    assert asked == [((tmp_path / "packed",), {"share": True})] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
+    assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
 
 
 ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"
