@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEMO_MARGIN', 'DEMO_MARK', 'command', 'option_groups', 'parse', 'look_at', 'write_run_report', 'run_training',
-           'ReportConfig', 'SeveralConfig', 'TrainArgs', 'train', 'StudyConfig', 'SearchArgs', 'given_options',
-           'search', 'JoiningConfig', 'BundleArgs', 'bundle', 'RunConfig', 'ReportArgs', 'report_run', 'PhotosConfig',
-           'EnsembleConfig', 'PhysicsConfig', 'StoreConfig', 'PlanConfig', 'PaddockConfig', 'PredictArgs', 'predict',
-           'ValidateArgs', 'validate', 'CompareArgs', 'compare', 'VerifyArgs', 'verify', 'PackArgs', 'pack',
-           'SynthArgs', 'synth', 'DemoArgs', 'run_demo', 'demo']
+           'SharingArgs', 'SeveralArgs', 'TrainArgs', 'train', 'StudyArgs', 'SearchArgs', 'given_options', 'search',
+           'JoiningArgs', 'BundleArgs', 'bundle', 'RunArgs', 'ReportArgs', 'report_run', 'PhotosArgs', 'EnsembleArgs',
+           'PhysicsArgs', 'StoreArgs', 'PlanArgs', 'PaddockArgs', 'PredictArgs', 'predict', 'ValidateArgs', 'validate',
+           'CompareArgs', 'compare', 'VerifyArgs', 'verify', 'PackArgs', 'pack', 'SynthArgs', 'synth', 'DemoArgs',
+           'run_demo', 'demo']
 
 # %% ../nbs/17_cli.ipynb #d13e2d98
 import dataclasses, functools, inspect, json, os, re, shutil, sys, warnings
@@ -144,14 +144,14 @@ def run_training(
 
 # %% ../nbs/17_cli.ipynb #9ee425b2
 @dataclass(frozen=True)
-class ReportConfig:
-    "The report that is written."
+class SharingArgs:
+    "Who will see the report."
 
     report_photos: bool = True  # show photos in it; --no-report-photos for a report that is shared
 
 
 @dataclass(frozen=True)
-class SeveralConfig:
+class SeveralArgs:
     "More than one run, joined at the end."
 
     grids: tuple[tuple[int, int], ...] = ()  # instead of --grid: one run for each pair, such as 2 2 3 3
@@ -159,7 +159,7 @@ class SeveralConfig:
 
 
 @dataclass(frozen=True)
-class TrainArgs(ReportConfig, SeveralConfig, TrainConfig):
+class TrainArgs(SharingArgs, SeveralArgs, TrainConfig):
     "Train a head on every fold of a competition folder and leave a bundle behind."
 
 
@@ -181,7 +181,7 @@ def train(args=None):
 
 # %% ../nbs/17_cli.ipynb #a1384a0e
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyArgs:
     "The study."
 
     trials: int = 20  # of the study in --out, over all processes and all calls
@@ -190,7 +190,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class SearchArgs(StudyConfig, TrainConfig):
+class SearchArgs(StudyArgs, TrainConfig):
     """Search the settings of the head: grid, head_lr_stage1, dropout, hidden_ratio, the aux weights, target_weights, grad_clip.
 
     One of these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial.
@@ -218,7 +218,7 @@ def search(args=None):
 
 # %% ../nbs/17_cli.ipynb #960a35dc
 @dataclass(frozen=True)
-class JoiningConfig:
+class JoiningArgs:
     "What is joined, and how."
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # --out folders of biomass_train
@@ -228,7 +228,7 @@ class JoiningConfig:
 
 
 @dataclass(frozen=True)
-class BundleArgs(ReportConfig, JoiningConfig):
+class BundleArgs(SharingArgs, JoiningArgs):
     "Join finished runs (other grids, seeds, backbones) into one bundle and score their joint out-of-fold prediction."
 
 
@@ -242,7 +242,7 @@ def bundle(args=None):
 
 # %% ../nbs/17_cli.ipynb #8ce18c14
 @dataclass(frozen=True)
-class RunConfig:
+class RunArgs:
     "The run."
 
     run: tyro.conf.Positional[Path]  # --out folder of biomass_train or biomass_bundle
@@ -252,7 +252,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ReportArgs(ReportConfig, RunConfig):
+class ReportArgs(SharingArgs, RunArgs):
     "Write the report of a finished run again: scores, residuals, intervals, photos, and where the model looks on them."
 
 
@@ -268,7 +268,7 @@ def report_run(args=None):
 
 # %% ../nbs/17_cli.ipynb #df97f2c3
 @dataclass(frozen=True)
-class PhotosConfig:
+class PhotosArgs:
     "What is predicted, by which weights, and where it goes."
 
     weights: Path  # bundle folder, or a run folder
@@ -278,7 +278,7 @@ class PhotosConfig:
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleArgs:
     "How members look at photos."
 
     tta: Optional[tuple[str, ...]] = None  # views to average, such as: plain h v swap; the bundle's by default
@@ -289,7 +289,7 @@ class EnsembleConfig:
 
 
 @dataclass(frozen=True)
-class PhysicsConfig:
+class PhysicsArgs:
     "How figures are made consistent."
 
     physics: Optional[Literal[tuple(METHODS)]] = None  # how predictions are made consistent; the bundle's by default
@@ -297,7 +297,7 @@ class PhysicsConfig:
 
 # %% ../nbs/17_cli.ipynb #82370e4c
 @dataclass(frozen=True)
-class StoreConfig:
+class StoreArgs:
     "Features that are kept."
 
     cache: bool = True  # keep tile features on disk, so that the same photos cost no backbone pass the next time
@@ -306,7 +306,7 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanArgs:
     "The clock."
 
     deadline: Optional[str] = None  # such as 8h30m: give up views, then grids, then folds as far as needed to end in time
@@ -314,7 +314,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class PaddockConfig:
+class PaddockArgs:
     "Your own photos."
 
     quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides of the quadrat on the ground, for kg DM/ha; with --photos
@@ -322,7 +322,7 @@ class PaddockConfig:
 
 # %% ../nbs/17_cli.ipynb #c11a0003
 @dataclass(frozen=True)
-class PredictArgs(ReportConfig, PaddockConfig, PlanConfig, StoreConfig, PhysicsConfig, EnsembleConfig, PhotosConfig):
+class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
     The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat (..._g) and in kg DM/ha (..._kg_ha),
