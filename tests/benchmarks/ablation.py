@@ -10,8 +10,9 @@ is measured against it; the row "default" is what biomass_train does when it is 
 of it. The differences of a row, to the row that it differs from by its switch alone and to the
 linear probe on the same features and folds, carry a paired bootstrap over dates. The bar is taken over every seed with
 every deal. Epochs are a fixed schedule. Tile features are computed once; finished runs are not trained again, so the
-command goes on where it stopped, and --rows measures some beside the results that --out holds. The rule, written before the first look: a switch leaves the plan's setting only if its
-90 % interval excludes zero; what several such switches do together is the row "default".
+command goes on where it stopped, and --rows measures some beside the results that --out holds. The rule, written before the
+first look: a switch leaves the plan's setting only if its 90 % interval excludes zero; what several such switches do together
+is the row "default".
 """
 import itertools
 import json
