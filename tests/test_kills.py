@@ -121,12 +121,14 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(whole, number, 
 
 def test_held_then_interrupted_by_hand(whole, tmp_path):
     "A second run in the folder is refused with the first one's process; Ctrl-C is one word and leaves nothing half-written; the same command goes on."
-    config, seconds = whole
+    config, _ = whole
     mine = dataclasses.replace(config, out=tmp_path / "run")
     first = start(mine)
     wait_for(mine.out / ".lock.json", first)
+    first.send_signal(signal.SIGSTOP)  # it shall not end meanwhile
     with pytest.raises(BiomassError, match=f"process {first.pid} on "): train(mine, **quiet)
-    time.sleep(seconds / 4)
+    first.send_signal(signal.SIGCONT)
+    wait_for(mine.out / "folds" / f"0{CHECKPOINT}", first)
     first.send_signal(signal.SIGINT)
     assert first.wait() == 130
     said = first.stderr.read()
