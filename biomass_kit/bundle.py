@@ -180,7 +180,7 @@ class Bundle(NamedTuple):
         try:
             with torch.device("meta"): due = {name: list(t.shape) for name, t in BiomassModel(**member["model"]).state_dict().items()}  # takes no memory
         except (TypeError, RuntimeError, OverflowError) as e:
-            raise BiomassError(f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head ({e}); install biomass_kit {member['library']}, or train it again") from None
+            raise BiomassError(f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head ({str(e).splitlines()[0]}); install biomass_kit {member['library']}, or train it again") from None
         differ = {name: (found.get(name), due.get(name)) for found in [_shapes(path)] for name in {*due, *found} if found.get(name) != due.get(name)}
         if differ: raise BiomassError("{}: tensor {} has shape {}, its config asks for {}; train or download it again".format(path, min(differ), *differ[min(differ)]))
         model = BiomassModel(**member["model"])

@@ -262,7 +262,7 @@ def report_run(args=None):
     a = parse(ReportArgs, "biomass_report", args)
     missing = [name for name in ("results.json", "oof.csv", "history.csv") if not (a.run / name).is_file()]
     if missing: raise BiomassError(f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
-    if a.data and not a.report_photos: raise BiomassError("--no-report-photos: --data would change nothing; drop it")
+    if not a.report_photos and (a.data or a.device_type != ReportArgs.device_type): raise BiomassError("--no-report-photos: --data and --device-type would change nothing; drop them")
     results = read_json(a.run / "results.json")
     print(f"report: {write_run_report(a.run, results, a.report_photos, a.out, a.data, device_type=a.device_type)}")
 
@@ -370,7 +370,9 @@ def predict(args=None):
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.data and (a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos): raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
+    if not a.report and not a.report_photos: raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     if a.dry_run:
+        if a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos: raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
         if a.cache_dir or a.cache_gb != CACHE_GB: raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
         if a.deadline: raise BiomassError("--dry-run predicts nothing, so --deadline changes nothing; drop it")
         if a.physics or a.correction_threshold is not None: raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")

@@ -28,7 +28,7 @@ from .augment import PairAugment, draw_seed, pixel_transform
 from .bundle import member_files, read_bundle, save_backbone, save_lora, save_member, save_reference, write_manifest
 from .config import TrainConfig, check_config, config_record
 from .data import file_digest, photo_size, read_json, read_train, write_csv, write_json
-from .ensemble import Ensemble
+from .ensemble import Ensemble, some_members
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
 from .loop import CHECKPOINT, CLASSES, Fold, fold_intervals, plain_features, predict_fold, run_fold, track_epoch
@@ -306,9 +306,8 @@ def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray):
 def teacher_grams(folder, k: int, paths: list, device_type: str, cache_dir=None) -> torch.Tensor:  # [N, 5] grams
     "What the teacher's members of fold k say of all photos; a cache saves its backbone a pass for every fold."
     bundle = read_bundle(folder)
-    members = [m for m in bundle.members if m["fold"] == k]
-    if not members: raise BiomassError(f"--teacher {folder}: has no member of fold {k}; train that fold there first")
-    of_fold = bundle._replace(manifest={**bundle.manifest, "members": members, "combine": {"how": "mean"}})
+    of_fold = some_members(bundle, lambda m: m["fold"] == k)
+    if not of_fold.members: raise BiomassError(f"--teacher {folder}: has no member of fold {k}; train that fold there first")
     return torch.from_numpy(Ensemble(of_fold, device_type=device_type, cache_dir=cache_dir).predict(paths))
 
 # %% ../nbs/12_train.ipynb #22a49ee8
