@@ -12,10 +12,10 @@ demo: .venv/installed
 
 # Notebooks are tests, and tests/ holds what a notebook cannot show.
 test: .venv/installed
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/pytest -q tests
 
-# The long forms: everything of `make test`, and what takes minutes more.
+# tests/ with its long forms, which take minutes each.
 test-long: .venv/installed
 	$(BIN)/pytest -q tests --long
 
@@ -28,5 +28,5 @@ prepare: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/pip install --editable '.[dev]' --constraint constraints.txt
 	touch $@

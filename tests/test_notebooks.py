@@ -34,7 +34,7 @@ NO_PICTURE = {
     "11b_config": "options and what contradicts what; the refusals are printed", "11c_batches": "tensors; what the draws look like is in 05_augment", "11d_lora": "factors; their effect is asserted",
     "11f_results": "tables and JSON; 15_report shows them", "12b_joining": "scores and refusals; they are printed", "14b_page": "the words and tables of a page; 15_report shows one whole",
     "16b_packing": "files and metadata; they are printed", "16c_sealed": "a verdict; its lines are printed",
-    "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report",
+    "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report", "18_start": "a bar that passes; the list of commands is shown",
 }
 
 
