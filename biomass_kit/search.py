@@ -29,7 +29,7 @@ from .features import pick_device, pick_precision
 from .folds import FLOORS, LEAVE_ONE, make_folds, read_table
 from .targets import TARGETS, BiomassError
 from .config import READ_ONLY_WHEN, TrainConfig, check_config, config_record
-from .train import BY_CONTENT, expand, member_config, train_runs
+from .train import BY_CONTENT, expand, member_config, prepare, train_runs
 
 # %% ../nbs/14_search.ipynb #0699d5fa
 SPACE = {
@@ -107,6 +107,7 @@ class Search(NamedTuple):
     space: dict  # field -> values
     seeds: tuple  # runs of a trial, whose scores are averaged
     sampler_seed: int
+    built: dict  # starting backbones, shared by all trials
 
 
 def as_text(value):  # of optuna's types, which know no tuple
@@ -226,11 +227,12 @@ def score_runs(
     config: TrainConfig,  # its `out` is the folder of the runs
     seeds: tuple,
     progress: Callable,
+    built: dict,  # of the search
 ) -> dict:  # {"weighted_r2", one of each floor, "seeds", "options"}
     "Train what is not trained yet, and score; a folder that holds its score is only read."
     path = config.out / "score.json"
     if path.is_file(): return read_json(path)
-    scores = [r["scores"] for r in train_runs(expand(config, (), seeds), progress, log=lambda line: None)]
+    scores = [r["scores"] for r in train_runs(expand(config, (), seeds), progress, log=lambda line: None, built=built)]
     mean = lambda name: float(np.mean([x[name]["weighted_r2"] for x in scores]))
     found = {"weighted_r2": mean("model"), **{f: mean(f) for f in FLOORS}, "seeds": [x["model"]["weighted_r2"] for x in scores]}
     write_json(path, {**found, "options": config_record(config)})
@@ -250,7 +252,7 @@ def best_trial(study: optuna.Study):  # a FrozenTrial, or None
 def run_trial(s: Search, study: optuna.Study, number: int, values: dict, progress: Callable) -> dict:
     "Train and score a trial, tell the study, drop the weights of those that are not the best."
     config = trial_config(s, values)
-    try: found = score_runs(config, s.seeds, progress)
+    try: found = score_runs(config, s.seeds, progress, s.built)
     except (BiomassError, torch.OutOfMemoryError) as e:
         if not any((c.out / "config.json").is_file() for c in expand(config, (), s.seeds)): raise
         found = {"weighted_r2": None, "why": f"{type(e).__name__}: {e}"}
@@ -311,21 +313,22 @@ def score_again(
     found = {"fold_seed": fold_seed}
     with FileLock(s.config.out / "fresh.lock"):  # two processes may end the search at once
         for name, config in recipes.items():
-            found[name] = {k: v for k, v in score_runs(config, s.seeds, progress).items() if k != "options"}
+            found[name] = {k: v for k, v in score_runs(config, s.seeds, progress, s.built).items() if k != "options"}
             drop_weights(config.out)
     (y, best, dates), (_, default, _) = (_predictions(c, s.seeds) for c in recipes.values())
     return found | {"difference": paired_difference(y, best, default, dates)}
 
 # %% ../nbs/14_search.ipynb #9f6fdde2
 def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: int, log: Callable) -> Search:
-    "What the options mean, refused early if they contradict each other."
+    "What the options mean; what contradicts itself or cannot start is refused before the folder is claimed."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BiomassError("biomass_search shares its study among processes by itself; start it once a GPU, each with its own CUDA_VISIBLE_DEVICES, not by accelerate launch")
     if sampler_seed < 0: raise BiomassError(f"--sampler-seed {sampler_seed}: cannot be negative")
     check_config(config)
-    read_train(config.data)
     around, space = open_fields(config, given, log)
-    return Search(around, config, space, tuple(seeds) or (config.seed,), sampler_seed)
+    s = Search(around, config, space, tuple(seeds) or (config.seed,), sampler_seed, {})
+    for grid in space.get("grid", (around.grid,)): prepare(dataclasses.replace(around, grid=grid), s.built)
+    return s
 
 
 def _said(found: dict) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'LOGS', 'member_config', 'member_name', 'run_identity', 'open_run', 'is_finished',
            'held_by_me', 'finish_fold', 'stored_variants', 'make_accelerator', 'start_trackers', 'finish_trackers',
-           'check_folds', 'check_tiles', 'Run', 'class_teacher', 'check_teacher', 'teacher_grams', 'train_runs',
-           'named_progress', 'train', 'expand', 'remember_photos', 'finish_run', 'describe']
+           'check_folds', 'check_tiles', 'prepare', 'Run', 'class_teacher', 'check_teacher', 'teacher_grams',
+           'train_runs', 'named_progress', 'train', 'expand', 'remember_photos', 'finish_run', 'describe']
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, itertools, json, os, socket, sys, time
@@ -207,6 +207,26 @@ def check_tiles(
         raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller than a patch of {patch}; use at most {most} rows and columns" if most else
                            f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; use larger photos or another --backbone")
 
+# %% ../nbs/12_train.ipynb #12a00001
+def prepare(
+    c: TrainConfig,
+    built: dict,  # starting backbones, shared by the runs that start from the same; filled here
+) -> tuple:  # (table, fold of each photo [N], folds to train, backbone, its starting weights, TileSpec)
+    "What a run starts from. What it cannot start from is refused here, before its folder is claimed."
+    table = read_train(c.data)
+    fold = make_folds(table, c.cv, c.n_folds, c.fold_seed)
+    folds = check_folds(c, table, fold)
+    key = c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks, None if c.pretrained else c.seed, bool(c.lora_rank)
+    if key not in built:
+        set_seed(c.seed)
+        backbone, size = build_backbone(*key[:-2])
+        backbone.to(memory_format=torch.channels_last)  # faster where there are convolutions
+        built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone, size, start = built[key]
+    spec = TileSpec(*c.grid, size)
+    check_tiles(list(table["path"]), spec, patch_size(backbone.model))
+    return table, fold, folds, backbone, start, spec
+
 # %% ../nbs/12_train.ipynb #37c594f3
 class Run:
     "One config made ready: its table, folds, starting backbone and, where that is frozen, stored features."
@@ -218,22 +238,12 @@ class Run:
         precision: str,
         built: dict,  # starting backbones, shared by the runs that start from the same
     ):
-        c, self.accelerator, self.precision = config, accelerator, precision
-        self.table = read_train(c.data)
-        self.fold = make_folds(self.table, c.cv, c.n_folds, c.fold_seed)
-        self.folds = check_folds(c, self.table, self.fold)
-        key = c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks, None if c.pretrained else c.seed, bool(c.lora_rank)
-        if key not in built:
-            set_seed(c.seed)
-            backbone, size = build_backbone(*key[:-2])
-            backbone.to(memory_format=torch.channels_last)  # faster where there are convolutions
-            built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
-        self.backbone, size, self.start = built[key]
-        self.config, self.spec = dataclasses.replace(c, tile_size=size), TileSpec(*c.grid, size)
+        self.accelerator, self.precision = accelerator, precision
+        self.table, self.fold, self.folds, self.backbone, self.start, self.spec = prepare(config, built)
+        self.config = c = dataclasses.replace(config, tile_size=self.spec.size)
         self.arithmetic = f"{accelerator.device.type}, {precision}"
-        check_tiles(list(self.table["path"]), self.spec, patch_size(self.backbone.model))
-        self.lora_layers = lora_layers(self.backbone, size) if c.lora_rank else []
-        if accelerator.is_main_process: open_run(c.out, run_identity(self.config, self.table, self.backbone, self.arithmetic), self.table, self.fold)
+        self.lora_layers = lora_layers(self.backbone, self.spec.size) if c.lora_rank else []
+        if accelerator.is_main_process: open_run(c.out, run_identity(c, self.table, self.backbone, self.arithmetic), self.table, self.fold)
         self.stored = None
         self.elsewhere = []  # folds that another process trains
 
@@ -316,6 +326,7 @@ def train_runs(
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     log: Callable = print,  # one line at a time
     others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold) -> [N, 5] grams, scored beside a frozen run
+    built: dict = None,  # as `prepare` takes it, to share backbones among calls
 ) -> list:  # for each run the content of results.json; empty in all but the main process
     "Train the members that are not finished yet, then score, and write bundles and results."
     started, configs = time.time(), [check_config(c) for c in configs]
@@ -326,7 +337,7 @@ def train_runs(
         if accelerator.is_main_process:
             for c in configs: held.enter_context(held_by_me(c.out))
             start_trackers(accelerator, configs)
-        runs = _train_members(configs, accelerator, precision, progress, log if accelerator.is_main_process else lambda line: None)
+        runs = _train_members(configs, accelerator, precision, {} if built is None else built, progress, log if accelerator.is_main_process else lambda line: None)
         if not accelerator.is_main_process: return []
         results = [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs]
         finish_trackers(runs, results)
@@ -338,9 +349,9 @@ def named_progress(progress: Callable, name: str) -> Callable:
     return lambda x, desc="", **options: progress(x, desc=f"{name} {desc}", **options)
 
 # %% ../nbs/12_train.ipynb #7adcb47e
-def _train_members(configs: list, accelerator: Accelerator, precision: str, progress, say) -> list:  # Runs
+def _train_members(configs: list, accelerator: Accelerator, precision: str, built: dict, progress, say) -> list:  # Runs
     "This process's share of the members that are not finished yet."
-    index, count, built = accelerator.process_index, accelerator.num_processes, {}
+    index, count = accelerator.process_index, accelerator.num_processes
     runs = [Run(c, accelerator, precision, built) for c in configs]
     accelerator.wait_for_everyone()
     members = [(run, k) for run in runs for k in run.folds]
