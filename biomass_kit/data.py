@@ -33,7 +33,9 @@ def atomic_path(
         yield temporary
         with open(temporary, "rb+") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e: raise BiomassError(f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then give the same command again") from e
+    except OSError as e:
+        raise BiomassError(
+            f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then give the same command again") from e
     finally:
         with suppress(OSError): temporary.unlink(missing_ok=True)
 
@@ -64,8 +66,10 @@ def write_json(path, value, **options) -> Path:
 def read_json(path) -> dict:
     "Read one of the kit's own JSON objects; one that is damaged is named."
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise BiomassError(f"{path}: damaged, not JSON ({e}); delete it and give the same command again, or copy its folder anew") from None
-    if not isinstance(found, dict): raise BiomassError(f"{path}: damaged, not what the kit writes there; delete it and give the same command again, or copy its folder anew")
+    except (ValueError, RecursionError) as e:
+        raise BiomassError(f"{path}: damaged, not JSON ({e}); delete it and give the same command again, or copy its folder anew") from None
+    if not isinstance(found, dict):
+        raise BiomassError(f"{path}: damaged, not what the kit writes there; delete it and give the same command again, or copy its folder anew")
     return found
 
 # %% ../nbs/01_data.ipynb #a8ebbe08
@@ -143,7 +147,9 @@ def _records(path, columns) -> tuple:  # (header: its names; rows: line at which
             line, last, values = last + 1, reader.line_num, [v.strip() for v in values]
             if not any(values): continue
             if len(values) not in (len(header), len(full)) or any(values[len(header) :]):
-                raise BiomassError(f"{path} line {line}: has {len(values)} values for {len(header)} columns; write an empty value as ,, and a number as 12.5, not 12,5")
+                raise BiomassError(
+                    f"{path} line {line}: has {len(values)} values for {len(header)} columns; "
+                    "write an empty value as ,, and a number as 12.5, not 12,5")
             rows[line] = values[: len(header)]
     return header, rows
 
@@ -156,7 +162,8 @@ def read_rows(
     path = Path(path)
     if not path.is_file(): raise BiomassError(f"{path}: no such file; give the folder that holds {path.name}")
     try: header, rows = _records(path, columns)
-    except (csv.Error, UnicodeDecodeError, OSError) as e: raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
+    except (csv.Error, UnicodeDecodeError, OSError) as e:
+        raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
     if not rows: raise BiomassError(f"{path}: has a header but no rows")
     return pd.DataFrame(list(rows.values()), index=list(rows), columns=header)
 
@@ -164,7 +171,10 @@ def read_rows(
 def _check_header(path, header, columns):
     "Refuse a header without the columns that must be there, or with one twice."
     other = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
-    if other: raise BiomassError(f"{path} line 1: columns are separated by {other!r}; save it again with commas between columns and points in numbers (a spreadsheet does so in an English region)")
+    if other:
+        raise BiomassError(
+            f"{path} line 1: columns are separated by {other!r}; save it again with commas between columns "
+            "and points in numbers (a spreadsheet does so in an English region)")
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
     if twice is not None: raise BiomassError(f"{path} line 1: column '{twice}' appears twice; keep one")
     missing = [c for c in columns if c not in header]
@@ -184,7 +194,7 @@ def _leads_out(root: Path, path: Path) -> bool:
     homes = [root, *([top] if top.is_dir() else [])]
     return not any(real.is_relative_to(os.path.realpath(home)) for home in homes)
 
-
+# %% ../nbs/01_data.ipynb #a5d1da01
 def photo_paths(
     folder,  # the data folder
     rows: pd.DataFrame,  # rows with an `image_path` column, index = line numbers
@@ -198,7 +208,8 @@ def photo_paths(
     inside = rows["image_path"].map(lambda p: p != "" and not os.path.isabs(p) and not os.path.normpath(p).startswith(".."))
     _refuse(path, rows, ~inside, say(f"leaves the data folder; use a path inside {root}"))
     present = rows["image_path"].map(lambda p: os.path.isfile(found[p]))
-    if not present.any(): raise BiomassError(f"{path}: none of its {len(found)} photos is in {root}, first {next(iter(found))}; give the folder that holds them")
+    if not present.any():
+        raise BiomassError(f"{path}: none of its {len(found)} photos is in {root}, first {next(iter(found))}; give the folder that holds them")
     if strict: _refuse(path, rows, ~present, lambda r: f"photo {r.image_path} of {r.sample_id} is not in {root}; copy it there or drop its rows")
     there = rows[present]
     out = there["image_path"].map({p: _leads_out(root, found[p]) for p in set(there["image_path"])}.get)
@@ -211,10 +222,11 @@ def _refuse_two_names(path, rows, found):
     "Refuse a photo that the table names in two ways."
     first, real = {}, {p: os.path.realpath(f) for p, f in found.items()}
     for p in found: first.setdefault(real[p], p)
-    _refuse(path, rows, rows["image_path"].map(lambda p: first[real[p]] != p), lambda r: f"image_path '{r.image_path}' is the same photo as '{first[real[r.image_path]]}'; name it in one way")
+    _refuse(path, rows, rows["image_path"].map(lambda p: first[real[p]] != p),
+            lambda r: f"image_path '{r.image_path}' is the same photo as '{first[real[r.image_path]]}'; name it in one way")
 
 # %% ../nbs/01_data.ipynb #939dfdd8
-PLAUSIBLE_GRAMS = 1000.0  # the heaviest labelled photo has 158 g; more than this is a fault, not a pasture
+PLAUSIBLE_GRAMS = 1000.0  # the heaviest of 80 labelled photos has 158 g; more than this is a fault, not a pasture
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -224,7 +236,8 @@ def _target_grams(rows, path) -> pd.Series:
     say = lambda fault: lambda r: f"target '{r.target}' of {r.sample_id} {fault}"
     _refuse(path, rows, grams.isna(), say("is not a number; write grams with a decimal point"))
     _refuse(path, rows, grams < 0, say("is negative; a dry mass is zero or more grams"))
-    _refuse(path, rows, grams > PLAUSIBLE_GRAMS, say(f"is over {PLAUSIBLE_GRAMS:g} g, and no quadrat weighs that; check the unit, or the weights that predicted it"))
+    _refuse(path, rows, grams > PLAUSIBLE_GRAMS,
+            say(f"is over {PLAUSIBLE_GRAMS:g} g, and no quadrat weighs that; check the unit, or the weights that predicted it"))
     return grams
 
 # %% ../nbs/01_data.ipynb #fa75835f
@@ -282,7 +295,7 @@ MIN_HEIGHT = 32  # pixels
 MIN_CONTRAST = 2.0  # grey levels, standard deviation: noise behind a lens cap has less, the flattest of 80 real photos has 45
 MAX_PIXELS = 64_000_000  # decoded at once, 0.2 GB; a larger JPEG is decoded at half its size
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")  # decoders that a file may reach, whatever its name says; Pillow knows some that start other programs
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter, and an error
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is stricter, and an error
 
 
 def _eight_bits(im):
@@ -298,7 +311,8 @@ def _decode(path) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as im:
         size = im.size
         if im.width * im.height > MAX_PIXELS: im.draft(None, (im.width // 2, im.height // 2))  # does nothing where the format cannot
-        if im.width * im.height > MAX_PIXELS: raise ValueError(f"{size[0]}x{size[1]} pixels, over {MAX_PIXELS / 1e6:g} million, the most that are read of a {im.format}")
+        if im.width * im.height > MAX_PIXELS:
+            raise ValueError(f"{size[0]}x{size[1]} pixels, over {MAX_PIXELS / 1e6:g} million, the most that are read of a {im.format}")
         return np.array(_eight_bits(ImageOps.exif_transpose(im)).convert("RGB"))
 
 
@@ -316,7 +330,8 @@ def read_photo(
     except Exception as e: raise _unreadable(path, e) from None
     if min(photo.shape[0], photo.shape[1] // 2) < MIN_HEIGHT:
         raise BiomassError(f"{path}: {photo.shape[1]}x{photo.shape[0]} pixels is too small; at least {2 * MIN_HEIGHT}x{MIN_HEIGHT}")
-    if photo[::8, ::8].std() < MIN_CONTRAST: raise BiomassError(f"{path}: shows nothing, all of it is about the colour {photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
+    if photo[::8, ::8].std() < MIN_CONTRAST:
+        raise BiomassError(f"{path}: shows nothing, all of it is about the colour {photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
     return photo
 
 
@@ -391,11 +406,12 @@ def _check_bytes(path):
     "Refuse what a reader of tables would forgive and Kaggle would not."
     if not path.is_file(): raise BiomassError(f"{path}: no such file; write it with biomass_predict --data DIR --out {path.name}")
     data = path.read_bytes()
-    if data.startswith(b"\xef\xbb\xbf"): raise BiomassError(f"{path}: begins with a byte-order mark, which becomes part of the first column's name; save it as plain UTF-8")
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise BiomassError(f"{path}: begins with a byte-order mark, which becomes part of the first column's name; save it as plain UTF-8")
     for line, text in enumerate(data.splitlines(), 1):
         if any(part != part.strip() for part in text.split(b",")): raise BiomassError(f"{path} line {line}: has blanks around a value; remove them")
 
-
+# %% ../nbs/01_data.ipynb #a5d1da02
 def check_submission(
     path,  # a submission CSV
     folder,  # the data folder: its sample_submission.csv, or else its test.csv, says which rows are due
@@ -404,10 +420,13 @@ def check_submission(
     path = Path(path)
     _check_bytes(path)
     rows = read_rows(path, SUBMISSION_COLUMNS)
-    if list(rows.columns) != list(SUBMISSION_COLUMNS): raise BiomassError(f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}, not {','.join(rows.columns)}; drop or reorder the others")
+    if list(rows.columns) != list(SUBMISSION_COLUMNS):
+        raise BiomassError(
+            f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}, not {','.join(rows.columns)}; drop or reorder the others")
     _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
     model = next((p for p in (Path(folder) / "sample_submission.csv", Path(folder) / "test.csv") if p.is_file()), None)
-    if model is None: raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the competition's folder")
+    if model is None:
+        raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the competition's folder")
     due = read_rows(model, ("sample_id",))["sample_id"]
     missing, strange = set(due) - set(rows["sample_id"]), set(rows["sample_id"]) - set(due)
     if missing: raise BiomassError(f"{path}: {len(missing)} rows of {model.name} are missing, first {min(missing)}; predict them all")

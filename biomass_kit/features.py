@@ -194,7 +194,10 @@ def build_backbone(
             f"--backbone {name}: no pretrained weights could be had from timm's hub ({type(e).__name__}); "
             "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
     patch = patch_size(model)
-    if tile_size % patch: raise BiomassError(f"--tile-size {tile_size}: must be a multiple of {name}'s patch of {patch} pixels, such as {max(1, round(tile_size / patch)) * patch}")
+    if tile_size % patch:
+        raise BiomassError(
+            f"--tile-size {tile_size}: must be a multiple of {name}'s patch of {patch} pixels, "
+            f"such as {max(1, round(tile_size / patch)) * patch}")
     return Backbone(model, name, pooling, blocks), tile_size
 
 # %% ../nbs/07_features.ipynb #daf59b91

@@ -44,16 +44,19 @@ DEFAULT_FOLDS = 5  # of every other strategy
 # %% ../nbs/03_folds.ipynb #76b6786d
 def _count_folds(cv, n_folds, n_groups, seed):
     "The number of folds of a strategy, or an error that names one that works."
-    if n_groups < 2: raise BiomassError(f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv, or label photos of another day")
+    if n_groups < 2:
+        raise BiomassError(
+            f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv, or label photos of another day")
     if cv not in LEAVE_ONE:
         n_folds = DEFAULT_FOLDS if n_folds is None else n_folds
         if 2 <= n_folds <= n_groups: return n_folds
         raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups; use 2 to {n_groups} folds or another --cv")
-    if n_folds not in (None, n_groups): raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups and each is a fold; use --n-folds {n_groups} or drop it")
+    if n_folds not in (None, n_groups):
+        raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups and each is a fold; use --n-folds {n_groups} or drop it")
     if seed: raise BiomassError(f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to deal; drop --fold-seed")
     return n_groups
 
-
+# %% ../nbs/03_folds.ipynb #a5d1e101
 def _splits(table, groups, cv, n_folds, seed):
     "scikit-learn's (train, scored) index pairs."
     class_of = CV_STRATEGIES[cv][1]
@@ -62,7 +65,10 @@ def _splits(table, groups, cv, n_folds, seed):
     if class_of is None and seed == 0: return GroupKFold(n_folds).split(table, groups=groups)
     classes = class_of(table) if class_of else np.zeros(len(table), int)  # one class: balanced by the number of photos
     largest = np.unique(classes, return_counts=True)[1].max()
-    if largest < n_folds: raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: no class to balance has more than {largest} photos; use at most {largest} folds or --cv group_date")
+    if largest < n_folds:
+        raise BiomassError(
+            f"--n-folds {n_folds} with --cv {cv}: no class to balance has more than {largest} photos; "
+            f"use at most {largest} folds or --cv group_date")
     return StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(table, classes, groups)
 
 # %% ../nbs/03_folds.ipynb #f9742059

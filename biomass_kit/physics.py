@@ -155,7 +155,9 @@ def nested_physics(
     for k in np.unique(fold):
         at = fold == k
         if method in NEEDS_COVARIANCE:
-            if at.all(): raise BiomassError(f"--physics {method}: one fold has no other folds to learn its errors from; train two folds or more, or use --physics project")
+            if at.all():
+                raise BiomassError(
+                    f"--physics {method}: one fold has no other folds to learn its errors from; train two folds or more, or use --physics project")
             covariance = error_covariance(measured[~at], clamped[~at])
         out[at] = apply_physics(clamped[at], bounds_by_fold[k], method, threshold, covariance)
     return out

@@ -13,7 +13,7 @@ from tqdm.std import tqdm
 # %% ../nbs/00b_progress.ipynb #a0b10005
 LINE_SECONDS = 10.0  # at least, between two lines of one step
 PLURALS = {"batch": "batches"}  # the units that do not just take an s
-LINE_SHARE = 0.1  # and at least this share of the time since its start: nine hours make 70 lines, not 3,000
+LINE_SHARE = 0.1  # of the step's time so far: at least this long between two lines, so nine hours make 70 lines, not 3,000
 
 
 class Lines(tqdm):
@@ -34,7 +34,9 @@ class Lines(tqdm):
         clock, rate = self.format_interval, d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
         counted = lambda n: f"{n} {d['unit'] if n == 1 else PLURALS.get(d['unit'], d['unit'] + 's')}"
         if d["total"] is None or d["n"] >= d["total"]: return f"{d['prefix']}: {counted(d['n'])} in {clock(d['elapsed'])}"
-        return f"{d['prefix']}: {d['n']} of {counted(d['total'])}, {d['n'] / d['total']:.0%}, {clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go"
+        return (
+            f"{d['prefix']}: {d['n']} of {counted(d['total'])}, {d['n'] / d['total']:.0%}, "
+            f"{clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go")
 
     def clear(self, nolock=False): pass  # a line that is printed stays
 

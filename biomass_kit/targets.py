@@ -126,7 +126,8 @@ def trimmed_mean(
 
 # %% ../nbs/00_targets.ipynb #a80ff589
 def _weighted(p, weights):
-    if weights is None or len(weights) != len(p): raise BiomassError(f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
+    if weights is None or len(weights) != len(p):
+        raise BiomassError(f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
     if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6: raise BiomassError(f"weighted: weights must not be negative and must sum to 1, got {list(weights)}")
     return np.tensordot(np.asarray(weights, dtype=np.float64), p, 1)
 
