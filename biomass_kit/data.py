@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps
 
+from .progress import counted
 from .targets import TARGETS, BiomassError, as_grams, identity_residuals
 
 # %% ../nbs/01_data.ipynb #ad1de2b5
@@ -393,7 +394,7 @@ def write_submission(
     grams,  # [photos, 5] in the order of TARGETS
 ) -> Path:
     "Write `sample_id,target` in the order of `rows`, atomically; grams with six decimals."
-    grams = as_grams(grams)
+    grams = as_grams(grams, f"{path}: predictions")
     if (grams < 0).any(): raise BiomassError(f"{path}: a prediction of {grams.min():g} g; clamp predictions to the training bounds first (`physics.clamp`)")
     values = dict(zip(photos, grams, strict=True))
     column = {t: i for i, t in enumerate(TARGETS)}
@@ -429,7 +430,7 @@ def check_submission(
         raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the competition's folder")
     due = read_rows(model, ("sample_id",))["sample_id"]
     missing, strange = set(due) - set(rows["sample_id"]), set(rows["sample_id"]) - set(due)
-    if missing: raise BiomassError(f"{path}: {len(missing)} rows of {model.name} are missing, first {min(missing)}; predict them all")
-    if strange: raise BiomassError(f"{path}: {len(strange)} rows are not in {model.name}, first {min(strange)}; remove them")
+    if missing: raise BiomassError(f"{path}: lacks {counted(len(missing), 'row')} of {model.name}, first {min(missing)}; predict them all")
+    if strange: raise BiomassError(f"{path}: holds {counted(len(strange), 'row')} that {model.name} does not, first {min(strange)}; remove them")
     if list(due) != list(rows["sample_id"]): raise BiomassError(f"{path}: rows are not in the order of {model.name}; sort them alike")
     return rows.assign(target=_target_grams(rows, path)).reset_index(drop=True)

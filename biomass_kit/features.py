@@ -218,10 +218,10 @@ def working_gpus(
     current = torch.cuda.current_device()
     for i in sorted(range(torch.cuda.device_count()), key=lambda i: i != current):
         device = torch.device("cuda", i)
-        try: works, why = launches(device), "it computes wrongly"
-        except RuntimeError as e: works, why = False, str(e).splitlines()[0]
-        if works: yield device
-        else: say(f"{device} ({torch.cuda.get_device_name(i)}) is visible but cannot launch a kernel ({why}); it is left alone")
+        try: fault = None if launches(device) else "computes wrongly"
+        except RuntimeError as e: fault = f"cannot launch a kernel ({str(e).splitlines()[0]})"
+        if fault: say(f"{device} ({torch.cuda.get_device_name(i)}) is visible but {fault}; it is left alone")
+        else: yield device
 
 # %% ../nbs/07_features.ipynb #bb58cc00
 def pick_devices(
@@ -236,7 +236,7 @@ def pick_devices(
             yield first
             yield from present[k]
             return
-    raise BiomassError(f"--device-type {kind}: this machine has no {kind} device; use --device-type {pick_device('auto', lambda line: None).type}")
+    raise BiomassError(f"--device-type {kind}: this machine has no {kind} device that works; use --device-type {pick_device('auto', lambda line: None).type}")
 
 
 def pick_device(

@@ -8,7 +8,7 @@ __all__ = ['CACHE_DTYPES', 'CACHE_GB', 'ENTRY', 'READ_TIMEOUT', 'Draw', 'default
            'photo_batches', 'loaded_features', 'feature_batches', 'StoredFeatures', 'store_features']
 
 # %% ../nbs/07b_store.ipynb #8e1e88dd
-import hashlib, json, os, tempfile, time, warnings
+import hashlib, io, json, os, tempfile, time, warnings, zlib
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
@@ -43,8 +43,11 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass_kit" / "features"
 
 # %% ../nbs/07b_store.ipynb #d174aa16
+def _checksum(data: bytes) -> bytes: return zlib.crc32(data).to_bytes(4, "little")
+
+
 class FeatureCache:
-    "Tile features on disk, one small file a photo and variant; a folder for each backbone and tile spec."
+    "Tile features on disk, one small file a photo and variant, its checksum behind it; a folder for each backbone and tile spec."
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class FeatureCache:
         dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
-        key = json.dumps([2, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
+        key = json.dumps([3, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
         self.root, self.dtype = Path(folder or default_cache_dir()), CACHE_DTYPES[dtype]
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -66,18 +69,21 @@ class FeatureCache:
     def get(self, digest: str, variant):
         "The stored features `[2, T, D]`, or None; marks the entry as used."
         path = self.path(digest, variant)
-        try: found = np.load(path, allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError): return None
+        try: data = path.read_bytes()
+        except FileNotFoundError: return None
+        except OSError as e: raise BiomassError(f"{path}: cannot be read ({e.strerror or e}); give another --cache-dir, or --no-cache") from None
+        if data[-4:] != _checksum(data[:-4]): return None  # cut short, or damaged since: computed again
         try: os.utime(path)
         except OSError: pass  # trimmed by another process, or a read-only cache: it was read, that is enough
-        return found
+        return np.load(io.BytesIO(data[:-4]), allow_pickle=False)
 
     def put(self, digest: str, variant, features: np.ndarray):
         "Write an entry; it appears whole or not at all, whoever else writes the same one."
+        buffer = io.BytesIO()
+        np.save(buffer, features.astype(self.dtype))
         try:
-            with atomic_path(self.path(digest, variant)) as tmp:
-                with open(tmp, "wb") as f: np.save(f, features.astype(self.dtype))
-        except BiomassError as e: raise BiomassError(f"{e}; or give another --cache-dir, or --no-cache") from None
+            with atomic_path(self.path(digest, variant)) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
+        except BiomassError as e: raise BiomassError(f"{self.folder}: cannot be written ({e.__cause__.strerror or e.__cause__}); free some room, give another --cache-dir, or --no-cache") from None
 
 # %% ../nbs/07b_store.ipynb #c6172b3a
 ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched
