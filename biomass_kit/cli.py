@@ -223,7 +223,8 @@ class JoiningArgs:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # --out folders of biomass_train
     out: Path  # folder of the joint bundle
-    combine: Literal[tuple(COMBINATIONS)] = "mean"  # how members become one: plain, weighted on out-of-fold predictions, or trimmed (the score trims over runs, the bundle over their members)
+    # how members become one: plain, weighted on out-of-fold predictions, or trimmed (the score trims over runs, the bundle over their members)
+    combine: Literal[tuple(COMBINATIONS)] = "mean"
     trim: float = TRIM  # share of the members that trimmed drops at each end
 
 
@@ -262,7 +263,8 @@ def report_run(args=None):
     a = parse(ReportArgs, "biomass_report", args)
     missing = [name for name in ("results.json", "oof.csv", "history.csv") if not (a.run / name).is_file()]
     if missing: raise BiomassError(f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
-    if not a.report_photos and (a.data or a.device_type != ReportArgs.device_type): raise BiomassError("--no-report-photos: --data and --device-type would change nothing; drop them")
+    if not a.report_photos and (a.data or a.device_type != ReportArgs.device_type):
+        raise BiomassError("--no-report-photos: --data and --device-type would change nothing; drop them")
     results = read_json(a.run / "results.json")
     print(f"report: {write_run_report(a.run, results, a.report_photos, a.out, a.data, device_type=a.device_type)}")
 
@@ -325,10 +327,11 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat (..._g) and in kg DM/ha (..._kg_ha),
-    each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie as far from
-    those of other dates as this photo from all of them; flag, empty or why a figure should not be believed: unlike the training photos (likeness of
-    0.05 or less), fewer members, or the training means of a photo that was not read. Beside grams.csv lies grams_report.html.
+    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat (..._g) and
+    in kg DM/ha (..._kg_ha), each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
+    the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
+    should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, or the training means of a photo
+    that was not read. Beside grams.csv lies grams_report.html.
     """
 
 # %% ../nbs/17_cli.ipynb #c11a0004
@@ -338,9 +341,10 @@ def _dry_run(a: PredictArgs):
     paths = list_photos(a.photos) if a.photos else list(read_test(a.data)[1].values())
     print(ensemble.describe_plan(planned))
     found = ensemble.probe(planned, paths, a.batch_size, a.num_workers)
-    print("{photos} photos, none in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
+    print("{photos} photos, none in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; "
+          "peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
 
-
+# %% ../nbs/17_cli.ipynb #5e170001
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table; maps only where nothing ran late."
     bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]
@@ -350,8 +354,9 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
         seen = look_at(paths, bundle, **({"maps": False} if late else {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}))
     intervals = bundle.trust.get("intervals", {})
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + "_low" in table else None
-    facts = run_facts() | {"weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
-                                    "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
+    facts = run_facts() | {
+        "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
+        "notes": outcome.notes, "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
     shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
     return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
 
@@ -369,13 +374,17 @@ def predict(args=None):
     a = parse(PredictArgs, "biomass_predict", args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
-    if a.data and (a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos): raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
+    if a.data and (a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos):
+        raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
     if not a.report and not a.report_photos: raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     if a.dry_run:
-        if a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos: raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
-        if a.cache_dir or a.cache_gb != CACHE_GB: raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
+        if a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos:
+            raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
+        if a.cache_dir or a.cache_gb != CACHE_GB:
+            raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
         if a.deadline: raise BiomassError("--dry-run predicts nothing, so --deadline changes nothing; drop it")
-        if a.physics or a.correction_threshold is not None: raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
+        if a.physics or a.correction_threshold is not None:
+            raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
         return _dry_run(a)
     cache_dir = (a.cache_dir or default_cache_dir()) if a.cache else None
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
@@ -525,14 +534,14 @@ class DemoArgs:
 # %% ../nbs/17_cli.ipynb #2f7e15a1
 def run_demo(a: DemoArgs, say=say) -> dict:
     "The demo's steps, from nothing; returns the joint results."
-    if a.out.exists() and any(a.out.iterdir()) and not (a.out / DEMO_MARK).exists(): raise BiomassError(f"--out {a.out}: is not empty and no earlier demo made it; choose another")
+    if a.out.exists() and any(a.out.iterdir()) and not (a.out / DEMO_MARK).exists():
+        raise BiomassError(f"--out {a.out}: is not empty and no earlier demo made it; choose another")
     shutil.rmtree(a.out, ignore_errors=True)
     write_text(a.out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")
     say(f"drawing {a.photos} photos")
     data = synthetic.write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=progress)
-    config = TrainConfig(
-        data=data, out=a.out, backbone=a.backbone, pretrained=False, tile_size=a.tile_size, n_folds=a.n_folds, epochs=a.epochs,
-        batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
+    config = TrainConfig(data=data, out=a.out, backbone=a.backbone, pretrained=False, tile_size=a.tile_size, n_folds=a.n_folds, epochs=a.epochs,
+                         batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
     packed = packing.pack(joint, a.out / "kaggle_datasets", say=say)
@@ -542,7 +551,8 @@ def run_demo(a: DemoArgs, say=say) -> dict:
     (a.out / "submission.csv").write_bytes(done["submission"].read_bytes())
     truth = read_table(data / "test_labels.csv").set_index("sample_id")["target"].loc[submission["sample_id"]].to_numpy()
     by_target = lambda v: np.reshape(v, (-1, len(TARGETS)))[:, [sorted(TARGETS).index(t) for t in TARGETS]]
-    results["drawn_test"] = {"weighted_r2": weighted_r2(by_target(truth), by_target(submission["target"].to_numpy())), "photos": len(submission) // len(TARGETS)}
+    results["drawn_test"] = {"weighted_r2": weighted_r2(by_target(truth), by_target(submission["target"].to_numpy())),
+                             "photos": len(submission) // len(TARGETS)}
     results["offline"] = {"network": done["network"], "seconds": done["seconds"]}
     write_json(a.out / "results.json", results)
     write_run_report(joint, results, out=a.out / "report.html", title="biomass_kit demo on drawn photos")

@@ -118,7 +118,8 @@ def card(
                        for kind, share in seen.maps.items())
         picture = f'<div class="seen"><img class="photo" src="{image_uri(seen.image)}" alt="Photo {escape(name)}">{over}</div>'
     warn = f'<p class="warn">{escape(warning)}</p>' if warning else ""
-    return f'<article class="card" aria-label="{escape(name)}"><p class="name">{escape(name)}</p><p class="note">{escape(note)}</p>{picture}{warn}{figures}</article>'
+    return (f'<article class="card" aria-label="{escape(name)}"><p class="name">{escape(name)}</p><p class="note">{escape(note)}</p>'
+            f'{picture}{warn}{figures}</article>')
 
 
 def cards(
@@ -135,7 +136,9 @@ def map_switch(
     if not kinds: return ""
     choice = lambda kind, words, on: f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
     choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [choice("none", "photos alone", False)]
-    key = "".join(f'<span><i style="background:rgb{c}"></i>{w}</span>' for c, w in ((MORE, "twice an even share or more"), (LESS, "half or less"))) + "<span>clear: an even share</span>"
+    key = "".join(
+        f'<span><i style="background:rgb{c}"></i>{w}</span>' for c, w in ((MORE, "twice an even share or more"), (LESS, "half or less"))
+    ) + "<span>clear: an even share</span>"
     return f'<fieldset class="switch"><legend>Drawn over the photos</legend>{"".join(choices)}<p class="key">{key}</p></fieldset>'
 
 

@@ -23,7 +23,8 @@ from .progress import print_progress  # likewise
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16_kaggle.ipynb #08736552
-PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors", "tqdm")  # all that predicting needs beside this library; the picture at the end also takes matplotlib
+# all that predicting needs beside this library; the picture of the predictions also takes matplotlib
+PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors", "tqdm")
 
 # %% ../nbs/16_kaggle.ipynb #d215cc2d
 def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
@@ -105,7 +106,8 @@ def _grams_by_photo(data, table: pd.DataFrame) -> tuple:
     "(paths, [N, 5] grams) of a submission or a table of grams."
     if "photo" in table: return [Path(data) / p for p in table["photo"]], table[list(TARGETS)].to_numpy()
     rows, photos = read_test(data)
-    grams = rows.assign(grams=table.set_index("sample_id")["target"].loc[rows["sample_id"]].to_numpy()).pivot(index="image_path", columns="target_name", values="grams")
+    grams = rows.assign(grams=table.set_index("sample_id")["target"].loc[rows["sample_id"]].to_numpy()).pivot(
+        index="image_path", columns="target_name", values="grams")
     return list(photos.values()), grams.reindex(index=list(photos), columns=list(TARGETS)).to_numpy()
 
 # %% ../nbs/16_kaggle.ipynb #53a7bd22
@@ -154,9 +156,11 @@ def show_predictions(
 
 # %% ../nbs/16_kaggle.ipynb #fa53c7bf
 NOTEBOOK_CELLS = (
-    ("markdown", "# Pasture biomass from photographs\n\nHow much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for each, how many grams of dry matter "
-     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - Image2Biomass Prediction*; with your own photos attached instead of "
-     "the competition, it predicts those.\n\nIt needs no internet. Under *Input*, three things are attached: a dataset with the library `biomass_kit`, one with the trained weights, "
+    ("markdown", "# Pasture biomass from photographs\n\n"
+     "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for each, how many grams of dry matter "
+     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - Image2Biomass Prediction*; "
+     "with your own photos attached instead of the competition, it predicts those.\n\n"
+     "It needs no internet. Under *Input*, three things are attached: a dataset with the library `biomass_kit`, one with the trained weights, "
      "and the photos. Everything that happens below lives in that library, whose own notebooks explain and test each step.\n\n"
      "## Set up\n\nThe library is installed from its dataset; the rest is what Kaggle provides."),
     ("code", "import os, subprocess, sys\nfrom pathlib import Path\n\n"
@@ -164,15 +168,19 @@ NOTEBOOK_CELLS = (
      "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
      "library = next(inputs.rglob(\"biomass_kit-*.whl\")).parent\n"
      "subprocess.run([sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\", *library.glob(\"*.whl\")], check=True)"),
-    ("markdown", "## Predict\n\nThe inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; a backbone turns the tiles "
-     "into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, which are averaged and made to add up.\n\n"
-     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. For your own photos it is `grams.csv`, one row a photo. "
-     "A photo that cannot be read is named in a table beside it.\n\nA valid file is there from the first minute and becomes better as photos are done. The run is watched: "
+    ("markdown", "## Predict\n\n"
+     "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; "
+     "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "
+     "which are averaged and made to add up.\n\n"
+     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. "
+     "For your own photos it is `grams.csv`, one row a photo. A photo that cannot be read is named in a table beside it.\n\n"
+     "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
      "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer folds, and the closing lines say how many."),
     ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines\n\n"
      "data, weights = find_inputs(inputs)\n"
      "table = predict_inputs(weights, data, working, deadline=\"8h30m\", progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
-    ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. A bare quadrat beside a long bar would be a reason to stop."),
+    ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. "
+     "A bare quadrat beside a long bar would be a reason to stop."),
     ("code", "show_predictions(data, table)"),
     ("markdown", "## The same answer as at home?\n\nThree drawn photos travel with the weights, with the predictions that were made when they were packed. "
      "`difference` is in grams and should be near zero; a large one means that this machine computes something else."),

@@ -27,7 +27,8 @@ COMPETITION = "csiro-biomass"
 DEFAULT_USER = "your-kaggle-name"
 ABOUT = {  # slug -> (licence, description)
     LIB: ("apache-2.0", "The Python library biomass_kit as a wheel: photographs of pasture in, grams of dry matter out."),
-    WEIGHTS: ("other", "Weights trained by biomass_kit, with its manifest and reference predictions. Their licence follows from the backbone's and the training photos'."),
+    WEIGHTS: ("other", "Weights trained by biomass_kit, with its manifest and reference predictions. "
+              "Their licence follows from the backbone's and the training photos'."),
 }
 
 
@@ -47,16 +48,18 @@ def kernel_metadata(user: str) -> dict:
 
 # %% ../nbs/16b_packing.ipynb #fdc8dd4b
 LICENCES = (  # the names that Kaggle's documentation of dataset-metadata.json lists
-    "CC0-1.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0", "ODbL-1.0", "DbCL-1.0", "copyright-authors", "other", "unknown", "CC-BY-4.0", "CC-BY-NC-4.0", "PDDL",
-    "CC-BY-3.0", "CC-BY-3.0-IGO", "US-Government-Works", "CC-BY-NC-SA-3.0-IGO", "CDLA-Permissive-1.0", "CDLA-Sharing-1.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-4.0", "ODC-BY-1.0",
-    "LGPL-3.0", "AGPL-3.0", "FDL-1.3", "EU-ODP-Legal-Notice", "apache-2.0", "GPL-3.0",
+    "CC0-1.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0", "ODbL-1.0", "DbCL-1.0", "copyright-authors", "other", "unknown",
+    "CC-BY-4.0", "CC-BY-NC-4.0", "PDDL", "CC-BY-3.0", "CC-BY-3.0-IGO", "US-Government-Works", "CC-BY-NC-SA-3.0-IGO", "CDLA-Permissive-1.0",
+    "CDLA-Sharing-1.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-4.0", "ODC-BY-1.0", "LGPL-3.0", "AGPL-3.0", "FDL-1.3", "EU-ODP-Legal-Notice",
+    "apache-2.0", "GPL-3.0",
 )
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 def check_user(user: str) -> str:
     "A Kaggle name that can stand in an id."
-    if not SLUG.fullmatch(user): raise BiomassError(f"--user '{user}': no Kaggle name; give it as it stands in kaggle.com/NAME: lower-case letters, digits, single dashes")
+    if not SLUG.fullmatch(user):
+        raise BiomassError(f"--user '{user}': no Kaggle name; give it as it stands in kaggle.com/NAME: lower-case letters, digits, single dashes")
     return user
 
 # %% ../nbs/16b_packing.ipynb #74ea4c78
@@ -64,7 +67,8 @@ def _common_faults(made: dict):
     "What Kaggle would refuse in a dataset's or a notebook's metadata."
     title, (user, _, slug) = made.get("title", ""), made.get("id", "").partition("/")
     if not 6 <= len(title) <= 50: yield f"title '{title}' has {len(title)} characters; make it 6 to 50"
-    if not (SLUG.fullmatch(user) and SLUG.fullmatch(slug)): yield f"id '{made.get('id')}' is not user/slug in lower-case letters, digits and single dashes; mend it or pack again with --user"
+    if not (SLUG.fullmatch(user) and SLUG.fullmatch(slug)):
+        yield f"id '{made.get('id')}' is not user/slug in lower-case letters, digits and single dashes; mend it or pack again with --user"
     if not 6 <= len(slug) <= 50: yield f"slug '{slug}' has {len(slug)} characters; make it 6 to 50"
 
 
@@ -80,12 +84,14 @@ def _kernel_faults(made: dict, folder: Path):
     "The notebook's own."
     for key, due in (("enable_internet", False), ("enable_gpu", True), ("language", "python"), ("kernel_type", "notebook")):
         if made.get(key) != due: yield f"{key} is {made.get(key)!r}; write {json.dumps(due)}"
-    if made.get("id", "").partition("/")[2] != made.get("title", "").lower().replace(" ", "-"): yield f"id '{made.get('id')}' does not end in the title with dashes for spaces, which is the slug that Kaggle makes; mend one of them"
+    if made.get("id", "").partition("/")[2] != made.get("title", "").lower().replace(" ", "-"):
+        yield f"id '{made.get('id')}' does not end in the title with dashes for spaces, which is the slug that Kaggle makes; mend one of them"
     if not (folder / made.get("code_file", "")).is_file(): yield f"code_file '{made.get('code_file')}' is not in {folder}; pack again"
     sources = made.get("dataset_sources", [])
     missing = [s for s in (LIB, WEIGHTS) if s not in {d.partition("/")[2] for d in sources}]
     if missing: yield f"dataset_sources {sources} lack {', '.join(missing)}; add user/slug"
-    if COMPETITION not in made.get("competition_sources", []) and len(sources) < 3: yield f"neither competition_sources name {COMPETITION}, nor dataset_sources a third dataset, with photos; add one"
+    if COMPETITION not in made.get("competition_sources", []) and len(sources) < 3:
+        yield f"neither competition_sources name {COMPETITION}, nor dataset_sources a third dataset, with photos; add one"
 
 # %% ../nbs/16b_packing.ipynb #4db89092
 def check_metadata(
@@ -101,7 +107,9 @@ def check_metadata(
     return made
 
 # %% ../nbs/16b_packing.ipynb #5e84f5f3
-KAGGLE_IMAGE = {  # inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings safetensors and tqdm, Kaggle/docker-python lists matplotlib
+# inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings safetensors and tqdm,
+# Kaggle/docker-python lists matplotlib
+KAGGLE_IMAGE = {
     "python": "3.12", "torch": "2.10.0", "torchvision": "0.25.0", "timm": "1.0.26", "albumentations": "2.0.8", "numpy": "2.0.2", "pandas": "2.2.2",
     "pillow": None, "safetensors": None, "tqdm": None, "matplotlib": None,
 }
@@ -127,10 +135,13 @@ def wheels_wanted(
     names,  # requirements named by the user, maybe none
 ) -> dict:  # requirement -> reason
     "What `--wheels` shall bring; refuses where there is nothing to bring."
-    wanted = image_gaps() | {name: f"asked for with --wheels; Kaggle's image has {KAGGLE_IMAGE.get(re.split('[^A-Za-z0-9_.-]', name)[0].lower()) or 'a version of its own or none'}" for name in names}
+    wanted = image_gaps() | {
+        name: "asked for with --wheels; "
+        f"Kaggle's image has {KAGGLE_IMAGE.get(re.split('[^A-Za-z0-9_.-]', name)[0].lower()) or 'a version of its own or none'}" for name in names}
     if not wanted:
         has = ", ".join(f"{n} {KAGGLE_IMAGE[n] or ''}".strip() for n in PREDICT_REQUIREMENTS)
-        raise BiomassError(f"--wheels: Kaggle's image lacks nothing that the notebook needs (it has {has}); drop --wheels, or name what shall travel: --wheels timm==1.0.31")
+        raise BiomassError(f"--wheels: Kaggle's image lacks nothing that the notebook needs (it has {has}); "
+                           "drop --wheels, or name what shall travel: --wheels timm==1.0.31")
     return wanted
 
 # %% ../nbs/16b_packing.ipynb #c107fcac
@@ -145,7 +156,9 @@ def download_wheels(
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--python-version", KAGGLE_IMAGE["python"],
                        *(a for p in ("manylinux_2_28_x86_64", "manylinux2014_x86_64") for a in ("--platform", p)), "--dest", folder, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode: raise BiomassError(f"--wheels {requirement}: no wheel for Kaggle's Python {KAGGLE_IMAGE['python']} could be had. pip said: {done.stderr.strip()[-300:]}")
+            if done.returncode:
+                raise BiomassError(f"--wheels {requirement}: no wheel for Kaggle's Python {KAGGLE_IMAGE['python']} could be had. "
+                                   f"pip said: {done.stderr.strip()[-300:]}")
             for wheel in Path(folder).glob("*.whl"): listed.append({"file": copy_file(wheel, Path(out) / wheel.name).name, "reason": reason})
     write_json(Path(out) / WHEEL_LIST, listed)
 
@@ -201,7 +214,8 @@ are listed with their reason in `{lib}/{wheel_list}`.
 def upload_readme(user: str) -> str:
     "The README of `kaggle_datasets/`."
     image = ", ".join(f"{n} {KAGGLE_IMAGE[n] or ''}".strip() for n in (*PREDICT_REQUIREMENTS, "matplotlib"))
-    return UPLOAD.format(lib=LIB, weights=WEIGHTS, kernel=KERNEL, user=user, version=biomass_kit.__version__, same=SAME, competition=COMPETITION, image=image, wheel_list=WHEEL_LIST)
+    return UPLOAD.format(lib=LIB, weights=WEIGHTS, kernel=KERNEL, user=user, version=biomass_kit.__version__, same=SAME, competition=COMPETITION,
+                         image=image, wheel_list=WHEEL_LIST)
 
 # %% ../nbs/16b_packing.ipynb #df1d84eb
 def build_wheel(
@@ -239,19 +253,22 @@ def check_packed(
 ) -> dict:  # {"user", "wheel", "bundle"}
     "Raise `BiomassError` unless what was packed is complete, fits together and can be uploaded."
     packed = Path(packed)
-    if not (packed / KERNEL / KERNEL_METADATA).is_file(): raise BiomassError(f"{packed}: nothing is packed here; run biomass_pack --weights BUNDLE --out {packed}")
+    if not (packed / KERNEL / KERNEL_METADATA).is_file():
+        raise BiomassError(f"{packed}: nothing is packed here; run biomass_pack --weights BUNDLE --out {packed}")
     made = {slug: check_metadata(packed / slug / DATASET_METADATA)["id"] for slug in (LIB, WEIGHTS)}
     kernel = check_metadata(packed / KERNEL / KERNEL_METADATA)
     absent = [i for i in made.values() if i not in kernel["dataset_sources"]]
     if absent: raise BiomassError(f"{packed / KERNEL / KERNEL_METADATA}: dataset_sources lack {', '.join(absent)}; pack again with one --user")
     if json.loads((packed / KERNEL / NOTEBOOK).read_text(encoding="utf-8")) != inference_notebook():
-        raise BiomassError(f"{packed / KERNEL / NOTEBOOK}: not the notebook that this library writes; run biomass_pack again, and edit a copy on Kaggle if you must")
+        raise BiomassError(f"{packed / KERNEL / NOTEBOOK}: not the notebook that this library writes; run biomass_pack again, "
+                           "and edit a copy on Kaggle if you must")
     wheels = sorted((packed / LIB).glob("biomass_kit-*.whl"))
     if len(wheels) != 1: raise BiomassError(f"{packed / LIB}: expected one wheel of biomass_kit, found {len(wheels)}; run biomass_pack again")
     refuse_pickles(packed / WEIGHTS)
     bundle, version = read_bundle(packed / WEIGHTS), wheels[0].name.split("-")[1]
     if version_key(version) < version_key(bundle.manifest["library"]):
-        raise BiomassError(f"{wheels[0]}: the weights were written by biomass_kit {bundle.manifest['library']}, later than this wheel; pack with --wheel of that version or later, or without --wheel")
+        raise BiomassError(f"{wheels[0]}: the weights were written by biomass_kit {bundle.manifest['library']}, later than this wheel; "
+                           "pack with --wheel of that version or later, or without --wheel")
     return {"user": kernel["id"].partition("/")[0], "wheel": wheels[0], "bundle": bundle}
 
 # %% ../nbs/16b_packing.ipynb #9566de6d
@@ -267,7 +284,8 @@ def pack(
     check_user(user)
     bundle, out, wanted = read_bundle(weights), Path(out), {} if wheels is None else wheels_wanted(wheels)
     for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
-        if source.resolve().is_relative_to(out.resolve()): raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
+        if source.resolve().is_relative_to(out.resolve()):
+            raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
     for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
         for old in (p for pattern in (*patterns, ".tmp-*") for p in (out / slug).glob(pattern)): old.unlink()  # half a file too, from a packing that was killed
     for left in out.glob(".tmp-*"): left.unlink()

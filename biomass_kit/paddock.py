@@ -34,7 +34,8 @@ def headline(
 ) -> str:  # plain text
     "How much there is, and how many figures need care."
     total, flagged = predicted[KG_HA[TOTAL]], int((predicted["flag"] != "").sum())
-    text = f"{len(total)} photo{'s' * (len(total) != 1)}: median total {number(total.median(), 0)} {HECTARE}, from {number(total.min(), 0)} to {number(total.max(), 0)}."
+    text = (f"{len(total)} photo{'s' * (len(total) != 1)}: median total {number(total.median(), 0)} {HECTARE}, "
+            f"from {number(total.min(), 0)} to {number(total.max(), 0)}.")
     return text + (f" {flagged} need{'s' * (flagged == 1)} care." if flagged else " None is flagged.")
 
 
@@ -93,8 +94,8 @@ def photo_table(
     rows = [[p, g, t, span, *parts, a, flag] for p, g, t, span, parts, a, flag in zip(
         predicted["photo"], predicted[TARGETS[TOTAL]], predicted[KG_HA[TOTAL]], spans, predicted[list(KG_HA[:TOTAL])].to_numpy(), alike, predicted["flag"])]
     columns = [("Photo", 0), ("Total, g", 1), ("Total", 0), ("interval", 0), *[(SHORT[t], 0) for t in TARGETS[:TOTAL]], ("Likeness", 2), ("Flag", 0)]
-    return table(columns, rows, "Every photo; likeness is the share of training photos that lie as far from those of other dates as this one does from all of them.",
-                 [("", 2), (HECTARE, 2 + TOTAL), ("", 2)])
+    return table(columns, rows, "Every photo; likeness is the share of training photos that lie as far from those of other dates "
+                 "as this one does from all of them.", [("", 2), (HECTARE, 2 + TOTAL), ("", 2)])
 
 # %% ../nbs/15b_paddock.ipynb #3fe6b316
 TITLE = "Pasture biomass: predicted photos"
@@ -103,8 +104,8 @@ TITLE = "Pasture biomass: predicted photos"
 def _care(predicted, facts) -> str:
     "What speaks against figures."
     odd = predicted[predicted["flag"] != ""]
-    text = paragraph("No photo is flagged." if not len(odd) else f"{len(odd)} of {len(predicted)} photos are flagged. A figure for a photo unlike the training photos may be anything; "
-                     "training means say nothing of the photo at all.")
+    text = paragraph("No photo is flagged." if not len(odd) else f"{len(odd)} of {len(predicted)} photos are flagged. "
+                     "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
     if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
@@ -128,14 +129,16 @@ def _photos(predicted, facts, photos) -> str:
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     score = facts.get("score") or {}
-    known = f"On photos of dates held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} (90 % interval {interval(score.get('interval_90'))} over dates)."
+    known = (f"On photos of dates held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
+             f"(90 % interval {interval(score.get('interval_90'))} over dates).")
     a, b = facts["quadrat_cm"]
     area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."
     rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions")}
-    return (paragraph(known if score else "The bundle tells no score.") + paragraph(area) + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
+    return (paragraph(known if score else "The bundle tells no score.") + paragraph(area)
+            + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
 
-
+# %% ../nbs/15b_paddock.ipynb #5e15bb04
 def page(
     predicted,  # the table of `ensemble.predict_folder`
     facts: dict,  # command, versions, quadrat_cm, and what else is known: score and level of the bundle, seconds, ...
@@ -146,10 +149,13 @@ def page(
     every = photo_table(predicted)
     if len(predicted) > MOST: every = f"<details><summary>All {len(predicted)} photos</summary>{every}</details>"
     total = predicted[KG_HA[TOTAL]]
-    fig = figure(plot_totals(predicted), f"Predicted totals of {len(total)} photos, sorted, from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.", "Each photo's total; crosses are flagged.")
+    fig = figure(plot_totals(predicted), f"Predicted totals of {len(total)} photos, sorted, "
+                 f"from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.", "Each photo's total; crosses are flagged.")
     kinds = sorted({k for seen in photos.values() for k in seen.maps})
-    return document(title, headline(predicted), [("How much there is", summary_table(predicted) + fig), ("To be read with care", _care(predicted, facts)),
-                                                 ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)), ("How it was made", _made(facts))], gallery_style(kinds))
+    return document(title, headline(predicted), [
+        ("How much there is", summary_table(predicted) + fig), ("To be read with care", _care(predicted, facts)),
+        ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)), ("How it was made", _made(facts)),
+    ], gallery_style(kinds))
 
 # %% ../nbs/15b_paddock.ipynb #2dc30fd8
 def write_paddock(path, predicted, facts: dict, photos: dict) -> Path:

@@ -16,7 +16,6 @@ from html.parser import HTMLParser
 from numbers import Integral
 from pathlib import Path
 
-
 from .data import write_text
 from .targets import BiomassError
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MARKERS', 'CARD_FACTS', 'SECTIONS', 'TITLE', 'label', 'score_table', 'fold_table', 'headline', 'beaten',
-           'oof_grams', 'plain_legend', 'plot_predicted', 'residual_groups', 'shortened', 'plot_residuals',
-           'residual_table', 'plot_learning', 'identity_gaps', 'gap_words', 'plot_identities', 'plot_intervals',
+           'oof_grams', 'plain_legend', 'plot_predicted', 'plot_learning', 'identity_gaps', 'gap_words',
+           'plot_identities', 'residual_groups', 'shortened', 'plot_residuals', 'residual_table', 'plot_intervals',
            'interval_table', 'error_shares', 'extremes', 'worst_table', 'scores_section', 'folds_section',
            'predicted_section', 'worst_section', 'residuals_section', 'intervals_section', 'photos_section',
            'identities_section', 'learning_section', 'members_section', 'sources', 'made_section', 'page',
@@ -142,60 +142,6 @@ def plot_predicted(
     fig.supylabel("predicted, g", fontsize=12)
     return fig
 
-# %% ../nbs/15_report.ipynb #8cf658ce
-def residual_groups(
-    oof,  # the out-of-fold table
-) -> dict:  # what groups -> [(name of the group, indices of its photos)], in the order to be shown
-    "Photos by state, month, species and measured amount."
-    said = lambda column: oof[column].astype(object).where(oof[column].notna(), "unknown").astype(str).to_numpy()
-    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format).to_numpy()
-    total = oof_grams(oof)[:, TOTAL]
-    edges = np.unique(np.quantile(total, np.linspace(0, 1, 5)))
-    part = np.searchsorted(edges[1:-1], total, side="right")
-    amount = np.array([f"{number(edges[i], 0)} to {number(edges[min(i + 1, len(edges) - 1)], 0)} g" for i in part])
-    of = {"state": said("State"), "month": month, "species": said("Species"), "measured total": amount}
-    keys = {name: sorted(set(values), key=lambda v: (total[values == v].min(), v) if name == "measured total" else v) for name, values in of.items()}
-    return {name: [(key, np.flatnonzero(values == key)) for key in keys[name]] for name, values in of.items()}
-
-
-def shortened(
-    text: str,
-    most: int = 24,  # characters
-) -> str:
-    "A long name cut in its middle, where names of mixtures differ least."
-    return text if len(text) <= most else f"{text[:most // 2]}…{text[-(most - most // 2 - 1):]}"
-
-# %% ../nbs/15_report.ipynb #03e09320
-def plot_residuals(
-    oof,  # the out-of-fold table
-) -> Figure:
-    "Predicted minus measured total, a panel for each way to group the photos."
-    wrong, groups = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL], residual_groups(oof)
-    sizes = [len(g) for g in groups.values()]
-    fig = Figure(figsize=(5, 1.6 + .3 * sum(sizes) + .45 * len(sizes)), layout="constrained", facecolor="white")
-    jitter = np.random.default_rng(0)
-    for ax, (name, of) in zip(fig.subplots(len(groups), 1, sharex=True, height_ratios=[s + .8 for s in sizes]), groups.items()):
-        ax.axvline(0, color="#999999", lw=1, zorder=0)
-        ax.boxplot([wrong[at] for _, at in of], orientation="horizontal", showfliers=False, widths=.6, medianprops=dict(color=COLORS[1], lw=2))
-        for i, (_, at) in enumerate(of): ax.scatter(wrong[at], i + 1 + jitter.uniform(-.2, .2, len(at)), s=8, alpha=.5, color=COLORS[0], linewidths=0)
-        ax.set_yticks(range(1, len(of) + 1), [f"{shortened(key)} ({len(at)})" for key, at in of], fontsize=9.5, parse_math=False)
-        ax.set_title(f"by {name}", fontsize=11, loc="left")
-        ax.invert_yaxis()
-    fig.supxlabel("predicted − measured total, g", fontsize=12)
-    return fig
-
-# %% ../nbs/15_report.ipynb #13bf0d60
-def residual_table(
-    oof,  # the out-of-fold table
-) -> str:
-    "Mean residual of every target in every group."
-    wrong = oof_grams(oof, "_pred") - oof_grams(oof)
-    rows = [[f"{name}: {key}", len(at), *wrong[at].mean(0), float(np.sqrt((wrong[at, TOTAL] ** 2).mean()))]
-            for name, of in residual_groups(oof).items() for key, at in of]
-    columns = [("Group", 0), ("Photos", 0), *[(SHORT[t], 1) for t in TARGETS], ("Total", 1)]
-    return table(columns, rows, "Mean of predicted minus measured grams in each group, and the root mean squared error of the total.",
-                 [("", 2), ("mean residual, g", len(TARGETS)), ("RMSE, g", 1)])
-
 # %% ../nbs/15_report.ipynb #ff39f4c9
 def plot_learning(
     history,  # columns run, fold, epoch, loss, valid_r2 (may be nan); a row an epoch
@@ -256,6 +202,60 @@ def plot_identities(
     ax.grid(alpha=.25)
     ax.legend(fontsize=9.5, frameon=False)
     return fig
+
+# %% ../nbs/15_report.ipynb #8cf658ce
+def residual_groups(
+    oof,  # the out-of-fold table
+) -> dict:  # what groups -> [(name of the group, indices of its photos)], in the order to be shown
+    "Photos by state, month, species and measured amount."
+    said = lambda column: oof[column].astype(object).where(oof[column].notna(), "unknown").astype(str).to_numpy()
+    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format).to_numpy()
+    total = oof_grams(oof)[:, TOTAL]
+    edges = np.unique(np.quantile(total, np.linspace(0, 1, 5)))
+    part = np.searchsorted(edges[1:-1], total, side="right")
+    amount = np.array([f"{number(edges[i], 0)} to {number(edges[min(i + 1, len(edges) - 1)], 0)} g" for i in part])
+    of = {"state": said("State"), "month": month, "species": said("Species"), "measured total": amount}
+    keys = {name: sorted(set(values), key=lambda v: (total[values == v].min(), v) if name == "measured total" else v) for name, values in of.items()}
+    return {name: [(key, np.flatnonzero(values == key)) for key in keys[name]] for name, values in of.items()}
+
+
+def shortened(
+    text: str,
+    most: int = 24,  # characters
+) -> str:
+    "A long name cut in its middle, where names of mixtures differ least."
+    return text if len(text) <= most else f"{text[:most // 2]}…{text[-(most - most // 2 - 1):]}"
+
+# %% ../nbs/15_report.ipynb #03e09320
+def plot_residuals(
+    oof,  # the out-of-fold table
+) -> Figure:
+    "Predicted minus measured total, a panel for each way to group the photos."
+    wrong, groups = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL], residual_groups(oof)
+    sizes = [len(g) for g in groups.values()]
+    fig = Figure(figsize=(5, 1.6 + .3 * sum(sizes) + .45 * len(sizes)), layout="constrained", facecolor="white")
+    jitter = np.random.default_rng(0)
+    for ax, (name, of) in zip(fig.subplots(len(groups), 1, sharex=True, height_ratios=[s + .8 for s in sizes]), groups.items()):
+        ax.axvline(0, color="#999999", lw=1, zorder=0)
+        ax.boxplot([wrong[at] for _, at in of], orientation="horizontal", showfliers=False, widths=.6, medianprops=dict(color=COLORS[1], lw=2))
+        for i, (_, at) in enumerate(of): ax.scatter(wrong[at], i + 1 + jitter.uniform(-.2, .2, len(at)), s=8, alpha=.5, color=COLORS[0], linewidths=0)
+        ax.set_yticks(range(1, len(of) + 1), [f"{shortened(key)} ({len(at)})" for key, at in of], fontsize=9.5, parse_math=False)
+        ax.set_title(f"by {name}", fontsize=11, loc="left")
+        ax.invert_yaxis()
+    fig.supxlabel("predicted − measured total, g", fontsize=12)
+    return fig
+
+# %% ../nbs/15_report.ipynb #13bf0d60
+def residual_table(
+    oof,  # the out-of-fold table
+) -> str:
+    "Mean residual of every target in every group."
+    wrong = oof_grams(oof, "_pred") - oof_grams(oof)
+    rows = [[f"{name}: {key}", len(at), *wrong[at].mean(0), float(np.sqrt((wrong[at, TOTAL] ** 2).mean()))]
+            for name, of in residual_groups(oof).items() for key, at in of]
+    columns = [("Group", 0), ("Photos", 0), *[(SHORT[t], 1) for t in TARGETS], ("Total", 1)]
+    return table(columns, rows, "Mean of predicted minus measured grams in each group, and the root mean squared error of the total.",
+                 [("", 2), ("mean residual, g", len(TARGETS)), ("RMSE, g", 1)])
 
 # %% ../nbs/15_report.ipynb #f616a4b5
 def plot_intervals(
@@ -369,7 +369,7 @@ def residuals_section(results, oof, history, photos):
                  "Left of the line the total is underestimated. Orange: median; box: middle half; in brackets: photos.")
     return fig + f"<details><summary>All targets as a table</summary>{residual_table(oof)}</details>"
 
-
+# %% ../nbs/15_report.ipynb #5e15aa01
 def intervals_section(results, oof, history, photos):
     "Coverage, when there are intervals."
     given = results.get("intervals")
@@ -379,7 +379,8 @@ def intervals_section(results, oof, history, photos):
     strange = paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {number(100 * unlike['flagged'], 0)} % of the photos; "
                         f"about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
     said = paragraph(f"Intervals come from the errors on {number(given['dates'])} dates held out, " + (
-        "added to what the uncertainty heads say." if given["of"] == "heads" else "around each prediction.") + " The margin for each fold comes from the other folds.")
+        "added to what the uncertainty heads say." if given["of"] == "heads" else "around each prediction."
+    ) + " The margin for each fold comes from the other folds.")
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
     return said + interval_table(results) + figure(plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
                                                    "Crosses are photos whose measured total lies outside its interval.") + strange
@@ -404,16 +405,18 @@ def photos_section(results, oof, history, photos):
     text = "The photos that the members judged best and worst, by their share of the weighted squared error."
     if kinds: text += (" Maps come from the members that never trained on the photo, in its plain view, and are the mean over their tile grids.")
     warn = f'<p class="warn">{escape(f"{len(faults)} of {len(at)} photos could not be shown; first: {faults[0]}")}</p>' if faults else ""
-    return paragraph(text) + warn + map_switch(kinds) + bar_key(True) + "".join(f"<h3>The {len(rows)} {name}</h3>" + cards([one(i) for i in rows]) for name, rows in shown.items() if len(rows))
+    return paragraph(text) + warn + map_switch(kinds) + bar_key(True) + "".join(
+        f"<h3>The {len(rows)} {name}</h3>" + cards([one(i) for i in rows]) for name, rows in shown.items() if len(rows)
+    )
 
-
+# %% ../nbs/15_report.ipynb #c1921391
 def identities_section(results, oof, history, photos):
     "Whether the parts add up."
     said = "; ".join(gap_words(*item) for item in identity_gaps(oof).items())
     return figure(plot_identities(oof), f"Sorted gaps between the predicted total and the sum of its parts. {said}.",
                   "By how much the predicted total misses green + dead + clover.")
 
-# %% ../nbs/15_report.ipynb #c1921391
+
 def learning_section(results, oof, history, photos):
     "Learning curves, when the epochs were recorded."
     if history is None or not len(history): return ""

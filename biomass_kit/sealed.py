@@ -52,7 +52,8 @@ def _guard(event, args):
 
 sys.addaudithook(_guard)
 """
-LOOPBACK = 'import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))'  # SIOCSIFFLAGS: up and running, as it is on Kaggle
+# SIOCSIFFLAGS: up and running, as it is on Kaggle
+LOOPBACK = 'import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))'
 
 
 def unrouted(snmp: str) -> int:  # text of /proc/net/snmp and snmp6
@@ -85,14 +86,17 @@ def knock(
     with socket.create_server((host, 0)) as server:
         words = KNOCK.format(host=host if host != "127.0.0.1" else "192.0.2.1", port=server.getsockname()[1])
         run = lambda *c, **env: subprocess.run(c, capture_output=True, text=True, env={**os.environ, **env})
-        if host != "127.0.0.1" and run(sys.executable, "-c", words).returncode: raise BiomassError(f"a server on {host} could not be reached with the network on, so the cut cannot be tried; is a firewall between?")
+        if host != "127.0.0.1" and run(sys.executable, "-c", words).returncode:
+            raise BiomassError(f"a server on {host} could not be reached with the network on, so the cut cannot be tried; is a firewall between?")
         guarded = run(*cut, sys.executable, "-c", words, PYTHONPATH=str(room / "guard"), NETWORK_LOG=str(log))
         counted = len(log.read_text().splitlines()) if log.exists() else 0
-        if guarded.returncode == 0 or counted != 1: raise BiomassError(f"the network guard let a connection pass or did not count it ({counted}); is another sitecustomize.py in the way?")
+        if guarded.returncode == 0 or counted != 1:
+            raise BiomassError(f"the network guard let a connection pass or did not count it ({counted}); is another sitecustomize.py in the way?")
         if not cut: return "a forbidden connection failed, counted by the guard"
         script = f"{shlex.quote(sys.executable)} -I -c {shlex.quote(words)} && exit 9; cat /proc/net/snmp /proc/net/snmp6 2>/dev/null"
         bare = run(*cut, "sh", "-c", script)
-        if bare.returncode == 9 or unrouted(bare.stdout) < 1: raise BiomassError("a connection left the network namespace, or was not counted there; do not trust the cut of this machine")
+        if bare.returncode == 9 or unrouted(bare.stdout) < 1:
+            raise BiomassError("a connection left the network namespace, or was not counted there; do not trust the cut of this machine")
     return "a forbidden connection failed, counted by the guard and by the kernel"
 
 # %% ../nbs/16c_sealed.ipynb #9ede3b02
@@ -137,7 +141,9 @@ def kaggle_python(
     pins = [pin if has(pin) else name for name, pin in ((n, f"{n}=={KAGGLE_IMAGE[n]}") for n in ASKED)]
     rest = [n for n in (*PREDICT_REQUIREMENTS, "matplotlib") if n not in (*ASKED, "torch")]
     done = pip(*_torch_pins(has), *pins, *rest, *RUNS_NOTEBOOKS)
-    if done.returncode: raise BiomassError(f"an environment like Kaggle's could not be built; is a package registry within reach? --share takes this environment's packages. pip said: {done.stderr.strip()[-800:]}")
+    if done.returncode:
+        raise BiomassError("an environment like Kaggle's could not be built; is a package registry within reach? "
+                           f"--share takes this environment's packages. pip said: {done.stderr.strip()[-800:]}")
     return python
 
 # %% ../nbs/16c_sealed.ipynb #7522c23b
@@ -145,7 +151,8 @@ def versions(
     python,
 ) -> dict:  # name -> (Kaggle's version, the one in this Python)
     "What Kaggle's image has, as far as is known, beside what a Python has."
-    ask = "import sys, json; from importlib import metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:] if list(m.distributions(name=n))} | {'python': sys.version.split()[0]}))"
+    ask = ("import sys, json; from importlib import metadata as m; "
+           "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if list(m.distributions(name=n))} | {'python': sys.version.split()[0]}))")
     got = json.loads(subprocess.run([str(python), "-c", ask, *(n for n in KAGGLE_IMAGE if n != "python")], capture_output=True, text=True, check=True).stdout)
     return {name: (asked, got.get(name)) for name, asked in KAGGLE_IMAGE.items()}
 
@@ -197,7 +204,8 @@ try: NotebookClient(notebook, km=kernel, timeout=None).execute()
 finally: nbformat.write(notebook, target)
 """
 EXECUTED = "inference-executed.ipynb"
-KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}  # the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has them
+# the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has them
+KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}
 
 
 def family_memory(pid: int) -> int:  # bytes
@@ -239,7 +247,8 @@ def run_offline(
     room_bytes: int = ROOM_BYTES,
 ) -> dict:  # {"submission", "notebook", "network", "input", "attempts", "knock", "seconds", "memory", "disk"}
     "Run the packed notebook whole, offline, over a `/kaggle/input`-like folder; raises `BiomassError` if it fails."
-    if python is None and not importlib.util.find_spec("nbclient"): raise BiomassError("running a notebook needs nbclient and ipykernel: pip install nbclient ipykernel")
+    if python is None and not importlib.util.find_spec("nbclient"):
+        raise BiomassError("running a notebook needs nbclient and ipykernel: pip install nbclient ipykernel")
     packed, keep, cut = Path(packed).resolve(), Path(keep).resolve(), network_cut()
     user = check_packed(packed)["user"]
     mounting = "--mount" in cut
@@ -255,9 +264,11 @@ def run_offline(
         seen = {"knock": knock(room, cut), "network": "a network namespace with no interface" if cut else "a guard that refuses every connection",
                 "input": "mounted read-only" if mounting else "a copy, compared afterwards"}
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL", "NO_ALBUMENTATIONS"))} | {
-            "KAGGLE_INPUT": str(inputs), "KAGGLE_WORKING": str(working), "HOME": str(room / "home"), "PYTHONPATH": str(room / "guard"), "NETWORK_LOG": str(log), "JUPYTER_PLATFORM_DIRS": "1"}
+            "KAGGLE_INPUT": str(inputs), "KAGGLE_WORKING": str(working), "HOME": str(room / "home"), "PYTHONPATH": str(room / "guard"),
+            "NETWORK_LOG": str(log), "JUPYTER_PLATFORM_DIRS": "1"}
         command = [str(python), "-c", RUNNER, str(packed / KERNEL / NOTEBOOK), EXECUTED]
-        script = _room_script(inputs, mounts, working, out, room_bytes, command, python) if mounting else f"{shlex.join(command)}; code=$?; cat /proc/net/snmp /proc/net/snmp6 > {shlex.quote(str(room / 'snmp'))} 2>/dev/null; exit $code"
+        script = _room_script(inputs, mounts, working, out, room_bytes, command, python) if mounting else (
+            f"{shlex.join(command)}; code=$?; cat /proc/net/snmp /proc/net/snmp6 > {shlex.quote(str(room / 'snmp'))} 2>/dev/null; exit $code")
         before = None if mounting else _state(inputs)
         with open(room / "errors", "w+", encoding="utf-8") as errors:
             process = subprocess.Popen([*cut, "sh", "-c", script], cwd=working, env=env, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
@@ -266,13 +277,18 @@ def run_offline(
             said = errors.read().strip()[-2000:]
         for path in (out if mounting else working).iterdir():
             if path.is_file(): shutil.copy(path, keep / path.name)
-        if seen["seconds"] > KAGGLE_LIMITS["seconds"]: raise BiomassError(f"the packed notebook ran for more than Kaggle's {KAGGLE_LIMITS['seconds'] / 3600:g} hours and was ended; see {keep / EXECUTED}")
+        if seen["seconds"] > KAGGLE_LIMITS["seconds"]:
+            raise BiomassError(f"the packed notebook ran for more than Kaggle's {KAGGLE_LIMITS['seconds'] / 3600:g} hours and was ended; "
+                               f"see {keep / EXECUTED}")
         if process.returncode: raise BiomassError(f"the packed notebook failed offline; see {keep / EXECUTED}\n{said}")
-        if before is not None and before != _state(inputs): raise BiomassError("the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
-        if seen["disk"] > room_bytes: raise BiomassError(f"the notebook wrote {seen['disk'] / 1e6:.0f} MB to its working folder, more than the {room_bytes / 1e6:.0f} MB of this room")
+        if before is not None and before != _state(inputs):
+            raise BiomassError("the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
+        if seen["disk"] > room_bytes:
+            raise BiomassError(f"the notebook wrote {seen['disk'] / 1e6:.0f} MB to its working folder, more than the {room_bytes / 1e6:.0f} MB of this room")
         attempts = log.read_text().splitlines() if log.exists() else []
         silent = unrouted((room / "snmp").read_text()) if cut else 0
-    if attempts or silent: raise BiomassError(f"the run tried to reach the network: {'; '.join(attempts[:3]) or f'{silent} packets with no route'}; on Kaggle that waits or fails")
+    if attempts or silent:
+        raise BiomassError(f"the run tried to reach the network: {'; '.join(attempts[:3]) or f'{silent} packets with no route'}; on Kaggle that waits or fails")
     return seen | {"attempts": 0, "submission": keep / SUBMISSION, "notebook": keep / EXECUTED, "form": form}
 
 # %% ../nbs/16c_sealed.ipynb #c6d86b6e
@@ -290,12 +306,15 @@ def check_run(
     else:
         table, path = pd.read_csv(done["submission"].with_name(GRAMS)), done["submission"].with_name(GRAMS)
         due = [p.name for p in list_photos(data)]
-        if list(table["photo"]) != due or not (np.isfinite(table[list(TARGETS)]) & (table[list(TARGETS)] >= 0)).all(axis=None): raise BiomassError(f"{path}: not one row of grams for each of the {len(due)} photos; see {done['notebook']}")
+        if list(table["photo"]) != due or not (np.isfinite(table[list(TARGETS)]) & (table[list(TARGETS)] >= 0)).all(axis=None):
+            raise BiomassError(f"{path}: not one row of grams for each of the {len(due)} photos; see {done['notebook']}")
         rows = len(table)
     outputs = _outputs(done["notebook"])
-    said = next((line for o in outputs for line in "".join(o.get("text", "")).splitlines() if line.startswith("reference photos:")), "reference photos: nothing was said")
+    said = next((line for o in outputs for line in "".join(o.get("text", "")).splitlines() if line.startswith("reference photos:")),
+                "reference photos: nothing was said")
     if not said.endswith(f"g, {SAME}"): raise BiomassError(f"{said}; the room's versions compute something else than packing did, see {done['notebook']}")
-    if not any("image/png" in o.get("data", {}) for o in outputs): raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
+    if not any("image/png" in o.get("data", {}) for o in outputs):
+        raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
     over = [f"{kind} {done[kind]:g} of {limit:g}" for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
     if over: raise BiomassError(f"over Kaggle's limits: {', '.join(over)}")
     return {"rows": rows, "reference": said}
@@ -320,7 +339,8 @@ def _check_wheels(packed: Path):
 
     for path in sorted((packed / LIB).glob("*.whl")):
         if parse_wheel_filename(path.name)[3].isdisjoint(sys_tags()):
-            raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; verify under Kaggle's Python {KAGGLE_IMAGE['python']} (make PYTHON=python{KAGGLE_IMAGE['python']} demo builds its .venv)")
+            raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; verify under Kaggle's Python "
+                               f"{KAGGLE_IMAGE['python']} (make PYTHON=python{KAGGLE_IMAGE['python']} demo builds its .venv)")
 
 # %% ../nbs/16c_sealed.ipynb #d6f79079
 def verify(
@@ -350,13 +370,15 @@ def verify(
         if not share: say("building an environment with Kaggle's versions: about a minute, more where packages are not cached")
         python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv")
         found, runs = versions(python), []
-        say(f"environment: {'shares the packages of this one, so nothing is proved about versions' if share else f'built in {time.time() - start:.0f} s'}; asked for as Kaggle has it -> got:")
+        say(f"environment: {'shares the packages of this one, so nothing is proved about versions' if share else f'built in {time.time() - start:.0f} s'}; "
+            "asked for as Kaggle has it -> got:")
         say("  " + ", ".join(f"{n} {asked or 'any'} -> {got or 'absent'}" for n, (asked, got) in found.items()))
         for form in forms:
             say(f"running the packed notebook, inputs mounted by {form}: at least half a minute")
             done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes)
             done |= check_run(done, data)
-            if not runs: say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
+            if not runs:
+                say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
             say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
             runs.append(done)
     say(f"verified: submission and executed notebook are under {keep}")

@@ -178,7 +178,7 @@ def open_study(s: Search) -> optuna.Study:
 
 
 def _mend(path):
-    "Drop a line that was half written when a disk filled or a host went down; the journal could not be read behind it."
+    "Drop a line that was half written when a disk filled or a host went down; the journal could not be read beyond it."
     with open(path, "rb+") as f:
         data = f.read()
         f.truncate(data.rfind(b"\n") + 1)
@@ -322,7 +322,8 @@ def score_again(
 def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: int, log: Callable) -> Search:
     "What the options mean; what contradicts itself or cannot start is refused before the folder is claimed."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BiomassError("biomass_search shares its study among processes by itself; start it once a GPU, each with its own CUDA_VISIBLE_DEVICES, not by accelerate launch")
+        raise BiomassError("biomass_search shares its study among processes by itself; start it once a GPU, "
+                           "each with its own CUDA_VISIBLE_DEVICES, not by accelerate launch")
     if sampler_seed < 0: raise BiomassError(f"--sampler-seed {sampler_seed}: cannot be negative")
     check_config(config)
     around, space = open_fields(config, given, log)
@@ -385,9 +386,10 @@ def conclude(s: Search, study: optuna.Study, progress: Callable, log: Callable) 
     log(f"to train the best (--out is where this search left it, finished):\n{found['command']}")
     return found
 
-
+# %% ../nbs/14_search.ipynb #5e14fa01
 def _say_fresh(fresh: dict, log: Callable):
     "The figures to report, in three lines."
     for name in ("best", "default"): log(f"  {name:8s}{_said(fresh[name])}")
     d = fresh["difference"]
-    log("  best minus default {:+.3f}, 90 % over dates {:+.3f} to {:+.3f}; report these figures, on photos that still are the same".format(d["difference"], *d["interval"]))
+    log("  best minus default {:+.3f}, 90 % over dates {:+.3f} to {:+.3f}; "
+        "report these figures, on photos that still are the same".format(d["difference"], *d["interval"]))

@@ -83,7 +83,9 @@ class FeatureCache:
         np.save(buffer, features.astype(self.dtype))
         try:
             with atomic_path(self.path(digest, variant)) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
-        except BiomassError as e: raise BiomassError(f"{self.folder}: cannot be written ({e.__cause__.strerror or e.__cause__}); free some room, give another --cache-dir, or --no-cache") from None
+        except BiomassError as e:
+            why = e.__cause__.strerror or e.__cause__
+            raise BiomassError(f"{self.folder}: cannot be written ({why}); free some room, give another --cache-dir, or --no-cache") from None
 
 # %% ../nbs/07b_store.ipynb #c6172b3a
 ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched

@@ -18,7 +18,7 @@ LONGER = {  # why a cell stays in one piece -> notebook -> its longest definitio
         "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"], "08_model": ["Trunk", "BiomassModel"],
         "09_loss": ["total_loss"], "10_bundle": ["Bundle"], "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
         "11e_loop": ["Fold", "train_step", "Loop"], "11f_results": ["write_results"], "12_train": ["Run"], "12b_joining": ["join_runs"],
-        "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"],
+        "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"], "17_cli": ["predict"],
     },
     "a list or a text that is read as one": {
         "11b_config": ["_unread", "check_config"], "12_train": ["import dataclasses, hashlib, itertools, json, os, socket, sys, time"],
