@@ -464,7 +464,7 @@ def verify(args=None):
     "biomass_verify: run the packed notebook as Kaggle would."
     a = parse(VerifyArgs, "biomass_verify", args)
     if a.data and a.photos: raise BiomassError("give --data or --photos, not both")
-    sealed.verify(a.packed, a.data or a.photos, a.out, a.share, say=say)
+    sealed.verify(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -492,7 +492,7 @@ def pack(args=None):
     listed = out / packing.LIB / packing.WHEEL_LIST
     for entry in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else (): print(f"  {entry['file']}: {entry['reason']}")
     if a.user == packing.DEFAULT_USER: print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
-    if a.verify: sealed.verify(out, share=a.share, say=say)
+    if a.verify: sealed.verify(out, share=a.share, say=say, progress=progress)
     print(f"how to upload: {out / 'README.md'}")
 
 # %% ../nbs/17_cli.ipynb #9350d349

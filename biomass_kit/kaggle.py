@@ -150,7 +150,7 @@ def show_predictions(
         for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
             try: shown.append((Path(paths[i]).name, read_photo(paths[i]), grams[i]))
             except BiomassError as e: print(f"not shown: {e}")
-        return draw_predictions(shown)
+        return draw_predictions(shown) if shown else print("no picture of the predictions: none of these photos could be read")
     except Exception as e:  # whatever stops a picture must not cost the submission
         print(f"no picture of the predictions: {type(e).__name__}: {e}")
 
@@ -171,11 +171,11 @@ NOTEBOOK_CELLS = (
     ("markdown", "## Predict\n\n"
      "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; "
      "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "
-     "which are averaged and made to add up.\n\n"
+     "which are averaged, kept within what was measured in training, and mended where they contradict each other.\n\n"
      "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. "
      "For your own photos it is `grams.csv`, one row a photo. A photo that cannot be read is named in a table beside it.\n\n"
      "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
-     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer folds, and the closing lines say how many."),
+     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer models, and the closing lines say how many."),
     ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines\n\n"
      "data, weights = find_inputs(inputs)\n"
      "table = predict_inputs(weights, data, working, deadline=\"8h30m\", progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),

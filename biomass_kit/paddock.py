@@ -64,7 +64,7 @@ def plot_totals(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("photos, by predicted total", fontsize=12)
     ax.set_ylabel(f"total, {HECTARE}", fontsize=12)
-    ax.legend(fontsize=9.5, frameon=False)
+    ax.legend(loc="upper left", fontsize=9.5, frameon=False)
     return fig
 
 # %% ../nbs/15b_paddock.ipynb #f840d632

@@ -199,7 +199,8 @@ class _Balance(HTMLParser):
         if tag == "img" and not dict(attrs).get("alt"): self.faults.append("an image without words for those who cannot see it")
 
     def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag: self.faults.append(f"</{tag}> closes nothing")
+        held = self.open.pop() if self.open else None
+        if held != tag: self.faults.append(f"</{tag}> closes {f'<{held}>' if held else 'nothing'}")
 
 
 def check_html(

@@ -69,7 +69,7 @@ def headline(
     score, bounds = scores["model"].get("weighted_r2"), interval(scores["model"].get("interval_90"))
     floors = {label(k).removeprefix("Floor: "): scores[k].get("weighted_r2")
               for k in ("floor_constant", "floor_state") if k in scores}
-    text = f"Out-of-fold weighted R² {number(score)}"
+    text = "No out-of-fold score" if number(score) == "–" else f"Out-of-fold weighted R² {number(score)}"
     if bounds != "–": text += f" (90 % interval {bounds} over dates)"
     said = [f"{name} {'' if i else 'score '}{number(v)}" for i, (name, v) in enumerate(floors.items())]
     text += f"; {', '.join(said)} on the same folds." if said else "."

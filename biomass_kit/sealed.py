@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'SOCKET_GUARD', 'LOOPBACK', 'KNOCK', 'ASKED', 'RUNS_NOTEBOOKS', 'FORMS', 'MY_PHOTOS', 'ROOM_BYTES', 'RUNNER',
-           'EXECUTED', 'KAGGLE_LIMITS', 'network_cut', 'unrouted', 'own_address', 'knock', 'bare_python',
-           'kaggle_python', 'versions', 'mounted', 'family_memory', 'folder_bytes', 'run_offline', 'check_run',
-           'describe_run', 'verify']
+           'EXECUTED', 'KAGGLE_LIMITS', 'UNITS', 'network_cut', 'unrouted', 'own_address', 'knock', 'bare_python',
+           'pip_install', 'kaggle_python', 'versions', 'mounted', 'family_memory', 'folder_bytes', 'run_offline',
+           'check_run', 'describe_run', 'verify']
 
 # %% ../nbs/16c_sealed.ipynb #7a2dd2b9
 import importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, tempfile, time
+from collections import deque
 from importlib import metadata
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ import pandas as pd
 from .data import check_submission, list_photos, read_test
 from .kaggle import GRAMS, PREDICT_REQUIREMENTS, SAME, SUBMISSION
 from .packing import COMPETITION, KAGGLE_IMAGE, KERNEL, LIB, NOTEBOOK, WEIGHTS, check_packed
+from .progress import counted
 from .targets import TARGETS, BiomassError
 
 # %% ../nbs/16c_sealed.ipynb #7445e665
@@ -127,23 +130,56 @@ def _torch_pins(has) -> list:
     pins = [f"{name}=={KAGGLE_IMAGE[name]}{build}" for name in ("torch", "torchvision")]
     return pins if all(map(has, pins)) else [f"{name}=={metadata.version(name)}" for name in ("torch", "torchvision")]
 
+# %% ../nbs/16c_sealed.ipynb #16c00002
+def _arrivals(pip: subprocess.Popen, site: Path, total: int):
+    "A turn for each package that pip has put in place, until it is done."
+    installed, there = (lambda: len(list(site.glob("*.dist-info")))), 0
+    before = installed()
+    while there < total:
+        now = total if pip.poll() is not None else min(installed() - before, total)
+        yield from range(there, now)
+        there = max(there, now)
+        time.sleep(0.1)
 
+
+def pip_install(
+    python,  # of a virtual environment
+    asked: list,  # requirements
+    progress: Callable,
+):
+    "pip install, told as it goes; raises `BiomassError` with pip's last words where it fails."
+    site = next(Path(python).parent.parent.glob("lib/python*/site-packages"))
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *asked]
+    said, names = deque(maxlen=8), []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        def found():
+            for line in pip.stdout:
+                said.append(line)
+                if line.startswith(("Collecting ", "Processing ")): yield line  # from an index, a file
+                if line.startswith("Installing collected packages: "): return names.extend(line.split(","))
+        for _ in progress(found(), desc="packages found", unit="package"): pass
+        for _ in progress(_arrivals(pip, site, len(names)), total=len(names), desc="packages in place", unit="package"): pass
+        said.extend(pip.stdout)
+    if pip.returncode: raise BiomassError(f"pip said: {''.join(said).strip()[-800:]}")
+
+# %% ../nbs/16c_sealed.ipynb #16c00003
 def kaggle_python(
     folder,  # where the virtual environment is made
+    progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
 ) -> Path:  # its python
     "A fresh virtual environment with Kaggle's versions as far as they can be had here; takes minutes and the package registry."
     import venv
 
     venv.create(folder, with_pip=True, symlinks=True)
     python = Path(folder) / "bin" / "python"
-    pip = lambda *a: subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *a], capture_output=True, text=True)
-    has = lambda pin: pip("--dry-run", "--no-deps", "--ignore-installed", "--only-binary", ":all:", pin).returncode == 0
-    pins = [pin if has(pin) else name for name, pin in ((n, f"{n}=={KAGGLE_IMAGE[n]}") for n in ASKED)]
+    ask = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run", "--no-deps", "--ignore-installed"]
+    has = lambda pin: subprocess.run([*ask, "--only-binary", ":all:", pin], capture_output=True).returncode == 0
+    pins = [pin if has(pin := f"{n}=={KAGGLE_IMAGE[n]}") else n for n in progress(ASKED, desc="which of Kaggle's versions can be had", unit="package")]
     rest = [n for n in (*PREDICT_REQUIREMENTS, "matplotlib") if n not in (*ASKED, "torch")]
-    done = pip(*_torch_pins(has), *pins, *rest, *RUNS_NOTEBOOKS)
-    if done.returncode:
+    try: pip_install(python, [*_torch_pins(has), *pins, *rest, *RUNS_NOTEBOOKS], progress)
+    except BiomassError as e:
         raise BiomassError("an environment like Kaggle's could not be built; is a package registry within reach? "
-                           f"--share takes this environment's packages. pip said: {done.stderr.strip()[-800:]}")
+                           f"--share takes this environment's packages. {e}") from None
     return python
 
 # %% ../nbs/16c_sealed.ipynb #7522c23b
@@ -197,15 +233,22 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 source, target = sys.argv[1:]
+
+class Told(NotebookClient):
+    def output(self, outs, message, *rest):
+        if message["msg_type"] == "stream": print(message["content"]["text"], end="", flush=True)
+        return super().output(outs, message, *rest)
+
 kernel = AsyncKernelManager(transport="ipc")
 kernel._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="room", language="python")
 notebook = nbformat.read(source, 4)
-try: NotebookClient(notebook, km=kernel, timeout=None).execute()
+try: Told(notebook, km=kernel, timeout=None).execute()
 finally: nbformat.write(notebook, target)
 """
 EXECUTED = "inference-executed.ipynb"
 # the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has them
 KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}
+UNITS = {"seconds": (1, "s"), "memory": (1e9, "GB"), "disk": (1e9, "GB")}  # for people
 
 
 def family_memory(pid: int) -> int:  # bytes
@@ -227,15 +270,24 @@ def folder_bytes(folder) -> int:
     except OSError: return 0
 
 
-def _watch(process: subprocess.Popen, working: Path, inside: bool) -> dict:  # peaks: {"seconds", "memory", "disk"}
-    "Wait for a process and look at it; ends it when Kaggle would."
-    start, memory, disk = time.time(), 0, 0
+def _watch(
+    process: subprocess.Popen,
+    working: Path,
+    inside: bool,
+    told,  # its output, an open file
+    say: Callable,
+) -> dict:  # peaks: {"seconds", "memory", "disk"}
+    "Wait for a process, look at it and pass on what it prints; ends it when Kaggle would."
+    start, memory, disk, rest = time.time(), 0, 0, ""
     seen = Path(f"/proc/{process.pid}/root{working}") if inside else working
-    while process.poll() is None:
+    while True:
+        ended = process.poll() is not None
+        *lines, rest = (rest + told.read()).split("\n")
+        for line in lines: say(f"  | {line}")
+        if ended: return {"seconds": round(time.time() - start, 1), "memory": memory, "disk": disk}
         memory, disk = max(memory, family_memory(process.pid)), max(disk, folder_bytes(seen))
         if time.time() - start > KAGGLE_LIMITS["seconds"]: os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.2)
-    return {"seconds": round(time.time() - start, 1), "memory": memory, "disk": disk}
 
 # %% ../nbs/16c_sealed.ipynb #c4d7cd55
 def run_offline(
@@ -245,6 +297,7 @@ def run_offline(
     python=None,  # a Python without this library; None makes one that shares this one's packages
     form: str = "kind",  # of FORMS
     room_bytes: int = ROOM_BYTES,
+    say: Callable = lambda line: None,  # takes what the notebook prints, a line at a time
 ) -> dict:  # {"submission", "notebook", "network", "input", "attempts", "knock", "seconds", "memory", "disk"}
     "Run the packed notebook whole, offline, over a `/kaggle/input`-like folder; raises `BiomassError` if it fails."
     if python is None and not importlib.util.find_spec("nbclient"):
@@ -270,9 +323,9 @@ def run_offline(
         script = _room_script(inputs, mounts, working, out, room_bytes, command, python) if mounting else (
             f"{shlex.join(command)}; code=$?; cat /proc/net/snmp /proc/net/snmp6 > {shlex.quote(str(room / 'snmp'))} 2>/dev/null; exit $code")
         before = None if mounting else _state(inputs)
-        with open(room / "errors", "w+", encoding="utf-8") as errors:
-            process = subprocess.Popen([*cut, "sh", "-c", script], cwd=working, env=env, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
-            seen |= _watch(process, working, mounting)
+        with open(room / "errors", "w+", encoding="utf-8") as errors, open(room / "told", "w") as tells, open(room / "told", encoding="utf-8") as told:
+            process = subprocess.Popen([*cut, "sh", "-c", script], cwd=working, env=env, stdout=tells, stderr=errors, start_new_session=True)
+            seen |= _watch(process, working, mounting, told, say)
             errors.seek(0)
             said = errors.read().strip()[-2000:]
         for path in (out if mounting else working).iterdir():
@@ -297,6 +350,12 @@ def _outputs(notebook) -> list:
     return [o for c in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
 
 
+def _in_units(kind: str, found: float) -> str:
+    "A figure beside Kaggle's limit."
+    one, unit = UNITS[kind]
+    return f"{kind} {found / one:.5g} of {KAGGLE_LIMITS[kind] / one:g} {unit}"
+
+
 def check_run(
     done: dict,  # from `run_offline`
     data,  # as it was given there
@@ -315,7 +374,7 @@ def check_run(
     if not said.endswith(f"g, {SAME}"): raise BiomassError(f"{said}; the room's versions compute something else than packing did, see {done['notebook']}")
     if not any("image/png" in o.get("data", {}) for o in outputs):
         raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
-    over = [f"{kind} {done[kind]:g} of {limit:g}" for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
+    over = [_in_units(kind, done[kind]) for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
     if over: raise BiomassError(f"over Kaggle's limits: {', '.join(over)}")
     return {"rows": rows, "reference": said}
 
@@ -325,11 +384,11 @@ def describe_run(
 ) -> str:
     "One run in figures, each with its margin to Kaggle's limit."
     spare = lambda kind: 1 - done[kind] / KAGGLE_LIMITS[kind]
+    room = lambda kind, digits: f"  {kind:7s} {done[kind] / 1e9:9.{digits}f} GB of {KAGGLE_LIMITS[kind] / 1e9:g} GB  {spare(kind):.1%} to spare"
     return "\n".join([
-        f"inputs mounted by {done['form']}: {done['rows']} rows, valid; {done['reference']}",
+        f"inputs mounted by {done['form']}: {counted(done['rows'], 'row')}, valid; {done['reference']}",
         f"  time    {done['seconds']:9.1f} s  of {KAGGLE_LIMITS['seconds'] / 3600:g} h    {spare('seconds'):.1%} to spare",
-        f"  memory  {done['memory'] / 1e9:9.2f} GB of {KAGGLE_LIMITS['memory'] / 1e9:g} GB  {spare('memory'):.1%} to spare",
-        f"  disk    {done['disk'] / 1e9:9.4f} GB of {KAGGLE_LIMITS['disk'] / 1e9:g} GB  {spare('disk'):.1%} to spare"])
+        room("memory", 2), room("disk", 4)])
 
 
 def _check_wheels(packed: Path):
@@ -350,7 +409,8 @@ def verify(
     share: bool = False,  # share this environment's packages instead of building one with Kaggle's versions
     forms=FORMS,
     room_bytes: int = ROOM_BYTES,
-    say=print,
+    say: Callable = print,
+    progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
 ) -> dict:  # {"versions", "runs"}
     """Prove what was packed in a room like Kaggle's; raises `BiomassError` with the reason at the first failure.
 
@@ -367,15 +427,15 @@ def verify(
             data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
         n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
         start = time.time()
-        if not share: say("building an environment with Kaggle's versions: about a minute, more where packages are not cached")
-        python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv")
+        if not share: say("building an environment with Kaggle's versions: a minute or two, more where packages are not cached")
+        python = bare_python(Path(folder) / "venv") if share else kaggle_python(Path(folder) / "venv", progress)
         found, runs = versions(python), []
         say(f"environment: {'shares the packages of this one, so nothing is proved about versions' if share else f'built in {time.time() - start:.0f} s'}; "
             "asked for as Kaggle has it -> got:")
         say("  " + ", ".join(f"{n} {asked or 'any'} -> {got or 'absent'}" for n, (asked, got) in found.items()))
         for form in forms:
-            say(f"running the packed notebook, inputs mounted by {form}: at least half a minute")
-            done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes)
+            say(f"running the packed notebook, inputs mounted by {form}; it says:")
+            done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes, say)
             done |= check_run(done, data)
             if not runs:
                 say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")

@@ -392,4 +392,4 @@ def _say_fresh(fresh: dict, log: Callable):
     for name in ("best", "default"): log(f"  {name:8s}{_said(fresh[name])}")
     d = fresh["difference"]
     log("  best minus default {:+.3f}, 90 % over dates {:+.3f} to {:+.3f}; "
-        "report these figures, on photos that still are the same".format(d["difference"], *d["interval"]))
+        "report these figures; the deal is fresh, the photos are the same".format(d["difference"], *d["interval"]))
