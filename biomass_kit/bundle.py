@@ -180,9 +180,12 @@ class Bundle(NamedTuple):
         try:
             with torch.device("meta"): due = {name: list(t.shape) for name, t in BiomassModel(**member["model"]).state_dict().items()}  # takes no memory
         except (TypeError, RuntimeError, OverflowError) as e:
-            raise BiomassError(f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head ({str(e).splitlines()[0]}); install biomass_kit {member['library']}, or train it again") from None
+            raise BiomassError(
+                f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head ({str(e).splitlines()[0]}); "
+                f"install biomass_kit {member['library']}, or train it again") from None
         differ = {name: (found.get(name), due.get(name)) for found in [_shapes(path)] for name in {*due, *found} if found.get(name) != due.get(name)}
-        if differ: raise BiomassError("{}: tensor {} has shape {}, its config asks for {}; train or download it again".format(path, min(differ), *differ[min(differ)]))
+        if differ:
+            raise BiomassError("{}: tensor {} has shape {}, its config asks for {}; train or download it again".format(path, min(differ), *differ[min(differ)]))
         model = BiomassModel(**member["model"])
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -193,7 +196,9 @@ class Bundle(NamedTuple):
         backbone, _ = build_backbone(ref["name"], pretrained=False, tile_size=member["tile_size"], pooling=ref["pooling"], blocks=ref.get("blocks", ()))
         weights = load_file(self.folder / ref["file"])
         if backbone.dim != member["model"]["dim"]:
-            raise BiomassError(f"{self.folder / member['file']}: reads features of {member['model']['dim']} channels, and {ref['name']} gives {backbone.dim}; it belongs to another backbone, train or download it again")
+            raise BiomassError(
+                f"{self.folder / member['file']}: reads features of {member['model']['dim']} channels, and {ref['name']} gives {backbone.dim}; "
+                "it belongs to another backbone, train or download it again")
         if "lora" in ref: weights = merge_lora(weights, load_file(self.folder / ref["lora"]["file"]), ref["lora"]["scale"])
         try: backbone.model.load_state_dict(weights)
         except RuntimeError as e: raise BiomassError(f"{self.folder / ref['file']}: weights do not fit {ref['name']} ({e})") from None
@@ -204,7 +209,7 @@ def version_key(version: str) -> tuple:
     "A version for comparing: `0.10.1` is later than `0.9`."
     return tuple(map(int, re.findall(r"\d+", version)))
 
-
+# %% ../nbs/10_bundle.ipynb #b0de1002
 def _check_manifest(path, manifest):
     "Refuse what this library cannot read."
     if not isinstance(manifest, dict) or "schema" not in manifest: raise BiomassError(f"{path}: not a biomass_kit manifest")
@@ -212,44 +217,57 @@ def _check_manifest(path, manifest):
         raise BiomassError(f"{path}: schema {manifest['schema']}, this biomass_kit {biomass_kit.__version__} reads {' and '.join(map(str, SCHEMAS))}; "
                            f"install biomass_kit {manifest.get('library', '?')} or pack the bundle again")
     if version_key(manifest["library"]) > version_key(biomass_kit.__version__):
-        raise BiomassError(f"{path}: written by biomass_kit {manifest['library']}, and this is {biomass_kit.__version__}; install biomass_kit {manifest['library']} or later")
+        raise BiomassError(f"{path}: written by biomass_kit {manifest['library']}, and this is {biomass_kit.__version__}; "
+                           f"install biomass_kit {manifest['library']} or later")
     if manifest["targets"] != list(TARGETS): raise BiomassError(f"{path}: targets {manifest['targets']} differ from this library's {list(TARGETS)}")
     if not manifest["members"]: raise BiomassError(f"{path}: lists no member")
     for name in manifest["files"]:
-        if Path(name).name != name or not name.endswith(".safetensors"): raise BiomassError(f"{path}: refuses the file '{name}'; only .safetensors files beside the manifest are read")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise BiomassError(f"{path}: refuses the file '{name}'; only .safetensors files beside the manifest are read")
 
-
+# %% ../nbs/10_bundle.ipynb #b0de1003
 def _check_digest(path, data: bytes, manifest: dict):
     "Refuse a manifest that is not as it was written, and fields that this library does not know."
     held = manifest.get("sha256", UNSIGNED)
-    if "sha256" in manifest and manifest_digest(data, str(held)) != held: raise BiomassError(f"{path}: was changed after it was written (its own sha256 differs); copy the bundle again")
+    if "sha256" in manifest and manifest_digest(data, str(held)) != held:
+        raise BiomassError(f"{path}: was changed after it was written (its own sha256 differs); copy the bundle again")
     strange = sorted(set(manifest) - set(FIELDS))
-    if strange: raise BiomassError(f"{path}: field '{strange[0]}' means nothing to biomass_kit {biomass_kit.__version__}; copy the bundle again, or install the library that wrote it")
+    if strange:
+        raise BiomassError(f"{path}: field '{strange[0]}' means nothing to biomass_kit {biomass_kit.__version__}; "
+                           "copy the bundle again, or install the library that wrote it")
 
 # %% ../nbs/10_bundle.ipynb #aa36dbe1
 def _check_settings(path, manifest: dict):
     "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
     physics, figures = manifest["physics"], np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
-    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all(): raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
-    if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf: raise BiomassError(f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this library; pack the bundle again")
+    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all():
+        raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
+    if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
+        raise BiomassError(f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this library; pack the bundle again")
     try:
         if not isinstance(manifest["views"], list) or not [parse_view(v) for v in manifest["views"]]: raise BiomassError("names no views")
         join_members(np.zeros((len(manifest["members"]), 1, len(TARGETS))), **manifest.get("combine", {}))
     except BiomassError as e: raise BiomassError(f"{path}: {e}; pack the bundle again") from None
 
-
+# %% ../nbs/10_bundle.ipynb #b0de1004
 def _check_member(folder: Path, manifest: dict, member: dict):
     "Refuse a member that is not what the manifest says, or that contradicts itself or another."
     path, name = folder / MANIFEST, member["name"]
-    if not set(member_files(member)) <= set(manifest["files"]): raise BiomassError(f"{path}: member {name} names a file that the manifest does not list; copy the bundle again")
-    if read_member_info(folder / member["file"]) != member: raise BiomassError(f"{path}: what it says of member {name} differs from the member's own header; copy the bundle again")
+    if not set(member_files(member)) <= set(manifest["files"]):
+        raise BiomassError(f"{path}: member {name} names a file that the manifest does not list; copy the bundle again")
+    if read_member_info(folder / member["file"]) != member:
+        raise BiomassError(f"{path}: what it says of member {name} differs from the member's own header; copy the bundle again")
     grid = member["config"].get("grid", member["grid"])
-    if not all(isinstance(side, int) and 0 < side < 10_000 for side in (*member["grid"], member["tile_size"])): raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles of {member['tile_size']} pixels; train or download it again")
-    if list(grid) != list(member["grid"]): raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles, but its own config says {grid}; train or download it again")
+    if not all(isinstance(side, int) and 0 < side < 10_000 for side in (*member["grid"], member["tile_size"])):
+        raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles of {member['tile_size']} pixels; train or download it again")
+    if list(grid) != list(member["grid"]):
+        raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles, but its own config says {grid}; train or download it again")
     for other in manifest["members"]:
         (a, b), dims = (m["backbone"] for m in (member, other)), (member["model"]["dim"], other["model"]["dim"])
         alike = a["file"] != b["file"] or a["name"] == b["name"] and ((a["pooling"], a.get("blocks")) != (b["pooling"], b.get("blocks")) or dims[0] == dims[1])
-        if not alike: raise BiomassError(f"{path}: members {name} and {other['name']} read {a['file']} as {a['name']} with {dims[0]} channels and as {b['name']} with {dims[1]}; train or download them again")
+        if not alike:
+            raise BiomassError(f"{path}: members {name} and {other['name']} read {a['file']} as {a['name']} with {dims[0]} channels "
+                               f"and as {b['name']} with {dims[1]}; train or download them again")
     if "lora" in member["backbone"]: _check_lora(folder, member["backbone"])
 
 # %% ../nbs/10_bundle.ipynb #6afcad6e
@@ -287,7 +305,8 @@ def _check_lora(folder: Path, ref: dict):
         of = {name.rpartition(".")[2]: shape for name, shape in factors.items() if name.rpartition(".")[0] == layer}
         w, a, b = weights.get(f"{layer}.weight"), of.get("A"), of.get("B")
         fits = set(of) == {"A", "B"} and w and len(w) == len(a) == len(b) == 2 and [b[0], a[1]] == w and a[0] == b[1]
-        if not fits: raise BiomassError(f"{path}: its factors {of} do not fit {layer}.weight {w or '(absent)'} of {ref['file']}; train or download the bundle again")
+        if not fits:
+            raise BiomassError(f"{path}: its factors {of} do not fit {layer}.weight {w or '(absent)'} of {ref['file']}; train or download the bundle again")
 
 # %% ../nbs/10_bundle.ipynb #6e047fb0
 def read_bundle(
@@ -304,7 +323,8 @@ def read_bundle(
     refuse_pickles(folder)
     try: _check_whole(folder, data, manifest)
     except BiomassError: raise
-    except (LookupError, TypeError, AttributeError, ValueError) as e: raise BiomassError(f"{path}: not as biomass_kit writes it ({type(e).__name__}: {e}); copy or pack the bundle again") from None
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise BiomassError(f"{path}: not as biomass_kit writes it ({type(e).__name__}: {e}); copy or pack the bundle again") from None
     return Bundle(folder, manifest)
 
 # %% ../nbs/10_bundle.ipynb #d8f77734
@@ -315,7 +335,8 @@ def _check_whole(folder: Path, data: bytes, manifest):
     _check_settings(folder / MANIFEST, manifest)
     for name, entry in manifest["files"].items():
         if not (folder / name).is_file(): raise BiomassError(f"{folder / name}: missing, though the manifest lists it; copy the bundle again")
-        if file_digest(folder / name) != entry["sha256"] or (folder / name).stat().st_size != entry["bytes"]: raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
+        if file_digest(folder / name) != entry["sha256"] or (folder / name).stat().st_size != entry["bytes"]:
+            raise BiomassError(f"{folder / name}: its content is not what the manifest was written for (sha256 differs); copy the bundle again")
         _shapes(folder / name)
     for member in manifest["members"]: _check_member(folder, manifest, member)
     reference = manifest.get("trust", {}).get("reference")

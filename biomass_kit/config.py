@@ -129,13 +129,13 @@ class LoopConfig:
     batch_size: int = 16  # photos
     lr: float = 1e-3  # of the heads
     head_lr_stage1: Optional[float] = None  # of the heads while the backbone is frozen; --lr by default
-    average: Literal[AVERAGES] = "auto"  # of the weights: an exponential average of the steps (ema), or a plain one of the last quarter's epochs (swa); auto = swa, or none with --checkpoint best
+    average: Literal[AVERAGES] = "auto"  # of the weights: exponential (ema) or over the last quarter's epochs (swa); auto = swa, or none with --checkpoint best
     ema_decay: float = 0.98  # of the exponential average, a step
     two_stage: bool = False  # heads first on the frozen backbone, then both
     freeze_epochs: int = 10  # length of the first stage
     backbone_lr: float = 1e-5  # of the backbone's last block, where it learns
     lora_rank: int = 0  # where the backbone learns, only LoRA factors of this rank do, on its attention and MLP layers; at a --backbone-lr of 1e-4 to 1e-3
-    layer_decay: float = 1.0  # factor on it from each block to the one before
+    layer_decay: float = 1.0  # factor on --backbone-lr from each block to the one before
     grad_checkpointing: bool = False  # less memory for a learning backbone, at the cost of a second forward
     weight_decay: float = 0.05  # of matrices; biases and norms are not decayed
     warmup: float = 0.1  # share of a stage's steps
@@ -151,7 +151,7 @@ class RunConfig:
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
     precision: Literal[PRECISIONS] = "auto"  # of the backbone and the heads' matrix products
     shard: Literal["members", "photos"] = "members"  # what processes of `accelerate launch` share: whole members, or each batch of one
-    trackers: tuple[Literal[TRACKERS], ...] = ()  # experiment trackers that follow every epoch, such as tensorboard, which writes to --out/logs; none by default
+    trackers: tuple[Literal[TRACKERS], ...] = ()  # trackers that follow every epoch, such as tensorboard, which writes to --out/logs; none by default
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def _unread(c) -> list:
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
-    not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight", "constraint_weight", "cache_gb",
-                    "weight_decay", "correction_threshold", "interval_weight", "distill_weight", "lora_rank")
+    not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight",
+                    "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight", "distill_weight", "lora_rank")
     refuse = [
         *_unread(c),
         *((getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: cannot be negative") for name in not_negative),
@@ -215,19 +215,24 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `au
         (c.backbone_weights and not c.pretrained, "--no-pretrained starts from random weights; drop it or --backbone-weights"),
         (c.lora_rank and not c.pretrained, "--lora-rank with --no-pretrained would adapt a random backbone; drop one of them"),
         (c.freeze_backbone and not c.pretrained, "--freeze-backbone with --no-pretrained would read a random backbone; drop one of them"),
-        (c.augment == "full" and stored and not c.stored_draws, "--augment full with a frozen backbone needs --stored-draws K (K drawn variants a photo) or --no-cache (fresh ones every epoch)"),
+        (c.augment == "full" and stored and not c.stored_draws,
+         "--augment full with a frozen backbone needs --stored-draws K (K drawn variants a photo) or --no-cache (fresh ones every epoch)"),
         (c.stored_draws and not (stored and c.augment in ("auto", "full")), "--stored-draws needs --freeze-backbone, the cache and --augment full"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics), f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.density and c.use_log_targets, "--density adds tiles up, and no sum of logs is a log: add --no-use-log-targets"),
-        (c.average in ("ema", "swa") and c.checkpoint == "best", f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
+        (c.average in ("ema", "swa") and c.checkpoint == "best",
+         f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
         (c.distill_aux and c.teacher, "--distill-aux and --teacher: give one of them"),
-        ((c.augment_crop or c.augment_green) and stored and not c.stored_draws, "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or --no-cache"),
+        ((c.augment_crop or c.augment_green) and stored and not c.stored_draws,
+         "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or --no-cache"),
         ((c.augment_crop or c.augment_green) and c.augment in ("none", "flips"), "--augment-crop and --augment-green are read only with --augment full"),
-        (c.physics in NEEDS_COVARIANCE and c.train_folds is not None and len(c.train_folds) < 2, f"--physics {c.physics} learns from other folds' errors; train two folds or more"),
+        (c.physics in NEEDS_COVARIANCE and c.train_folds is not None and len(c.train_folds) < 2,
+         f"--physics {c.physics} learns from other folds' errors; train two folds or more"),
         (min(c.grid) < 1, f"--grid {c.grid[0]} {c.grid[1]}: rows and columns must be at least 1"),
         (c.tile_size is not None and c.tile_size < 1, f"--tile-size {c.tile_size}: must be positive"),
         *((name not in [t.value for t in get_available_trackers()], f"--trackers {name}: is not installed; pip install {name}") for name in c.trackers),
-        (c.train_folds is not None and not (c.train_folds and min(c.train_folds) >= 0 and len(set(c.train_folds)) == len(c.train_folds)), "--train-folds: needs at least one index from 0 on, each once"),
+        (c.train_folds is not None and not (c.train_folds and min(c.train_folds) >= 0 and len(set(c.train_folds)) == len(c.train_folds)),
+         "--train-folds: needs at least one index from 0 on, each once"),
         (min(c.epochs, c.batch_size) < 1, "--epochs and --batch-size must be at least 1"),
         (not 0 <= c.dropout < 1, f"--dropout {c.dropout}: must lie in [0, 1)"),
         (c.hidden_ratio <= 0, f"--hidden-ratio {c.hidden_ratio}: must be positive"),

@@ -44,7 +44,8 @@ def has_intervals(bundle: Bundle) -> bool:
 
 def check_intervals(bundle: Bundle, wanted: bool):
     "Refuse intervals that members cannot give."
-    if wanted and not has_intervals(bundle): raise BiomassError(f"{bundle.folder}: not all members say how sure they are, so no interval; train with --uncertainty")
+    if wanted and not has_intervals(bundle):
+        raise BiomassError(f"{bundle.folder}: not all members say how sure they are, so no interval; train with --uncertainty")
 
 
 def interval_views(
@@ -266,11 +267,13 @@ class Ensemble:
 # %% ../nbs/11_ensemble.ipynb #7db70db7
 def describe_plan(ensemble: Ensemble) -> str:
     "The distinct backbone passes of an ensemble, one line each, beside what the naive form would run."
-    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {len(p.members)} members" for p in ensemble.passes]
+    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {len(p.members)} members"
+             for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
-    return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run {naive}), on {ensemble.device.type} in {ensemble.precision}:", *lines])
+    return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run {naive}), "
+                      f"on {ensemble.device.type} in {ensemble.precision}:", *lines])
 
-
+# %% ../nbs/11_ensemble.ipynb #e0e00001
 def peak_memory(device: torch.device) -> int:  # bytes
     "The largest memory so far: of the GPU where there is one, else of this process."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
@@ -303,7 +306,8 @@ class Deal:
     "Deals rows to whoever asks, in whole batches, and counts those that came back."
 
     def __init__(self, rows: list, batch_size: int):
-        self.batches, self.lock, self.open, self.left = deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), threading.Lock(), True, len(rows)
+        self.batches, self.lock, self.open, self.left = (
+            deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), threading.Lock(), True, len(rows))
 
     def __iter__(self):
         while True:
@@ -440,7 +444,8 @@ def predict_photos(
     strict, outcome = outcome is None, outcome or Outcome()
     chosen = bundle.manifest["physics"]
     method = physics or chosen["method"]
-    if threshold is not None and method != "derive_dead": raise BiomassError(f"--correction-threshold is read by --physics derive_dead alone, not by {method}; drop it")
+    if threshold is not None and method != "derive_dead":
+        raise BiomassError(f"--correction-threshold is read by --physics derive_dead alone, not by {method}; drop it")
     check_intervals(bundle, intervals)
     for view in views or (): parse_view(view)
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -466,7 +471,8 @@ def predict_photos(
     if save and not alone: save(finished(np.repeat(fallback_grams(bundle, intervals)[None], len(paths), 0)))
     raw = predict(paths, outcome) if alone else _predict_shared(predict, paths, device_type, outcome)
     nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
-    if strict and nothing: raise BiomassError(f"{paths[nothing[0]]}: {outcome.issues[nothing[0]].reason}; {len(nothing)} of {len(paths)} photos got no figure of their own")
+    if strict and nothing:
+        raise BiomassError(f"{paths[nothing[0]]}: {outcome.issues[nothing[0]].reason}; {len(nothing)} of {len(paths)} photos got no figure of their own")
     outcome.seconds = deadline.spent()
     return finished(raw)
 
@@ -476,7 +482,8 @@ def _close(outcome: Outcome, out):
     outcome.issues_path = write_issues(out, outcome.names, outcome.issues)
     for fallback in dict.fromkeys(i.fallback for i in outcome.issues.values()):
         rows = sorted(r for r, i in outcome.issues.items() if i.fallback == fallback)
-        warnings.warn(f"{len(rows)} of {len(outcome.names)} photos got {fallback}, first {outcome.names[rows[0]]} ({outcome.issues[rows[0]].reason}); see {outcome.issues_path}")
+        warnings.warn(f"{len(rows)} of {len(outcome.names)} photos got {fallback}, first {outcome.names[rows[0]]} ({outcome.issues[rows[0]].reason}); "
+                      f"see {outcome.issues_path}")
 
 # %% ../nbs/11_ensemble.ipynb #5a8a680d
 def predict_competition(
@@ -599,7 +606,7 @@ def predict_folder(
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo (file name), the targets in grams and in kg DM/ha and, if known, their _low and _high and the likeness, and flag, with the Outcome in `attrs`; None in all but the main process
+) -> pd.DataFrame:  # photo, targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
     "Predict every photo of a folder, no table needed."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, bundle = list_photos(folder), weights if isinstance(weights, Bundle) else read_bundle(weights)

@@ -217,7 +217,7 @@ def adversarial_validation(
     n_draws: int = 100,  # of each reference
     seed: int = 0,
     most_foreign: int = 5,  # photos to name in each set
-) -> dict:  # auc, chance [5 %, 95 %], p_value, other_dates [5 %, 95 %] or None, photos [N1, N2], foreign {"first", "second"}: (name, probability of its own set)
+) -> dict:  # auc, chance [5 %, 95 %], p_value, other_dates likewise or None, photos [N1, N2], foreign {"first", "second"}: (name, probability of its own set)
     "How well a classifier tells two sets of photos apart, and by which photos."
     sizes = len(first), len(second)
     if min(sizes) < 5: raise BiomassError(f"adversarial validation needs at least 5 photos in each set, got {sizes[0]} and {sizes[1]}")

@@ -25,7 +25,8 @@ def _read_run(folder) -> dict:
     folder = Path(folder)
     if not (folder / "results.json").is_file(): raise BiomassError(f"{folder}: no results.json; give the --out folder of a finished biomass_train")
     return {
-        "folder": folder, "oof": read_table(folder / "oof.csv").set_index("image_path", drop=False).rename_axis(None), "folds": read_folds(folder / "folds.csv"),
+        "folder": folder, "oof": read_table(folder / "oof.csv").set_index("image_path", drop=False).rename_axis(None),
+        "folds": read_folds(folder / "folds.csv"),
         "history": read_table(folder / "history.csv"), "results": read_json(folder / "results.json"),
         "bundle": read_bundle(folder / "bundle"),
     }
@@ -49,7 +50,8 @@ def _check_joinable(runs: list):
 # %% ../nbs/12b_joining.ipynb #f4e6b4e3
 def _joint_others(runs: list, table: pd.DataFrame) -> dict:
     "Mean of the further predictions that all runs hold (the linear probe), in the order of the table; unscored photos are nan."
-    names = set.intersection(*({c.split("_g_", 1)[1] for c in r["oof"].columns if "_g_" in c} for r in runs)) - {s.removeprefix("_") for s in ("_pred", "_raw", *OWN_ENDS, *ENDS)}
+    names = (set.intersection(*({c.split("_g_", 1)[1] for c in r["oof"].columns if "_g_" in c} for r in runs))
+             - {s.removeprefix("_") for s in ("_pred", "_raw", *OWN_ENDS, *ENDS)})
     return {n: np.mean([r["oof"].reindex(table["image_path"])[[f"{t}_{n}" for t in TARGETS]].to_numpy() for r in runs], 0) for n in sorted(names)}
 
 # %% ../nbs/12b_joining.ipynb #6571d42a
@@ -90,7 +92,8 @@ def join_runs(
     table, fold = runs[0]["folds"]
     facts = {
         "config": {f"run {i}": r["results"]["config"] for i, r in enumerate(runs)}, "cv": runs[0]["results"]["cv"], "device": runs[0]["results"]["device"],
-        "seconds": round(sum(r["results"]["seconds"] for r in runs), 1), **run_facts(), "combine": how, **{k: runs[0]["results"][k] for k in ("digests", "unlike") if k in runs[0]["results"]},
+        "seconds": round(sum(r["results"]["seconds"] for r in runs), 1), **run_facts(), "combine": how,
+        **{k: runs[0]["results"][k] for k in ("digests", "unlike") if k in runs[0]["results"]},
         "members": [{"run": str(r["folder"]), "weighted_r2": _score(r["results"]), **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
     }
     write_folds(out / "folds.csv", table, fold)

@@ -101,7 +101,8 @@ def cosine_warmup(
 def model_options(c: TrainConfig) -> dict:
     "What a config says of the head."
     return dict(
-        hidden_ratio=c.hidden_ratio, dropout=c.dropout, learning=not c.freeze_backbone, aux=c.use_aux_heads, log_targets=c.log_targets if c.use_log_targets else "none",
+        hidden_ratio=c.hidden_ratio, dropout=c.dropout, learning=not c.freeze_backbone, aux=c.use_aux_heads,
+        log_targets=c.log_targets if c.use_log_targets else "none",
         two_part=c.two_part, uncertainty=c.uncertainty, fusion=c.fusion, symmetric=c.symmetric, density=c.density, interval_head=c.interval_head)
 
 
@@ -158,7 +159,8 @@ def plain_features(
     device = f.accelerator.device
     if f.stored: return {v: f.stored.gather(photos, v).to(device) for v in views}
     f.backbone.eval()
-    batches = feature_batches([f.paths[i] for i in photos], [FeatureRequest(f.backbone, f.spec, tuple(views))], f.config.batch_size, f.config.num_workers, f.precision)
+    batches = feature_batches([f.paths[i] for i in photos], [FeatureRequest(f.backbone, f.spec, tuple(views))],
+                              f.config.batch_size, f.config.num_workers, f.precision)
     found = [features for (features,), _ in batches]
     return {v: torch.cat([each[v] for each in found]) for v in views}
 
@@ -211,7 +213,8 @@ def train_step(
     f.accelerator.backward(loss)
     if f.part[1] > 1: average_gradients(f.accelerator, optimizer, len(photo))
     norm = f.accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.grad_clip)
-    if f.accelerator.scaler is None and not torch.isfinite(norm): raise no_number(f, photo, f"the gradient's norm is {norm.item()}")  # fp16's scaler leaves such a step out
+    if f.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler leaves such a step out
+        raise no_number(f, photo, f"the gradient's norm is {norm.item()}")
     optimizer.step()
     return {"loss": loss.detach(), **terms}
 
@@ -219,7 +222,8 @@ def train_step(
 def no_number(f: Fold, photos: torch.Tensor, what: str) -> BiomassError:
     "The end of a run that would go on from no number: which photos, and what is kept."
     kept = f"the epochs before are kept in {f.checkpoint}" if f.checkpoint and f.checkpoint.is_file() else "no epoch before was kept"
-    return BiomassError(f"fold {f.k}: {what}; photos {', '.join(Path(f.paths[i]).name for i in photos)}; look at them, or try a smaller --lr and another --out; {kept}")
+    return BiomassError(f"fold {f.k}: {what}; photos {', '.join(Path(f.paths[i]).name for i in photos)}; "
+                        f"look at them, or try a smaller --lr and another --out; {kept}")
 
 # %% ../nbs/11e_loop.ipynb #306c5fcf
 def average_gradients(
@@ -373,8 +377,10 @@ class Loop:
         "Go back to the checkpoint, but for what belongs to its stage."
         if self.f.checkpoint is None or not self.f.checkpoint.is_file(): return {}
         try:
-            with safe_open(self.f.checkpoint, framework="pt") as held: facts, tensors = json.loads(held.metadata()["loop"]), {k: held.get_tensor(k) for k in held.keys()}
-        except (SafetensorError, TypeError, KeyError, ValueError) as e: raise BiomassError(f"{self.f.checkpoint}: not a checkpoint of this library ({e}); delete it, and the fold is trained from its start") from None
+            with safe_open(self.f.checkpoint, framework="pt") as held:
+                facts, tensors = json.loads(held.metadata()["loop"]), {k: held.get_tensor(k) for k in held.keys()}
+        except (SafetensorError, TypeError, KeyError, ValueError) as e:
+            raise BiomassError(f"{self.f.checkpoint}: not a checkpoint of this library ({e}); delete it, and the fold is trained from its start") from None
         count = len(changing_parts(self.f))
         load_fold_state(self.f, [named(tensors, f"weights{i}") for i in range(count)])
         best = [named(tensors, f"best{i}") for i in range(count)]
@@ -390,7 +396,8 @@ class Loop:
     ):
         "Put a stage that has begun anew where the checkpoint left it."
         inner = self.optimizer.optimizer
-        inner.load_state_dict({**inner.state_dict(), "state": {i: s for i in range(sum(len(g["params"]) for g in inner.param_groups)) if (s := named(tensors, f"optimizer{i}"))}})
+        inner.load_state_dict({**inner.state_dict(), "state": {
+            i: s for i in range(sum(len(g["params"]) for g in inner.param_groups)) if (s := named(tensors, f"optimizer{i}"))}})
         self.schedule.last_epoch = (self.epoch - first) * self.steps
         for group, lr, factor in zip(inner.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas): group["lr"] = lr * factor(self.schedule.last_epoch)
         for i, (_, average) in enumerate(self.averages): average.load_state_dict(named(tensors, f"average{i}"))

@@ -27,7 +27,9 @@ def lora_layers(
     hooks = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in named.items()]
     with torch.no_grad(): backbone.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=backbone.mean.device))
     for hook in hooks: hook.remove()
-    if not called: raise BiomassError(f"--lora-rank: {backbone.name} has no linear attention or MLP layers ({', '.join(LORA_LAYERS)}) to adapt; use a vision transformer, or drop it")
+    if not called:
+        raise BiomassError(f"--lora-rank: {backbone.name} has no linear attention or MLP layers ({', '.join(LORA_LAYERS)}) to adapt; "
+                           "use a vision transformer, or drop it")
     return sorted(set(called))
 
 # %% ../nbs/11d_lora.ipynb #1f1f7c8c

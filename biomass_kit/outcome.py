@@ -68,7 +68,8 @@ def summary_lines(
 ) -> list:  # of text
     "The closing lines of a run: photos, fallbacks with names, devices, seconds, and what befell the machine."
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
-    lines = [f"{len(o.names)} photos in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: {len(o.names) - len(o.issues)} got the whole ensemble's figures"]
+    lines = [f"{len(o.names)} photos in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
+             f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]
     for fallback, n in Counter(i.fallback for i in o.issues.values()).most_common():
         rows = sorted(r for r, i in o.issues.items() if i.fallback == fallback)
         named = "; ".join(f"{o.names[r]} ({o.issues[r].reason})" for r in rows[:SHOWN])

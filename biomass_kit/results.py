@@ -53,7 +53,8 @@ def run_facts() -> dict:
     "What a figure needs beside it to be repeated: command, versions, and the state of the sources where they are a git checkout."
     import timm
 
-    versions = {"biomass_kit": biomass_kit.__version__, "python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
+    versions = {"biomass_kit": biomass_kit.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
+                "timm": timm.__version__, "numpy": np.__version__}
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions, "git": git_state()}
 
 # %% ../nbs/11f_results.ipynb #04adf79c

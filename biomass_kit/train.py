@@ -109,10 +109,12 @@ def held_by_me(
     try: lock.acquire(timeout=0)
     except Timeout:
         who = read_json(holder) if holder.is_file() else {}
-        raise BiomassError(f"--out {out}: process {who.get('pid', '?')} on {who.get('host', '?')} is at work there since {who.get('since', '?')} ({who.get('command', '?')}); wait for it, end it, or choose another --out") from None
+        raise BiomassError(f"--out {out}: process {who.get('pid', '?')} on {who.get('host', '?')} is at work there since {who.get('since', '?')} "
+                           f"({who.get('command', '?')}); wait for it, end it, or choose another --out") from None
     try:
         for left in out.rglob(".tmp-*"): left.unlink()  # half a file, from a process that was killed
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv)})
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv)})
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -159,7 +161,8 @@ def make_accelerator(device: torch.device, precision: str, trackers: tuple = (),
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     AcceleratorState._reset_state(reset_partial_state=alone)  # an earlier run in this process may have had another precision or, alone, another device
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    return Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[waiting], log_with=list(trackers) or None, project_dir=folder)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[waiting],
+                       log_with=list(trackers) or None, project_dir=folder)
 
 # %% ../nbs/12_train.ipynb #7c0ffee2
 LOGS = "logs"  # folder of the trackers that write to disk
@@ -175,7 +178,8 @@ def finish_trackers(runs: list, results: list):
     "Tell the trackers of the members that other processes trained and of the scores, and close them."
     for run, found in zip(runs, results):
         for k in run.elsewhere:
-            for row in read_table(run.config.out / "folds" / f"{k}-history.csv").to_dict("records"): track_epoch(run.accelerator, f"{run.config.out.name} fold {k}", row)
+            for row in read_table(run.config.out / "folds" / f"{k}-history.csv").to_dict("records"):
+                track_epoch(run.accelerator, f"{run.config.out.name} fold {k}", row)
         run.accelerator.log({f"{run.config.out.name}/{name}": s["weighted_r2"] for name, s in found["scores"].items()})
     for tracker in runs[0].accelerator.trackers: tracker.finish()
 
@@ -194,7 +198,7 @@ def check_folds(
     if c.teacher: check_teacher(c.teacher, table, fold)
     return folds
 
-
+# %% ../nbs/12_train.ipynb #12000001
 def check_tiles(
     paths: list,  # photos
     spec: TileSpec,
@@ -204,7 +208,8 @@ def check_tiles(
     side, path = min((min(h, w // 2), path) for path in paths for h, w in [photo_size(path)])
     most = side // patch
     if max(spec.grid) > most:
-        raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller than a patch of {patch}; use at most {most} rows and columns" if most else
+        raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller "
+                           f"than a patch of {patch}; use at most {most} rows and columns" if most else
                            f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; use larger photos or another --backbone")
 
 # %% ../nbs/12_train.ipynb #12a00001
@@ -310,7 +315,8 @@ def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray):
     "Refuse a teacher that has seen photos on which its pupil will be scored."
     theirs, assigned = read_folds(Path(folder) / "folds.csv")
     if dict(zip(theirs["image_path"], assigned)) != dict(zip(table["image_path"], fold)):
-        raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos that would be scored here; give a run with the same --data, --cv, --n-folds and --fold-seed")
+        raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos that would be scored here; "
+                           "give a run with the same --data, --cv, --n-folds and --fold-seed")
 
 
 def teacher_grams(folder, k: int, paths: list, device_type: str, cache_dir=None) -> torch.Tensor:  # [N, 5] grams
@@ -355,7 +361,8 @@ def _train_members(configs: list, accelerator: Accelerator, precision: str, buil
     runs = [Run(c, accelerator, precision, built) for c in configs]
     accelerator.wait_for_everyone()
     members = [(run, k) for run in runs for k in run.folds]
-    if configs[0].shard == "photos" and min(c.batch_size for c in configs) < count: raise BiomassError(f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise --batch-size")
+    if configs[0].shard == "photos" and min(c.batch_size for c in configs) < count:
+        raise BiomassError(f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise --batch-size")
     mine = members if configs[0].shard == "photos" else members[index::count]
     todo = [(run, k) for run, k in mine if not is_finished(run.config.out, k)]
     for run, k in members:
@@ -381,7 +388,8 @@ def expand(
     seeds: tuple = (),  # none keeps the config's
 ) -> list:  # TrainConfigs, their `out` inside the config's: 2x2-seed0, ...
     "One config for each grid and seed."
-    return [dataclasses.replace(config, grid=g, seed=s, out=config.out / f"{g[0]}x{g[1]}-seed{s}") for g, s in itertools.product(grids or (config.grid,), seeds or (config.seed,))]
+    return [dataclasses.replace(config, grid=g, seed=s, out=config.out / f"{g[0]}x{g[1]}-seed{s}")
+            for g, s in itertools.product(grids or (config.grid,), seeds or (config.seed,))]
 
 # %% ../nbs/12_train.ipynb #6f1f7aa5
 def remember_photos(
@@ -422,16 +430,20 @@ def describe(
 ) -> str:
     "What is about to happen, in the words of the options."
     c, table, processes = run.config, run.table, run.accelerator.num_processes
-    feeds = ("stored features of the frozen backbone" if c.cache else "the frozen backbone, run anew every epoch") if c.freeze_backbone else f"the backbone, whose LoRA factors of rank {c.lora_rank} learn" if c.lora_rank else "the backbone, which learns"
+    feeds = (
+        ("stored features of the frozen backbone" if c.cache else "the frozen backbone, run anew every epoch") if c.freeze_backbone
+        else f"the backbone, whose LoRA factors of rank {c.lora_rank} learn" if c.lora_rank else "the backbone, which learns")
     pixels = f"{c.stored_draws} stored draws a photo" if c.stored_draws else "drawn anew every epoch" if c.augment == "full" else "none"
     mixup = f"on {'features' if c.freeze_backbone and c.cache else 'photos'}, {c.mixup_prob:.0%} of batches" if c.use_mixup else "off"
     done = f" ({len(run.folds) - todo} finished already or another process's)" if todo < len(run.folds) else ""
     shared = "" if processes == 1 else f"\n{processes} processes share " + (
-        "the members, each trained as a single process would" if c.shard == "members" else "each batch of every member; another number of processes gives another result")
+        "the members, each trained as a single process would" if c.shard == "members"
+        else "each batch of every member; another number of processes gives another result")
     return (
         f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; --cv {c.cv}, folds {', '.join(map(str, run.folds))}{done}\n"
         f"{c.backbone}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half, on {run.accelerator.device.type} in {run.precision}\n"
-        f"heads read {feeds}; flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; pixel augmentation: {pixels}; MixUp: {mixup}{shared}"
+        f"heads read {feeds}; flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; "
+        f"pixel augmentation: {pixels}; MixUp: {mixup}{shared}"
     )
 
 # %% ../nbs/12_train.ipynb #d51d9d2c
