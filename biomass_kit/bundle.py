@@ -10,6 +10,7 @@ __all__ = ['SCHEMAS', 'MANIFEST', 'HEADER', 'SINCE_LATER', 'FIELDS', 'UNSIGNED',
 
 # %% ../nbs/10_bundle.ipynb #6b7d85f8
 import hashlib, json, re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,7 +202,7 @@ class Bundle(NamedTuple):
                 "it belongs to another backbone, train or download it again")
         if "lora" in ref: weights = merge_lora(weights, load_file(self.folder / ref["lora"]["file"]), ref["lora"]["scale"])
         try: backbone.model.load_state_dict(weights)
-        except RuntimeError as e: raise BiomassError(f"{self.folder / ref['file']}: weights do not fit {ref['name']} ({e})") from None
+        except RuntimeError as e: raise BiomassError(f"{self.folder / ref['file']}: weights do not fit {ref['name']} ({str(e).splitlines()[0]})") from None
         return backbone.to(memory_format=torch.channels_last).eval()  # faster where there are convolutions
 
 # %% ../nbs/10_bundle.ipynb #252c50fb
@@ -239,7 +240,8 @@ def _check_digest(path, data: bytes, manifest: dict):
 # %% ../nbs/10_bundle.ipynb #aa36dbe1
 def _check_settings(path, manifest: dict):
     "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
-    physics, figures = manifest["physics"], np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
+    physics, figures = manifest["physics"], np.empty(0)
+    with suppress(ValueError, TypeError): figures = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
     if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all():
         raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:

@@ -30,10 +30,10 @@ from .folds import CV_STRATEGIES, read_table
 from .joining import join_runs
 from .outcome import summary_lines
 from .physics import METHODS
-from .progress import progress, say
+from .progress import counted, progress, say
 from .results import run_facts
 from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
-from .targets import COMBINATIONS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
+from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
 def command(run):
@@ -103,18 +103,19 @@ def write_run_report(
     photos: bool = True,  # show some of them
     out: Path = None,  # the run's own report.html by default
     data: Path = None,  # where the photos lie; where they were trained from by default
-    **options,  # `title` of the report; device_type of the members that look at photos, the training's by default
+    title: str = report.TITLE,
+    **options,  # of `look_at`, such as device_type; as in training by default
 ) -> Path:
     "Write a run's report from its own tables, and from the photos that its members judged best and worst."
     oof, history = (read_table(folder / f"{name}.csv") for name in ("oof", "history"))
-    c, seen, title = results["config"].get("run 0", results["config"]), {}, {k: options.pop(k) for k in ("title",) if k in options}
+    c, seen = results["config"].get("run 0", results["config"]), {}
     if photos:
         shown = oof.iloc[np.concatenate(list(report.extremes(oof).values()))]
         paths = {name: Path(data or c["data"]) / name for name in shown["image_path"]}
         stored = c["freeze_backbone"] and c["cache"]
         own = {"device_type": c["device_type"], "precision": c["precision"], "cache_dir": (c["cache_dir"] or default_cache_dir()) if stored else None}
         seen = look_at(paths, folder, dict(zip(shown["image_path"], shown["fold"])), **own | options)
-    return report.write_report(out or folder / "report.html", results, oof, history, photos=seen, **title)
+    return report.write_report(out or folder / "report.html", results, oof, history, title, seen)
 
 # %% ../nbs/17_cli.ipynb #bce88ff5
 def _join(folders: list, out: Path, say=print, how: str = "mean", trim: float = TRIM, photos: bool = True) -> dict:
@@ -341,8 +342,8 @@ def _dry_run(a: PredictArgs):
     paths = list_photos(a.photos) if a.photos else list(read_test(a.data)[1].values())
     print(ensemble.describe_plan(planned))
     found = ensemble.probe(planned, paths, a.batch_size, a.num_workers)
-    print("{photos} photos, none in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; "
-          "peak memory so far {0:.2f} GB".format(found["peak_bytes"] / 1e9, **found))
+    print("{0}, none looked up in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; "
+          "peak memory so far {1:.2f} GB".format(counted(found["photos"], "photo"), found["peak_bytes"] / 1e9, **found))
 
 # %% ../nbs/17_cli.ipynb #5e170001
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
@@ -353,7 +354,7 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
         late = ensemble.devices_at_work() or a.deadline
         seen = look_at(paths, bundle, **({"maps": False} if late else {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}))
     intervals = bundle.trust.get("intervals", {})
-    level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + "_low" in table else None
+    level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
     facts = run_facts() | {
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
         "notes": outcome.notes, "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
@@ -392,7 +393,7 @@ def predict(args=None):
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
                 precision=a.precision, cache_dir=cache_dir, batch_size=a.batch_size, num_workers=a.num_workers, progress=progress, deadline=a.deadline, **own)
     if table is None: return _leave()
-    print(f"{a.out}: {len(table)} rows", *summary_lines(table), sep="\n")
+    print(f"{a.out}: {counted(len(table), 'row')}", *summary_lines(table), sep="\n")
     if a.photos and a.report: print(f"report: {_report_photos(a, table, cache_dir)}")
     if a.cache: print(trim_text(cache_dir, a.cache_gb))
     _leave()
@@ -418,7 +419,7 @@ def validate(args=None):
     table = read_train(a.data)
     features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress)
     found = evidence.strategy_table(features, table, a.strategies, a.n_folds, a.fold_seed)
-    print(found.to_string(float_format=lambda v: f"{v:.3f}"))
+    print(evidence.strategy_text(found))
     if a.out: print(write_csv(a.out, found.reset_index()))
     trim_cache(default_cache_dir(), CACHE_GB * 1e9)
 

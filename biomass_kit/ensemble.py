@@ -29,7 +29,7 @@ from .outcome import MEANS, Issue, Outcome, write_issues
 from .physics import apply_physics, clamp
 from .plan import Deadline, Level, Pace, Pass, choose_level, pass_work, plan_levels, plan_passes
 from .store import FeatureCache, FeatureRequest, feature_batches, load_photo, loaded_features, photo_batches
-from .targets import KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine, kg_per_ha
+from .targets import ENDS, KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine, kg_per_ha
 from .trust import UNLIKE, Reference, likeness, widen
 from .tta import View, backbone_views, parse_view
 
@@ -283,15 +283,15 @@ def peak_memory(device: torch.device) -> int:  # bytes
 
 
 def probe(
-    ensemble: Ensemble,
+    ensemble: Ensemble,  # without a cache, which would know the photos already
     paths: list,  # all photos that would be predicted
     batch_size: int = 4,
     num_workers: int = 1,
 ) -> dict:  # {"photos", "photos_a_second", "expected_s", "peak_bytes"}
-    "Predict one batch to warm up and up to two more against the clock, then extrapolate."
+    "Predict one batch to warm up and the next two against the clock, then extrapolate; where there is but one batch, again that one."
     paths = list(paths)
     ensemble.predict(paths[:batch_size], batch_size, num_workers, faults={})
-    timed, start = paths[: 2 * batch_size], time.perf_counter()
+    timed, start = paths[batch_size : 3 * batch_size] or paths, time.perf_counter()
     ensemble.predict(timed, batch_size, num_workers, faults={})
     rate = len(timed) / (time.perf_counter() - start)
     return {"photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate, "peak_bytes": peak_memory(ensemble.device)}
@@ -576,7 +576,7 @@ def grams_table(
     "What is predicted for each photo, in both units."
     columns = {"photo": names}
     for units, of in ((TARGETS, lambda g: g), (KG_HA, lambda g: kg_per_ha(g, quadrat_cm))):
-        for grams, part in zip(parts, ("", "_low", "_high")): columns |= {name + part: of(grams[:, i]) for i, name in enumerate(units)}
+        for grams, part in zip(parts, ("", *ENDS)): columns |= {name + part: of(grams[:, i]) for i, name in enumerate(units)}
     return pd.DataFrame(columns)
 
 # %% ../nbs/11_ensemble.ipynb #a987c3c1

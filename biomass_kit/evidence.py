@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE_ALPHAS', 'choose_alpha', 'linear_probe', 'bundle_features', 'paired_difference', 'difference_text', 'verdict',
-           'difference_table', 'strategy_table', 'stack_weights', 'nested_stack', 'adversarial_validation', 'dates_of']
+           'difference_table', 'strategy_table', 'strategy_text', 'stack_weights', 'nested_stack',
+           'adversarial_validation', 'dates_of']
 
 # %% ../nbs/13_evidence.ipynb #7be38776
 from pathlib import Path
@@ -152,6 +153,18 @@ def strategy_table(
         d = paired_difference(y, [probes[cv]], [probes[against]], dates, **options)
         rows[cv] |= {"difference": d["difference"], "difference_low": d["interval"][0], "difference_high": d["interval"][1]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cv")
+
+# %% ../nbs/13_evidence.ipynb #13e00001
+def strategy_text(
+    found: pd.DataFrame,  # from `strategy_table`
+) -> str:
+    "The table in the width of a terminal: scores, those that decide with their interval."
+    ends = lambda name: found[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+    with_ends = lambda name, sign: [f"{v:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" for v, low, high in ends(name)]
+    columns = {"folds": found["folds"], "shared dates": found["shared_dates"].map("{:.0%}".format), "linear probe": with_ends("probe", ""),
+               "constant": found["floor_constant"].map("{:.3f}".format), "by state": found["floor_state"].map("{:.3f}".format),
+               "minus group_date": with_ends("difference", "+")}
+    return pd.DataFrame(columns, found.index).rename_axis(None).to_string()
 
 # %% ../nbs/13_evidence.ipynb #b45c82e2
 def stack_weights(

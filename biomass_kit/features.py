@@ -176,7 +176,8 @@ def build_backbone(
     "A backbone with weights, or a `BiomassError` that says how to get them."
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; {'did you mean ' + ', '.join(near) + '?' if near else 'timm.list_models() lists what it has'}")
+        raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; "
+                           + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it has"))
     tile_size = tile_size or own_tile_size(name)
     source = dict(pretrained=pretrained)
     if pretrained and weights is not None:

@@ -15,9 +15,8 @@ import pandas as pd
 from .bundle import copy_members, read_bundle, save_reference, write_manifest
 from .data import read_json
 from .folds import read_folds, read_table, write_folds
-from .loop import ENDS, OWN_ENDS
 from .results import manifest_physics, manifest_trust, run_facts, write_results
-from .targets import TARGETS, TRIM, BiomassError, combine
+from .targets import ENDS, OWN_ENDS, TARGETS, TRIM, BiomassError, combine
 
 # %% ../nbs/12b_joining.ipynb #fdfd8487
 def _read_run(folder) -> dict:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .data import write_csv
+from .progress import counted
 
 # %% ../nbs/10c_outcome.ipynb #5b500056
 MEANS = "training means"  # what a photo gets that nothing could be said of
@@ -68,10 +69,11 @@ def summary_lines(
 ) -> list:  # of text
     "The closing lines of a run: photos, fallbacks with names, devices, seconds, and what befell the machine."
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
-    lines = [f"{len(o.names)} photos in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
+    lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
              f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]
     for fallback, n in Counter(i.fallback for i in o.issues.values()).most_common():
         rows = sorted(r for r, i in o.issues.items() if i.fallback == fallback)
         named = "; ".join(f"{o.names[r]} ({o.issues[r].reason})" for r in rows[:SHOWN])
         lines.append(f"{n} got {fallback}: {named}" + (f"; and {n - SHOWN} more" if n > SHOWN else ""))
-    return lines + o.notes + ([f"all of these photos: {o.issues_path}"] if o.issues_path else [])
+    if o.issues_path: lines.append(f"all of these photos: {o.issues_path}")
+    return lines + o.notes

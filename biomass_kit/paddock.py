@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
 from .page import COLORS, document, figure, interval, number, pairs_table, paragraph, table, write_document
-from .targets import KG_HA, TARGETS, TOTAL
+from .targets import ENDS, KG_HA, TARGETS, TOTAL
 
 # %% ../nbs/15b_paddock.ipynb #f04ac061
 HECTARE = "kg DM/ha"
@@ -26,7 +26,7 @@ def ends_of(
     names,  # columns without their endings
 ) -> list:  # lower and upper ends [N, 5]; empty where the bundle gives none
     "The intervals of a table."
-    return [predicted[[n + e for n in names]].to_numpy() for e in ("_low", "_high")] if names[0] + "_low" in predicted else []
+    return [predicted[[n + e for n in names]].to_numpy() for e in ENDS] if names[0] + ENDS[0] in predicted else []
 
 
 def headline(
@@ -129,7 +129,7 @@ def _photos(predicted, facts, photos) -> str:
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     score = facts.get("score") or {}
-    known = (f"On photos of dates held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
+    known = (f"On photos held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
              f"(90 % interval {interval(score.get('interval_90'))} over dates).")
     a, b = facts["quadrat_cm"]
     area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
 from .page import COLORS, as_text, document, duration, figure, interval, number, pairs_table, paragraph, table, write_document
-from .targets import TARGETS, TOTAL, WEIGHTS, BiomassError, as_grams, identity_residuals, per_target_scores
+from .targets import ENDS, TARGETS, TOTAL, WEIGHTS, BiomassError, as_grams, identity_residuals, per_target_scores
 
 # %% ../nbs/15_report.ipynb #cc5c1f0f
 LABELS = {"model": "Model", "model_raw": "Model before physics", "floor_constant": "Floor: constant means",
@@ -262,7 +262,7 @@ def plot_intervals(
     oof,  # the out-of-fold table, with _low and _high
 ) -> Figure:
     "Intervals of the total, photos in the order of the prediction; measured figures outside stand out."
-    y, p, low, high = (oof_grams(oof, s)[:, TOTAL] for s in ("", "_pred", "_low", "_high"))
+    y, p, low, high = (oof_grams(oof, s)[:, TOTAL] for s in ("", "_pred", *ENDS))
     order, inside = np.argsort(p, kind="stable"), (low <= y) & (y <= high)
     fig = Figure(figsize=(5, 3.6), layout="constrained", facecolor="white")
     ax, at = fig.subplots(), np.arange(len(y))
@@ -378,7 +378,7 @@ def intervals_section(results, oof, history, photos):
     unlike = results.get("unlike")
     strange = paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {number(100 * unlike['flagged'], 0)} % of the photos; "
                         f"about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
-    said = paragraph(f"Intervals come from the errors on {number(given['dates'])} dates held out, " + (
+    said = paragraph(f"Intervals come from the errors on held-out photos of {number(given['dates'])} dates, " + (
         "added to what the uncertainty heads say." if given["of"] == "heads" else "around each prediction."
     ) + " The margin for each fold comes from the other folds.")
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)

@@ -17,9 +17,8 @@ import biomass_kit
 from .data import write_csv, write_json
 from .ensemble import INTERVAL_LEVEL, bound_intervals
 from .folds import FLOORS, FOLD_COLUMNS, floor_predictions, score_beside_floors
-from .loop import ENDS, OWN_ENDS
 from .physics import METHODS, NEEDS_COVARIANCE, clamp_folds, error_covariance, nested_physics
-from .targets import TARGETS, weighted_r2
+from .targets import ENDS, OWN_ENDS, TARGETS, weighted_r2
 from .trust import conformal_margin, coverage, nested_intervals
 
 # %% ../nbs/11f_results.ipynb #46a27e0d
@@ -33,7 +32,7 @@ def fold_scores(
     rows = []
     for k in np.unique(fold[scored]):
         at = fold[scored] == k
-        y = table.loc[fold == k, list(TARGETS)]
+        y = table.loc[scored & (fold == k), list(TARGETS)]
         rows.append({"fold": int(k), "photos": int(at.sum()), **{name: weighted_r2(y, p[at]) for name, p in predictions.items()}})
     return rows
 

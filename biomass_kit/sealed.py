@@ -141,7 +141,7 @@ def _arrivals(pip: subprocess.Popen, site: Path, total: int):
         there = max(there, now)
         time.sleep(0.1)
 
-
+# %% ../nbs/16c_sealed.ipynb #16c00006
 def pip_install(
     python,  # of a virtual environment
     asked: list,  # requirements
@@ -250,7 +250,7 @@ EXECUTED = "inference-executed.ipynb"
 KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}
 UNITS = {"seconds": (1, "s"), "memory": (1e9, "GB"), "disk": (1e9, "GB")}  # for people
 
-
+# %% ../nbs/16c_sealed.ipynb #16c00007
 def family_memory(pid: int) -> int:  # bytes
     "Memory of a process and all its descendants now; pages that they share are counted once where the system tells."
     import psutil
@@ -355,7 +355,7 @@ def _in_units(kind: str, found: float) -> str:
     one, unit = UNITS[kind]
     return f"{kind} {found / one:.5g} of {KAGGLE_LIMITS[kind] / one:g} {unit}"
 
-
+# %% ../nbs/16c_sealed.ipynb #16c00008
 def check_run(
     done: dict,  # from `run_offline`
     data,  # as it was given there

@@ -10,7 +10,7 @@ __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'LOGS', 'member_config', 'member_name', 
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, itertools, json, os, socket, sys, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable
@@ -31,7 +31,7 @@ from .data import file_digest, photo_size, read_json, read_train, write_csv, wri
 from .ensemble import Ensemble, some_members
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
-from .loop import CHECKPOINT, CLASSES, Fold, fold_intervals, plain_features, predict_fold, run_fold, track_epoch
+from .loop import CHECKPOINT, CLASSES, Fold, fold_intervals, one_thread, plain_features, predict_fold, run_fold, track_epoch
 from .lora import add_lora, lora_layers, take_lora
 from .loss import class_mean_targets, class_means
 from .model import AUX_CLASSES
@@ -279,23 +279,29 @@ class Run:
         "Where a member of fold k leaves its last epoch."
         return self.config.out / "folds" / f"{k}{name}{CHECKPOINT}"
 
+    def threads(self):
+        "A context: one CPU thread for heads on stored features, all of them where a backbone runs."
+        return one_thread() if self.stored else nullcontext()
+
     def soft_targets(self, k: int, progress):
         "Grams `[N, 5]` to which fold k's predictions are pulled, learned without its scored photos; None where nothing pulls."
         c = self.config
         if c.teacher: return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, (c.cache_dir or default_cache_dir()) if self.stored else None)
         if not c.distill_aux: return None
         first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
-        run_fold(first, progress)
-        return class_teacher(first)
+        with self.threads():
+            run_fold(first, progress)
+            return class_teacher(first)
 
     def train_member(self, k: int, progress, log):
         "Train one fold from the starting weights and leave it finished on disk."
         teacher = self.soft_targets(k, progress)
         f = self.new_fold(k, self.config)
         f.teacher = teacher
-        history = run_fold(f, progress)
+        with self.threads():
+            history = run_fold(f, progress)
+            if f.part[0] == 0: finish_fold(f, self.table, history, self.backbone)
         if f.part[0] == 0:
-            finish_fold(f, self.table, history, self.backbone)
             for name in ("", CLASSES): self.checkpoint(k, name).unlink(missing_ok=True)
         log(f"{self.config.out.name} fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, {len(f.train)} photos trained, {len(f.scored)} scored")
 
@@ -343,7 +349,8 @@ def train_runs(
         if accelerator.is_main_process:
             for c in configs: held.enter_context(held_by_me(c.out))
             start_trackers(accelerator, configs)
-        runs = _train_members(configs, accelerator, precision, {} if built is None else built, progress, log if accelerator.is_main_process else lambda line: None)
+        tell = log if accelerator.is_main_process else lambda line: None
+        runs = _train_members(configs, accelerator, precision, {} if built is None else built, progress, tell)
         if not accelerator.is_main_process: return []
         results = [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs]
         finish_trackers(runs, results)
@@ -434,7 +441,9 @@ def describe(
         ("stored features of the frozen backbone" if c.cache else "the frozen backbone, run anew every epoch") if c.freeze_backbone
         else f"the backbone, whose LoRA factors of rank {c.lora_rank} learn" if c.lora_rank else "the backbone, which learns")
     pixels = f"{c.stored_draws} stored draws a photo" if c.stored_draws else "drawn anew every epoch" if c.augment == "full" else "none"
-    mixup = f"on {'features' if c.freeze_backbone and c.cache else 'photos'}, {c.mixup_prob:.0%} of batches" if c.use_mixup else "off"
+    on = "features" if c.freeze_backbone and c.cache else "photos"
+    cutmix = f"of {'tiles' if on == 'features' else on}, {c.cutmix_prob:.0%} of batches" if c.use_cutmix else "off"
+    mixup = f"of {on}, {c.mixup_prob:.0%} of {'the others' if c.use_cutmix else 'batches'}" if c.use_mixup else "off"
     done = f" ({len(run.folds) - todo} finished already or another process's)" if todo < len(run.folds) else ""
     shared = "" if processes == 1 else f"\n{processes} processes share " + (
         "the members, each trained as a single process would" if c.shard == "members"
@@ -443,7 +452,7 @@ def describe(
         f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; --cv {c.cv}, folds {', '.join(map(str, run.folds))}{done}\n"
         f"{c.backbone}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half, on {run.accelerator.device.type} in {run.precision}\n"
         f"heads read {feeds}; flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; "
-        f"pixel augmentation: {pixels}; MixUp: {mixup}{shared}"
+        f"pixel augmentation: {pixels}; CutMix: {cutmix}; MixUp: {mixup}{shared}"
     )
 
 # %% ../nbs/12_train.ipynb #d51d9d2c

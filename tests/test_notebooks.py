@@ -11,6 +11,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 ROOMS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.stem != "index"]
 EXPLORE = [p for p in NOTEBOOKS if p.parent.name == "explore"]
 MOST_LINES = 25  # of code in a cell; empty lines and nbdev's directives are not counted
+MOST_COLUMNS = 160  # of a line of code, in notebooks and tests
 MOST_BYTES = 150_000  # of a stored picture
 
 LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
@@ -105,6 +106,17 @@ def test_cells_are_short(path):
     assert not surplus, f"over {MOST_LINES} lines: the cells of {surplus}; part them, or say in LONGER why not"
     gone = sorted(set(excused(path)) - set(long_cells(path)))
     assert not gone, f"short enough by now: the cells of {gone}; drop them from LONGER"
+
+
+@every_notebook
+def test_lines_are_short(path):
+    wide = [line for c in cells(path, "code") for line in source(c).splitlines() if len(line) > MOST_COLUMNS]
+    assert not wide, f"over {MOST_COLUMNS} characters: {wide[0]}"
+
+
+def test_lines_of_tests_are_short():
+    wide = [f"{p.name} line {i}" for p in (ROOT / "tests").rglob("*.py") for i, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1) if len(line) > MOST_COLUMNS]
+    assert not wide, f"over {MOST_COLUMNS} characters: {wide}"
 
 
 def shows(path):
