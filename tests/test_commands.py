@@ -92,12 +92,14 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
 
 def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path):
     "Every strategy beside its floors; and the same photos against themselves look alike."
-    done = run(BIN / "biomass_validate", "--weights", finished, "--data", data, "--n-folds", 3, "--strategies", "group_date", "random", "--out", tmp_path / "cv.csv", "--device-type", "cpu",
-               env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    done = run(BIN / "biomass_validate", "--weights", finished, "--data", data, "--n-folds", 3, "--strategies", "group_date", "random",
+               "--out", tmp_path / "cv.csv", "--device-type", "cpu", env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(tmp_path / "cv.csv").set_index("cv")
-    assert list(table.index) == ["group_date", "random"] and {"probe", "floor_constant", "floor_state"} <= set(table) and table.loc["group_date", "difference"] == 0
-    done = run(BIN / "biomass_compare", "--weights", finished, "--first", data / "train", "--second", data / "train", "--data", data, "--device-type", "cpu", env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    assert (list(table.index) == ["group_date", "random"] and {"probe", "floor_constant", "floor_state"} <= set(table)
+            and table.loc["group_date", "difference"] == 0)
+    done = run(BIN / "biomass_compare", "--weights", finished, "--first", data / "train", "--second", data / "train", "--data", data,
+               "--device-type", "cpu", env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
     auc = float(re.search(r"AUC (\d\.\d+) between 30 and 30", done.stdout)[1])
     assert auc < 0.7 and "two groups of dates" in done.stdout, done.stdout

@@ -30,7 +30,8 @@ def small_bundle(folder):
     for fold, reads in enumerate((plain, plain | lora)):
         model = BiomassModel(body.dim, hidden_ratio=0.01, learning=True)
         model.fit_output(torch.rand(20, 5) * 50)
-        infos.append(save_member(folder, model, dict(name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})))
+        infos.append(save_member(folder, model, dict(name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
+                                                     bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})))
     write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {"model": {"weighted_r2": 0.5}})
     return folder
 
@@ -136,22 +137,27 @@ def other_backbone(folder):
 
 
 TAMPERED = {  # name -> (what somebody does who can sign, what must be said)
-    "a file outside": (lambda f: signed(f, files={"../x.safetensors": {"sha256": "", "bytes": 1}}), "refuses the file '../x.safetensors'; only .safetensors files beside the manifest"),
+    "a file outside": (lambda f: signed(f, files={"../x.safetensors": {"sha256": "", "bytes": 1}}),
+                       "refuses the file '../x.safetensors'; only .safetensors files beside the manifest"),
     "an absolute file": (lambda f: signed(f, files={"/etc/x.safetensors": {"sha256": "", "bytes": 1}}), "refuses the file '/etc/x.safetensors'"),
     "a pickle by name": (lambda f: signed(f, files={"x.pt": {"sha256": "", "bytes": 1}}), "refuses the file 'x.pt'"),
     "a pickle inside": (lambda f: (f / "a.safetensors").write_bytes(pickle.dumps({"a": 1})), "a pickle, which runs code"),
-    "a member's file outside": (lambda f: rewritten(f, lambda m: m["members"][0].update(file="../member.safetensors")), "names a file that the manifest does not list"),
+    "a member's file outside": (lambda f: rewritten(f, lambda m: m["members"][0].update(file="../member.safetensors")),
+                                "names a file that the manifest does not list"),
     "a giant shape": (lambda f: giant(f, [2**40, 2**20], 16), "not a safetensors file"),
     "a giant shape with its offsets": (lambda f: giant(f, [2**40], 2**42), "not a safetensors file"),
-    "a giant header": (lambda f: resigned_file(f, manifest_of(f)["members"][0]["backbone"]["file"], struct.pack("<Q", 2**62) + b"{}"), "not a safetensors file"),
+    "a giant header": (lambda f: resigned_file(f, manifest_of(f)["members"][0]["backbone"]["file"], struct.pack("<Q", 2**62) + b"{}"),
+                       "not a safetensors file"),
     "an unknown field": (lambda f: signed(f, quantised=True), "field 'quantised' means nothing to biomass_kit"),
     "a newer schema": (lambda f: signed(f, schema=3, library="1.4"), "reads 1 and 2; install biomass_kit 1.4"),
     "a newer library": (lambda f: signed(f, library="99.0"), "install biomass_kit 99.0 or later"),
     "a missing field": (lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),
     "a missing member": (lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(), "missing, though the manifest lists it; copy the bundle again"),
     "no members": (lambda f: signed(f, members=[]), "lists no member"),
-    "another's name for the backbone": (lambda f: rewritten_member(f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}), "as test_vit2 with 64 channels and as test_vit"),
-    "another's channels": (lambda f: rewritten_member(f, model=manifest_of(f)["members"][0]["model"] | {"dim": 128}), "with 128 channels and as test_vit with 64"),
+    "another's name for the backbone": (lambda f: rewritten_member(f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}),
+                                        "as test_vit2 with 64 channels and as test_vit"),
+    "another's channels": (lambda f: rewritten_member(f, model=manifest_of(f)["members"][0]["model"] | {"dim": 128}),
+                           "with 128 channels and as test_vit with 64"),
     "a member that says otherwise": (lambda f: rewritten(f, lambda m: m["members"][0].update(fold=7)), "differs from the member's own header"),
     "a digest of another kind": (lambda f: (f / MANIFEST).write_text(json.dumps(manifest_of(f) | {"sha256": None})), "its own sha256 differs"),
 }
@@ -219,13 +225,15 @@ def predict(bundle):
     "A prediction on features, without photos."
     ensemble = Ensemble(bundle, device_type="cpu")
     views = {v for p in ensemble.passes for v in p.views}
-    return ensemble._together(ensemble.predict_members([{v: torch.zeros(1, 2, 4, 64) for v in views} for _ in ensemble.passes]).numpy()[None], ensemble.levels[0].members)
+    return ensemble._together(ensemble.predict_members([{v: torch.zeros(1, 2, 4, 64) for v in views} for _ in ensemble.passes]).numpy()[None],
+                              ensemble.levels[0].members)
 
 
 def test_bundles_of_earlier_libraries_are_read(copy):
     "No digest, no way of combining; member configs with fields that are gone, or without fields that came later."
     rewritten_member(copy, config={"a_switch_of_old": 3})
-    rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items() if k not in ("fusion", "symmetric", "density")})
+    rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items()
+                                                if k not in ("fusion", "symmetric", "density")})
     (copy / MANIFEST).write_text(json.dumps({k: v for k, v in manifest_of(copy).items() if k not in SINCE_LATER}))
     bundle = read_bundle(copy)
     assert np.isfinite(predict(bundle)).all() and bundle.members[0]["config"] == {"a_switch_of_old": 3}
@@ -233,10 +241,16 @@ def test_bundles_of_earlier_libraries_are_read(copy):
 
 def test_nothing_in_the_library_loads_or_runs_code():
     "No pickle reader, no eval, no exec; torch.nn.Module.eval is a method."
-    readers = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"), ("pd", "read_pickle"), ("yaml", "load"), ("marshal", "loads")}
+    readers = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"), ("pd", "read_pickle"),
+               ("yaml", "load"), ("marshal", "loads")}
     for path in (ROOT / "biomass_kit").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name): assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path.name} line {node.lineno}"
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name): assert (node.value.id, node.attr) not in readers, f"{path.name} line {node.lineno}"
-            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"): assert ast.unparse(node.value) == "False", f"{path.name} line {node.value.lineno}"
-            if isinstance(node, (ast.Import, ast.ImportFrom)): assert not {a.name.split(".")[0] for a in node.names} & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}, f"{path.name} line {node.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path.name} line {node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in readers, f"{path.name} line {node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+                assert ast.unparse(node.value) == "False", f"{path.name} line {node.value.lineno}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert not ({a.name.split(".")[0] for a in node.names}
+                            & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}), f"{path.name} line {node.lineno}"

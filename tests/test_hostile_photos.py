@@ -37,11 +37,15 @@ def seeds():
     turned[0x0112] = 6
     turned[0x010F] = "a camera"
     return {
-        "baseline.jpg": encoded(rgb, "JPEG", quality=90), "progressive.jpg": encoded(rgb, "JPEG", progressive=True), "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2),
-        "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned), "grey.jpg": encoded(image.convert("L"), "JPEG"), "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
-        "rgb.png": encoded(rgb, "PNG"), "rgba.png": encoded(image.convert("RGBA"), "PNG"), "palette.png": encoded(image.quantize(200), "PNG", transparency=3), "grey.png": encoded(image.convert("L"), "PNG"),
-        "deep.png": encoded(rgb[..., 0].astype(np.uint16) * 257, "PNG"), "turned.png": encoded(np.rot90(rgb).copy(), "PNG", exif=turned), "text.png": encoded(rgb, "PNG", pnginfo=text_chunks()),
-        "png-named.jpg": encoded(rgb, "PNG"), "jpg-named.png": encoded(rgb, "JPEG"), "a.tif": encoded(rgb, "TIFF", compression="tiff_lzw"), "a.webp": encoded(rgb, "WEBP"), "a.bmp": encoded(rgb, "BMP"),
+        "baseline.jpg": encoded(rgb, "JPEG", quality=90), "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
+        "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2), "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned),
+        "grey.jpg": encoded(image.convert("L"), "JPEG"), "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "rgb.png": encoded(rgb, "PNG"), "rgba.png": encoded(image.convert("RGBA"), "PNG"),
+        "palette.png": encoded(image.quantize(200), "PNG", transparency=3), "grey.png": encoded(image.convert("L"), "PNG"),
+        "deep.png": encoded(rgb[..., 0].astype(np.uint16) * 257, "PNG"), "turned.png": encoded(np.rot90(rgb).copy(), "PNG", exif=turned),
+        "text.png": encoded(rgb, "PNG", pnginfo=text_chunks()),
+        "png-named.jpg": encoded(rgb, "PNG"), "jpg-named.png": encoded(rgb, "JPEG"),
+        "a.tif": encoded(rgb, "TIFF", compression="tiff_lzw"), "a.webp": encoded(rgb, "WEBP"), "a.bmp": encoded(rgb, "BMP"),
     }
 
 
@@ -58,7 +62,8 @@ def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struc
 
 def bomb(width, height, extra=b"", data=b"\0" * 1000, depth=8, colour=2):
     "A PNG that claims a size; its pixels are mostly missing."
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + extra
+            + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
 
 
 def bombs(plain):
@@ -70,7 +75,8 @@ def bombs(plain):
         yield f"claims-{side}.jpg", bytes(jpeg)
     yield "one-pixel.png", encoded(np.zeros((1, 1, 3), np.uint8), "PNG")
     yield "one-pixel.jpg", encoded(np.zeros((1, 1, 3), np.uint8), "JPEG")
-    for width, height in ((8000, 8000), (12_000, 9000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (0, 0), (2**31 - 1, 1)): yield f"{width}x{height}.png", bomb(width, height)
+    for width, height in ((8000, 8000), (12_000, 9000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (0, 0), (2**31 - 1, 1)):
+        yield f"{width}x{height}.png", bomb(width, height)
     yield "full.png", bomb(8000, 8000, data=b"\0" * (8000 * 24001))
     yield "full-deep.png", bomb(8000, 8000, data=b"\0" * (8000 * 16001), depth=16, colour=0)
     yield "text.png", bomb(128, 64, extra=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 100_000_000)))
@@ -159,7 +165,8 @@ def test_what_each_kind_of_photo_looks_like(tmp_path):
         (tmp_path / name).write_bytes(data)
         photo, deep = read_photo(tmp_path / name).astype(float), name == "deep.png"
         like = rgb[..., :1] if deep else rgb @ [[0.299], [0.587], [0.114]] if "grey" in name else rgb
-        assert photo.shape == rgb.shape and np.abs(photo - like).mean() < (0.01 if name in ("deep.png", "rgba.png", "png-named.jpg", "turned.png", "a.tif", "a.bmp", "text.png") else 12), name
+        assert photo.shape == rgb.shape and np.abs(photo - like).mean() < (
+            0.01 if name in ("deep.png", "rgba.png", "png-named.jpg", "turned.png", "a.tif", "a.bmp", "text.png") else 12), name
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2])

@@ -39,7 +39,8 @@ def meant(records):  # the header and rows of a sound train.csv
     rows = [dict(zip(records[0], r)) for r in records[1:]]
     photos = {}
     for r in rows:
-        p = photos.setdefault(r["image_path"], {k: r[k] for k in ("State", "Species")} | {"Sampling_Date": date(*map(int, re.split("[/-]", r["Sampling_Date"])))})
+        p = photos.setdefault(r["image_path"],
+                              {k: r[k] for k in ("State", "Species")} | {"Sampling_Date": date(*map(int, re.split("[/-]", r["Sampling_Date"])))})
         p[r["target_name"]] = float(r["target"])
     return photos
 
@@ -85,7 +86,8 @@ def reorder_rows(records, draw): return [records[0], *draw(st.permutations(recor
 
 def own_column(records, draw):
     name = draw(st.sampled_from(["photo", "path", "index", "grams", "Notes", "fold", "Größe", "Dry_Total_g", "image_path ."]))
-    return [[*r, name if i == 0 else draw(st.sampled_from(["", "x", "1.5", "a,b", 'say "hm"', "two\nlines"]))] for i, r in enumerate(records)] if name not in records[0] else records
+    return ([[*r, name if i == 0 else draw(st.sampled_from(["", "x", "1.5", "a,b", 'say "hm"', "two\nlines"]))] for i, r in enumerate(records)]
+            if name not in records[0] else records)
 
 
 def drop_a_photo(records, draw):
@@ -111,7 +113,8 @@ def for_photo(column, value):
 
 def other_number(text):
     "The same grams or others, as programs write them."
-    return st.sampled_from([f"{float(text):.3f}", f"{float(text):e}", repr(float(text)), f"+{float(text):.2f}", f"{float(text):.0f}.", "0", "0.0", "1E+2", ".5", "158", "1000", "1e-300", "-0.0"])
+    return st.sampled_from([f"{float(text):.3f}", f"{float(text):e}", repr(float(text)), f"+{float(text):.2f}", f"{float(text):.0f}.",
+                            "0", "0.0", "1E+2", ".5", "158", "1000", "1e-300", "-0.0"])
 
 
 def numbers(records, draw):
@@ -122,15 +125,18 @@ def numbers(records, draw):
 
 text = st.text(st.characters(blacklist_categories=("Cs", "Zs", "Zl", "Zp", "Cc")), min_size=1, max_size=8)
 HARMLESS = {
-    "columns reordered": reorder_columns, "rows reordered": reorder_rows, "a column of one's own": own_column, "a photo less": drop_a_photo, "one photo": one_photo,
+    "columns reordered": reorder_columns, "rows reordered": reorder_rows, "a column of one's own": own_column,
+    "a photo less": drop_a_photo, "one photo": one_photo,
     "a date with dashes": for_photo("Sampling_Date", st.just(lambda d: d.replace("/", "-"))),
     "a date with zeros": for_photo("Sampling_Date", st.just(lambda d: "/".join(f"{int(p):02d}" for p in re.split("[/-]", d)))),
-    "another state": for_photo("State", text), "no state": for_photo("State", st.just("")), "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
+    "another state": for_photo("State", text), "no state": for_photo("State", st.just("")),
+    "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
     "numbers": numbers,
 }
 BYTES = {  # of the same records
     "plain": lambda r: as_text(r).encode(), "byte-order mark": lambda r: as_text(r).encode("utf-8-sig"), "CRLF": lambda r: as_text(r, newline="\r\n").encode(),
-    "CR": lambda r: as_text(r, newline="\r", quoting=csv.QUOTE_ALL).encode(), "empty lines": lambda r: as_text(r).replace("\n", "\n\n").encode() if not any("\n" in v for row in r for v in row) else as_text(r).encode(),
+    "CR": lambda r: as_text(r, newline="\r", quoting=csv.QUOTE_ALL).encode(),
+    "empty lines": lambda r: as_text(r).replace("\n", "\n\n").encode() if not any("\n" in v for row in r for v in row) else as_text(r).encode(),
     "blanks": lambda r: as_text([[f" {v}\t" for v in row] for row in r]).encode(), "quotes": lambda r: as_text(r, quoting=csv.QUOTE_ALL).encode(),
     "commas at the ends": lambda r: as_text([[*row, "", ""] for row in r]).encode(), "no line end": lambda r: as_text(r).rstrip("\n").encode(),
 }
@@ -209,7 +215,8 @@ def bare_comma(records, draw):
 def region(mark):
     def change(records, draw):
         with_comma = draw(st.booleans())
-        return records, "columns are separated by", 0, lambda r: as_text([[v.replace(".", ",") if with_comma and "/" not in v else v for v in row] for row in r], mark).encode()
+        return records, "columns are separated by", 0, lambda r: as_text(
+            [[v.replace(".", ",") if with_comma and "/" not in v else v for v in row] for row in r], mark).encode()
     return change
 
 
@@ -230,21 +237,28 @@ LINKS = ("train/linked.jpg", "train/attic/outside.jpg", "elsewhere/linked.jpg", 
 GONE = ("train/gone.jpg", "train", "C:\\train\\x.jpg", "train/\0.jpg", "train/" + "x" * 5000, "train/\u202eGPJ.jpg", "~/x.jpg", "https://example.org/x.jpg")
 ANYWHERE = {
     "a column twice": double_column(TEST_COLUMNS), "a column gone": drop_column(TEST_COLUMNS), "a column renamed": rename_column(TEST_COLUMNS),
-    "a path that leaves": cell("image_path", *OUT, words="leaves the data folder; use a path inside"), "a link that leads out": cell("image_path", *LINKS, words="leads out of the data folder through a link"),
+    "a path that leaves": cell("image_path", *OUT, words="leaves the data folder; use a path inside"),
+    "a link that leads out": cell("image_path", *LINKS, words="leads out of the data folder through a link"),
     "an unknown target": cell("target_name", "Dry_Green", "", "total", "dry_green_g", "Dry_Gre\u0301en_g", words="is none of"), "a row cut short": short_row,
     "semicolons": region(";"), "tabs": region("\t"),
     "no rows": whole("has a header but no rows", lambda r: as_text(r[:1]).encode(), lambda r: as_text(r[:1]).encode() + b",,,\n\n"),
-    "no text": whole("not a UTF-8 comma-separated table", lambda r: as_text(r).encode("utf-16"), lambda r: as_text(r).encode() + "é\n".encode("latin-1"), lambda r: as_text(r).encode() + b'"open', b"\x89PNG\r\n\x1a\n\0"),
+    "no text": whole("not a UTF-8 comma-separated table", lambda r: as_text(r).encode("utf-16"), lambda r: as_text(r).encode() + "é\n".encode("latin-1"),
+                     lambda r: as_text(r).encode() + b'"open', b"\x89PNG\r\n\x1a\n\0"),
     "no table": whole("line 1: ", b"", b"\n\n", b"\0", b"{}", lambda r: as_text(r[1:]).encode()),
 }
 IN_TRAINING = ANYWHERE | {
     "a column twice": double_column(TRAIN_COLUMNS), "a column gone": drop_column(TRAIN_COLUMNS), "a column renamed": rename_column(TRAIN_COLUMNS),
-    "no number": cell("target", "", "NaN", "nan", "n/a", "-", "inf", "0x1F", "1_0", "１２", "1 000", "12g", "1e", "2\0", "True", words="is not a number; write grams with a decimal point"),
-    "too much": cell("target", "1e308", "1e400", "1000.0001", "25000", words=f"is over {PLAUSIBLE_GRAMS:g} g"), "negative": cell("target", "-1", "-1e308", "-0.001", words="is negative"),
+    "no number": cell("target", "", "NaN", "nan", "n/a", "-", "inf", "0x1F", "1_0", "１２", "1 000", "12g", "1e", "2\0", "True",
+                      words="is not a number; write grams with a decimal point"),
+    "too much": cell("target", "1e308", "1e400", "1000.0001", "25000", words=f"is over {PLAUSIBLE_GRAMS:g} g"),
+    "negative": cell("target", "-1", "-1e308", "-0.001", words="is negative"),
     "decimal comma": decimal_comma, "decimal comma without quotes": bare_comma,
-    "no date": cell("Sampling_Date", "4/9/2015", "9/15/2015", "15/9/4", "2015/13/1", "2015/2/30", "spring", "", "20150904", "42251", "2015/9", "2015/9/4 12:00", "2015.9.4", words="is not a date; write year/month/day"),
-    "metadata that differ": lambda r, draw: (lambda c: cell(c, lambda v: {"Sampling_Date": "1999/1/1"}.get(c, v + "x"), words=f"{c} '")(r, draw)[:2] + (None,))(draw(st.sampled_from(METADATA))),
-    "a photo that is not there": cell("image_path", *GONE, words="is not in"), "a row twice": double_row("appears a second time; keep one row"), "a target gone": missing_row, "a photo under two names": second_name,
+    "no date": cell("Sampling_Date", "4/9/2015", "9/15/2015", "15/9/4", "2015/13/1", "2015/2/30", "spring", "", "20150904", "42251", "2015/9",
+                    "2015/9/4 12:00", "2015.9.4", words="is not a date; write year/month/day"),
+    "metadata that differ": lambda r, draw: (
+        lambda c: cell(c, lambda v: {"Sampling_Date": "1999/1/1"}.get(c, v + "x"), words=f"{c} '")(r, draw)[:2] + (None,))(draw(st.sampled_from(METADATA))),
+    "a photo that is not there": cell("image_path", *GONE, words="is not in"), "a row twice": double_row("appears a second time; keep one row"),
+    "a target gone": missing_row, "a photo under two names": second_name,
 }
 IN_TEST = ANYWHERE | {"a row twice": double_row("appears a second time; keep one row"), "no id": cell("sample_id", "", words="is empty")}
 
@@ -293,7 +307,8 @@ def test_what_is_harmless_is_read_and_what_is_not_is_refused(room, name, example
         else:
             assert said is not None, f"{wrong}: read as\n{found}"
             assert str(folder / name) in said and words in said, (wrong, said)
-            if row is not None and name in said and f"{name}: none of" not in said: assert f"{name} line {line_of(content, records, row)}: " in said, (wrong, said, row)
+            if row is not None and name in said and f"{name}: none of" not in said:
+                assert f"{name} line {line_of(content, records, row)}: " in said, (wrong, said, row)
 
     case()
     if examples > 500: assert {w for w, _ in met} == {None, *harmful}, "every mutation was met"
@@ -341,7 +356,8 @@ def test_one_group_is_refused_with_the_reason(room):
     (folder / "train.csv").write_text(as_text([plain["train.csv"][0], *([*r[:i], "2015/9/4", *r[i + 1 :]] for r in plain["train.csv"][1:])]))
     table = read_train(folder)
     for cv in ("group_date", "group_month", "leave_one_month_out"):
-        with pytest.raises(BiomassError, match=f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv"): make_folds(table, cv)
+        with pytest.raises(BiomassError, match=f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv"):
+            make_folds(table, cv)
     assert set(make_folds(table, "random", 2)) == {0, 1}
     for cv in ("random", "leave_one_state_out"):
         with pytest.raises(BiomassError, match="single group"): make_folds(table[:1], cv)

@@ -39,7 +39,8 @@ def one(config, tmp_path_factory):
     room = tmp_path_factory.mktemp("kills")
     torch.manual_seed(0)
     save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32, use_aux_heads=False, train_folds=(0,))
+    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32,
+                               use_aux_heads=False, train_folds=(0,))
 
 
 def left(folder):
@@ -162,7 +163,8 @@ def contents(folder):
     return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def entries(folder): return {name: digest for name, digest in contents(folder).items() if name.endswith(".npy") and ".tmp-" not in name} if folder.exists() else {}
+def entries(folder):
+    return {name: digest for name, digest in contents(folder).items() if name.endswith(".npy") and ".tmp-" not in name} if folder.exists() else {}
 
 
 def test_a_killed_feature_store_goes_on(one, tmp_path):
@@ -179,11 +181,14 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     assert 20 <= len(half) < len(whole) == 30 * 4 and half.items() <= whole.items()
     inodes = {name: (config.cache_dir / name).stat().st_ino for name in half}
     train(config, **quiet)
-    assert entries(config.cache_dir) == whole and {name: (config.cache_dir / name).stat().st_ino for name in half} == inodes, "what was there was not written again"
+    assert (entries(config.cache_dir) == whole
+            and {name: (config.cache_dir / name).stat().st_ino for name in half} == inodes), "what was there was not written again"
     assert left(config.out) == left(tmp_path / "whole/run")
 
 
-PACK = "import sys, time, biomass_kit.data as d; plain = d.os.replace; d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); import biomass_kit.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)"
+PACK = ("import sys, time, biomass_kit.data as d; plain = d.os.replace; "
+        "d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); "
+        "import biomass_kit.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)")
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ def start(name, folder, size=64):
 def adapting(config, tmp_path_factory):
     "A two-stage run on a tiny transformer whose second stage learns LoRA factors, for two folds."
     room = tmp_path_factory.mktemp("lora")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=start("test_vit", room), freeze_backbone=False, two_stage=True, freeze_epochs=1,
-                               epochs=3, lora_rank=2, backbone_lr=1e-2, train_folds=(0, 1), use_aux_heads=False)
+    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=start("test_vit", room), freeze_backbone=False,
+                               two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2, train_folds=(0, 1), use_aux_heads=False)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_merged_weights_are_what_peft_computes(name, tmp_path):
     backbone, size = build_backbone(name, pretrained=False, tile_size=64)
     tiles, layers = torch.randint(0, 255, (3, 3, size, size), dtype=torch.uint8), lora_layers(backbone, size)
     add_lora(backbone, 3, layers, seed=1)
-    assert sorted(adapted_layers(backbone)) == layers and {n.rpartition(".")[2] for n in layers} == ({"fc1", "fc2"} if "conv" in name else {"qkv", "proj", "fc1", "fc2"})
+    assert sorted(adapted_layers(backbone)) == layers and {n.rpartition(".")[2] for n in layers} == (
+        {"fc1", "fc2"} if "conv" in name else {"qkv", "proj", "fc1", "fc2"})
     for n, p in backbone.named_parameters():
         if n.endswith("gamma"): torch.nn.init.ones_(p)  # a new network's layer scale lets next to nothing of a block through
         if p.requires_grad: torch.nn.init.normal_(p, std=0.05)
@@ -75,7 +76,8 @@ def test_merged_weights_are_what_peft_computes(name, tmp_path):
 def test_a_member_holds_only_what_it_learned(adapting, adapted, data):
     bundle = read_bundle(adapted)
     files = {kind: sorted(p.name for p in (adapted / "bundle").glob(f"{kind}-*")) for kind in ("backbone", "lora", "member")}
-    assert {kind: len(names) for kind, names in files.items()} == {"backbone": 1, "lora": 2, "member": 2} and set(sum(files.values(), [])) == set(bundle.manifest["files"])
+    assert ({kind: len(names) for kind, names in files.items()} == {"backbone": 1, "lora": 2, "member": 2}
+            and set(sum(files.values(), [])) == set(bundle.manifest["files"]))
     base, begin = load_file(adapted / "bundle" / files["backbone"][0]), load_file(adapting.backbone_weights)
     assert all(torch.equal(base[k], begin[k]) for k in begin), "the base never moves"
     factors = load_file(adapted / "bundle" / files["lora"][0])
@@ -102,8 +104,8 @@ def test_lost_factors_are_learned_again(adapting, adapted, tmp_path):
     with pytest.raises(BiomassError, match="lora_rank"): train(dataclasses.replace(adapting, lora_rank=4), **quiet)
 
 
-@pytest.mark.parametrize("chosen", [dict(average="ema"), dict(average="swa"), dict(checkpoint="best"), dict(two_stage=False, freeze_epochs=10, grad_checkpointing=True, layer_decay=0.7)],
-                         ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("chosen", [dict(average="ema"), dict(average="swa"), dict(checkpoint="best"),
+                                    dict(two_stage=False, freeze_epochs=10, grad_checkpointing=True, layer_decay=0.7)], ids=lambda c: next(iter(c)))
 def test_lora_beside_other_options(chosen, adapting, data, tmp_path):
     run = dataclasses.replace(adapting, out=tmp_path / "run", train_folds=(0,), epochs=2, **chosen)
     train(run, **quiet)
@@ -166,7 +168,8 @@ def test_a_frozen_stage_leaves_running_statistics_alone(config, tmp_path, watch)
 def test_lora_leaves_running_statistics_alone(config, tmp_path, watch):
     "A network with batch norm and attention: beside LoRA factors the base stays what it was, all of it."
     begin = start("mobilevit_xxs", tmp_path)
-    train(dataclasses.replace(config, out=tmp_path / "run", backbone="mobilevit_xxs", backbone_weights=begin, freeze_backbone=False, epochs=1, batch_size=10, lora_rank=2, train_folds=(0,)), **quiet)
+    train(dataclasses.replace(config, out=tmp_path / "run", backbone="mobilevit_xxs", backbone_weights=begin, freeze_backbone=False, epochs=1,
+                              batch_size=10, lora_rank=2, train_folds=(0,)), **quiet)
     left, begin = load_file(next((tmp_path / "run/bundle").glob("backbone-*"))), load_file(begin)
     assert watch["modes"] == [{True}] and any("running_mean" in k for k in begin) and all(torch.equal(begin[k], left[k]) for k in begin)
 
@@ -194,7 +197,8 @@ def test_checkpointing_changes_no_gradient(rank):
 def test_two_processes_share_photos_with_intervals(config, data, tmp_path):
     train(dataclasses.replace(config, out=tmp_path / "run", epochs=1, uncertainty=True, train_folds=(0,)), **quiet)
     alone = predict_folder(tmp_path / "run", data / "test", tmp_path / "alone.csv", device_type="cpu")
-    done = launch(2, "biomass_kit.ensemble", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv", "--device-type", "cpu", "--no-cache")
+    done = launch(2, "biomass_kit.ensemble", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv",
+                  "--device-type", "cpu", "--no-cache")
     assert done.returncode == 0, done.stderr[-3000:]
     shared = pd.read_csv(tmp_path / "shared.csv")
     grams = [c for c in alone if c.startswith(TARGETS)]

@@ -16,8 +16,9 @@ MOST_BYTES = 150_000  # of a stored picture
 
 LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
     "one class or function; no cell boundary can part it": {
-        "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"], "08_model": ["Trunk", "BiomassModel"],
-        "09_loss": ["total_loss"], "10_bundle": ["Bundle"], "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
+        "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"],
+        "08_model": ["Trunk", "BiomassModel"], "09_loss": ["total_loss"], "10_bundle": ["Bundle"],
+        "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
         "11e_loop": ["Fold", "train_step", "Loop"], "11f_results": ["write_results"], "12_train": ["Run"], "12b_joining": ["join_runs"],
         "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"], "17_cli": ["predict"],
     },
@@ -31,11 +32,15 @@ LONGER = {  # why a cell stays in one piece -> notebook -> its longest definitio
     },
 }
 NO_PICTURE = {
-    "00b_progress": "lines of text; they are printed", "10_bundle": "files and digests; the folder is listed", "10c_outcome": "a file of reasons and closing lines; both are printed",
-    "11b_config": "options and what contradicts what; the refusals are printed", "11c_batches": "tensors; what the draws look like is in 05_augment", "11d_lora": "factors; their effect is asserted",
-    "11f_results": "tables and JSON; 15_report shows them", "12b_joining": "scores and refusals; they are printed", "14b_page": "the words and tables of a page; 15_report shows one whole",
+    "00b_progress": "lines of text; they are printed", "10_bundle": "files and digests; the folder is listed",
+    "10c_outcome": "a file of reasons and closing lines; both are printed",
+    "11b_config": "options and what contradicts what; the refusals are printed",
+    "11c_batches": "tensors; what the draws look like is in 05_augment", "11d_lora": "factors; their effect is asserted",
+    "11f_results": "tables and JSON; 15_report shows them", "12b_joining": "scores and refusals; they are printed",
+    "14b_page": "the words and tables of a page; 15_report shows one whole",
     "16b_packing": "files and metadata; they are printed", "16c_sealed": "a verdict; its lines are printed",
-    "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report", "18_start": "a bar that passes; the list of commands is shown",
+    "17_cli": "commands; what they print is shown, and the pictures of their report are in 15_report",
+    "18_start": "a bar that passes; the list of commands is shown",
 }
 
 
@@ -154,7 +159,8 @@ def test_explore_runs_on_what_is_committed(path):
     assert settings and all(isinstance(n, ast.Assign) for n in settings), "the first cell holds the variables, and nothing else"
     for n in settings:
         value = ast.literal_eval(n.value)
-        assert value is None or (path.parent / value).resolve().is_relative_to(ROOT / "tests"), f"{n.targets[0].id} = {value!r} is not what the notebook is committed with"
+        assert value is None or (path.parent / value).resolve().is_relative_to(ROOT / "tests"), (
+            f"{n.targets[0].id} = {value!r} is not what the notebook is committed with")
 
 
 @pytest.mark.parametrize("path", EXPLORE, ids=lambda p: p.stem)
@@ -167,7 +173,8 @@ def test_explore_defines_nothing(path):
 
 @pytest.mark.skipif(not (SHARED / "csiro").is_dir(), reason="the competition's photos are not here")
 def test_no_output_names_a_real_photo():
-    with open(SHARED / "csiro" / "train.csv", encoding="utf-8") as f: real = {row["image_path"].split("/")[-1].removesuffix(".jpg") for row in csv.DictReader(f)}
+    with open(SHARED / "csiro" / "train.csv", encoding="utf-8") as f:
+        real = {row["image_path"].split("/")[-1].removesuffix(".jpg") for row in csv.DictReader(f)}
     assert len(real) == 80
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")

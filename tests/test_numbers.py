@@ -32,11 +32,13 @@ def base(tmp_path_factory):
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
     torch.manual_seed(0)
     save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
-    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32, batch_size=4, epochs=3,
-                       cache_dir=room / "cache", device_type="cpu")
+    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
+                       tile_size=32, batch_size=4, epochs=3, cache_dir=room / "cache", device_type="cpu")
 
 
-def left(folder): return {p.name: file_digest(p) for p in (folder / "bundle").glob("*.safetensors")}, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
+def left(folder):
+    return ({p.name: file_digest(p) for p in (folder / "bundle").glob("*.safetensors")},
+            (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes())
 
 
 class Killed(Exception): pass
@@ -101,10 +103,12 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
     batches, run = [], loop.train_step
     with monkeypatch.context() as patch:
         patch.setattr(loop, "total_loss", total_loss)
-        patch.setattr(loop, "train_step", lambda f, batch, *rest: (batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
+        patch.setattr(loop, "train_step", lambda f, batch, *rest: (
+            batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
         with pytest.raises(BiomassError) as e: train(config, **quiet)
     said, kept = str(e.value), config.out / f"folds/0{CHECKPOINT}"
-    assert ("the loss is nan" if what == "loss" else "the gradient's norm is") in said and f"photos {', '.join(batches[-1])};" in said and f"the epochs before are kept in {kept}" in said and len(batches) == 4, said
+    assert (("the loss is nan" if what == "loss" else "the gradient's norm is") in said and f"photos {', '.join(batches[-1])};" in said
+            and f"the epochs before are kept in {kept}" in said and len(batches) == 4), said
     assert kept.is_file() and not (config.out / "results.json").exists()
     if what == "loss": return
     train(config, **quiet)
@@ -115,7 +119,8 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
 def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
     "The message promises no checkpoint that is not there."
     monkeypatch.setattr(loop, "total_loss", lambda *_: (torch.tensor(torch.inf, requires_grad=True), {}))
-    with pytest.raises(BiomassError, match="the loss is inf; photos .*; no epoch before was kept"): train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
+    with pytest.raises(BiomassError, match="the loss is inf; photos .*; no epoch before was kept"):
+        train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
 
 
 SMALL = {  # name -> (table -> table, options)
@@ -139,7 +144,8 @@ def test_small_and_flat_data_work(base, name, tmp_path):
     change, more = SMALL[name]
     shutil.copytree(base.data, tmp_path / "data")
     change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(tmp_path / "data/train.csv", index=False)
-    config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16, use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True, **more)
+    config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16,
+                                 use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True, **more)
     out = config.out / "bundle" if name in BY_COMMAND else config.out
     if name in BY_COMMAND: cli.train([*options(config), "--grids", "1", "1", "2", "2"])
     else: train(config, **quiet)

@@ -65,13 +65,15 @@ def small_wheel(folder):
     info = "quadrat_ruler-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as z:
         for name, text in (("quadrat_ruler.py", "length = 70"), (f"{info}/METADATA", "Metadata-Version: 2.1\nName: quadrat-ruler\nVersion: 1.0\n"),
-                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")): z.writestr(name, text)
+                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")):
+            z.writestr(name, text)
     return path
 
 
 def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path, monkeypatch, capsys):
     "A wheel named with --wheels travels, is listed with its reason and installed; photos without a test.csv become a table of grams."
-    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)): monkeypatch.setenv(name, value)
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(name, value)
     out = tmp_path / "kaggle_datasets"
     cli.pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify", "--wheels", "quadrat-ruler==1.0"])
     assert "quadrat_ruler-1.0-py3-none-any.whl: asked for with --wheels" in capsys.readouterr().out
@@ -99,15 +101,18 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
     finally: os.umask(old)
     digests = lambda folder: {str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
     assert digests(again) == digests(packed)
-    assert {f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed)) and any(n.endswith(".whl") for n in digests(packed))
+    assert ({f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
+            and any(n.endswith(".whl") for n in digests(packed)))
 
 
 def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, data, tmp_path):
     "By packing, by verifying and in the notebook's own call."
     def each(edit):
-        bundle, there = shutil.copytree(finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"), shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}")
+        bundle, there = (shutil.copytree(finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"),
+                         shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}"))
         edit(bundle), edit(there / WEIGHTS)
-        return [refused(pack, bundle, tmp_path / "x"), refused(verify, there, data, tmp_path / "y", share=True), refused(kaggle.predict_inputs, there / WEIGHTS, data, tmp_path)]
+        return [refused(pack, bundle, tmp_path / "x"), refused(verify, there, data, tmp_path / "y", share=True),
+                refused(kaggle.predict_inputs, there / WEIGHTS, data, tmp_path)]
 
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
         assert all(name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
@@ -168,7 +173,8 @@ def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
         done = run(sys.executable, "-c", SOCKET_GUARD + ATTEMPT, env={**os.environ, "NETWORK_LOG": str(log)})
         assert "no network here" in done.stderr and len(log.read_text().splitlines()) == attempts
     loopback = "import socket, threading; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname(), timeout=2); print('reached')"
-    assert "reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout and len(log.read_text().splitlines()) == 2
+    assert ("reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout
+            and len(log.read_text().splitlines()) == 2)
     if network_cut():
         count = lambda code: unrouted(run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp /proc/net/snmp6").stdout)
         assert count("pass") == 0 and count(ATTEMPT) == 1

@@ -32,8 +32,8 @@ def base(room, tmp_path, monkeypatch):
     "A sound frozen run, in which nobody may compute a feature."
     def forward(self, tiles): raise AssertionError("a backbone was run before the refusal")
     monkeypatch.setattr(Backbone, "forward", forward)
-    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32, freeze_backbone=True,
-                       epochs=2, cache_dir=tmp_path / "cache", device_type="cpu")
+    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors",
+                       tile_size=32, freeze_backbone=True, epochs=2, cache_dir=tmp_path / "cache", device_type="cpu")
 
 
 def refused(config, **options):
@@ -49,13 +49,18 @@ WRONG = {  # options -> what must be said
     "a grid finer than patches": (dict(grid=(5, 5)), "whose halves are 64 pixels, would be smaller than a patch of 16; use at most 4 rows and columns"),
     "one side alone too fine": (dict(grid=(1, 9)), "use at most 4 rows and columns"),
     "a tile of broken patches": (dict(tile_size=40), "must be a multiple of test_vit's patch of 16 pixels, such as 32"),
-    "more folds than groups": (dict(n_folds=200), "use 2 to "), "more folds than photos": (dict(n_folds=13, cv="random"), "the data has 12 groups; use 2 to 12 folds"), "one fold": (dict(n_folds=1), "use 2 to "),
-    "a fold that is not there": (dict(train_folds=(2,)), "--train-folds 2: the folds are 0 to 1"), "folds of leave-one-out": (dict(cv="leave_one_state_out", n_folds=9), "each is a fold"),
+    "more folds than groups": (dict(n_folds=200), "use 2 to "),
+    "more folds than photos": (dict(n_folds=13, cv="random"), "the data has 12 groups; use 2 to 12 folds"), "one fold": (dict(n_folds=1), "use 2 to "),
+    "a fold that is not there": (dict(train_folds=(2,)), "--train-folds 2: the folds are 0 to 1"),
+    "folds of leave-one-out": (dict(cv="leave_one_state_out", n_folds=9), "each is a fold"),
     "a teacher that is none": (dict(teacher=Path("nowhere")), "nowhere"), "a photo of no size": (dict(data=Path("nowhere")), "train.csv: no such file"),
-    "weights of another backbone": (dict(backbone="test_vit2"), "does not fit test_vit2"), "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
-    "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"), "blocks that are not there": (dict(feature_blocks=(99,)), "has blocks 0 to"),
+    "weights of another backbone": (dict(backbone="test_vit2"), "does not fit test_vit2"),
+    "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
+    "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"),
+    "blocks that are not there": (dict(feature_blocks=(99,)), "has blocks 0 to"),
     "the device is absent": (dict(device_type="mps" if not torch.backends.mps.is_available() else "cuda"), "this machine has no"),
-    "a warm-up of everything": (dict(warmup=1.0), "--warmup 1.0: must lie in"), "draws without a cache": (dict(stored_draws=2, cache=False), "--stored-draws needs"),
+    "a warm-up of everything": (dict(warmup=1.0), "--warmup 1.0: must lie in"),
+    "draws without a cache": (dict(stored_draws=2, cache=False), "--stored-draws needs"),
 }
 
 

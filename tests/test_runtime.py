@@ -77,7 +77,8 @@ def test_time_enough_changes_nothing(room, whole, monkeypatch):
     assert slow.passes == [1, 1] + [4] * 6 * 4, "two to measure, then the plan"
 
 
-@pytest.mark.parametrize("share, fallback", [(0.75, "2 backbone views, 10 members"), (0.45, "1 backbone view, 10 members"), (0.2, "1 backbone view, 5 members")])
+@pytest.mark.parametrize("share, fallback", [(0.75, "2 backbone views, 10 members"), (0.45, "1 backbone view, 10 members"),
+                                             (0.2, "1 backbone view, 5 members")])
 def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback):
     slow = SlowBackbones(monkeypatch)
     deadline = Deadline(share * slow.whole(16), lambda: slow.now)
@@ -162,7 +163,8 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
 
     monkeypatch.setattr(Ensemble, "__init__", first)
     monkeypatch.setattr(store, "read_photo", lambda path, plain=store.read_photo: seen and plain(path))
-    monkeypatch.setattr(ensemble, "write_submission", lambda path, rows, photos, grams: saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams))
+    monkeypatch.setattr(ensemble, "write_submission", lambda path, rows, photos, grams: (
+        saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams)))
     monkeypatch.setattr(ensemble, "SAVE_EVERY", 1.5 * slow.whole(4))
     predict_competition(room / "frozen", room / "data", room / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now), device_type="cpu")
     assert seen == [(True, {"not predicted yet"}, [])], "before anything is loaded or seen"
@@ -337,14 +339,16 @@ def test_gpus_that_launch_nothing_leave_it_to_the_cpu(room, whole, monkeypatch):
 
 def test_all_gpus_fail_and_the_cpu_does_it(room, whole, monkeypatch):
     "Two GPUs that launch a probe and fail under load; played, since there is none here: loading weights to them raises."
-    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0), ("get_device_capability", (7, 5))): monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0), ("get_device_capability", (7, 5))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(features, "launches", lambda device: True)
 
     def to(self, device, *args, plain=torch.nn.Module.to, **options):
         if str(device).startswith("cuda"): raise torch.OutOfMemoryError(f"{device} is full")
         return plain(self, device, *args, **options)
 
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, plain=torch.nn.Module.to, **options: to(self, *args, plain=plain, **options) if args else plain(self, **options))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, plain=torch.nn.Module.to, **options: (
+        to(self, *args, plain=plain, **options) if args else plain(self, **options)))
     table = predict_competition(room / "frozen", room / "data", room / "o.csv")
     assert np.array_equal(by_photo(table), by_photo(whole))
     assert [line.split(" failed")[0] for line in summary_lines(table) if "went to cpu" in line] == ["cuda:0", "cuda:1"]
@@ -408,7 +412,8 @@ def test_weights_of_the_members_that_are_left():
 
 def test_without_an_outcome_nothing_is_made_up(room, monkeypatch):
     overflow(monkeypatch, slice(None), everywhere=True)
-    with pytest.raises(BiomassError, match="no member gave a number; 16 of 16"): predict_photos(room / "frozen", list_photos(room / "data/test"), device_type="cpu")
+    with pytest.raises(BiomassError, match="no member gave a number; 16 of 16"):
+        predict_photos(room / "frozen", list_photos(room / "data/test"), device_type="cpu")
 
 
 def test_a_wrong_option_writes_nothing(room):

@@ -41,7 +41,8 @@ def test_library_is_what_the_notebooks_export(copy):
 
 
 def test_notebooks_are_clean(copy):
-    dirty = [p.name for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.read_bytes() != (copy / "nbs" / p.relative_to(ROOT / "nbs")).read_bytes()]
+    dirty = [p.name for p in (ROOT / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts and p.read_bytes() != (copy / "nbs" / p.relative_to(ROOT / "nbs")).read_bytes()]
     assert not dirty, f"run make prepare: {dirty} are not clean"
 
 
@@ -52,7 +53,8 @@ def test_readme_is_what_the_index_says():
 def test_readme_shows_the_committed_ablation():
     done = python(ROOT / "tests/benchmarks/ablation.py", "--table")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8"), "put what `ablation.py --table` prints into nbs/index.ipynb, then run make prepare"
+    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8"), (
+        "put what `ablation.py --table` prints into nbs/index.ipynb, then run make prepare")
 
 
 def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
@@ -60,7 +62,8 @@ def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
     write_tracked(tmp_path, user)
     for made in (p for p in tmp_path.rglob("*") if p.is_file()):
         tracked = ROOT / "kaggle_datasets" / made.relative_to(tmp_path)
-        assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), f"{tracked}: python -c 'from biomass_kit.packing import KERNEL, write_tracked; write_tracked(\"kaggle_datasets\")'"
+        assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), (
+            f"{tracked}: python -c 'from biomass_kit.packing import KERNEL, write_tracked; write_tracked(\"kaggle_datasets\")'")
 
 
 def test_rooms_import_only_lower_rooms():

@@ -132,8 +132,8 @@ class Args:
 
 def config_of(a: Args, row: str) -> TrainConfig:
     "The options of a row; grid, seed and deal of folds are still to be set."
-    base = TrainConfig(data=a.data, out=a.out / row.replace(" ", "-").replace(",", "").replace(":", ""), backbone=a.backbone, backbone_weights=a.backbone_weights,
-                       tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
+    base = TrainConfig(data=a.data, out=a.out / row.replace(" ", "-").replace(",", "").replace(":", ""), backbone=a.backbone,
+                       backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
     lite = {"backbone_weights": a.lite_weights} if "backbone" in SWITCHES[row].options else {}
     return replace(base, **PLANNED | SWITCHES[row].options, **lite)
 
@@ -155,7 +155,8 @@ def taught(a: Args, row: str, c: TrainConfig) -> TrainConfig:
 def raw_predictions(a: Args, row: str, table) -> dict:
     "(seed, deal, grid) -> [N, 5] raw out-of-fold grams; trains what is not there."
     configs = runs_of(a, row)
-    recipe = config_record(replace(config_of(a, row), out=Path(), cache_dir=None)) | {"weights": file_digest(config_of(a, row).backbone_weights), "train.csv": file_digest(a.data / "train.csv")}
+    recipe = config_record(replace(config_of(a, row), out=Path(), cache_dir=None)) | {
+        "weights": file_digest(config_of(a, row).backbone_weights), "train.csv": file_digest(a.data / "train.csv")}
     held = config_of(a, row).out / "recipe.json"
     if held.exists() and json.loads(held.read_text(encoding="utf-8")) != json.loads(json.dumps(recipe)):
         raise BiomassError(f"{held.parent}: was measured with another recipe; choose another --out or delete it")
@@ -183,7 +184,8 @@ def probe_predictions(a: Args, backbone: str, weights: Path, tile_size: int, blo
     table, (model, size) = read_train(a.data), build_backbone(backbone, weights, tile_size, blocks=blocks)
     spec, precision = TileSpec(*grid, size), "fp32" if precision == "auto" else precision
     request = FeatureRequest(model.eval(), spec, (View(),), FeatureCache(model, spec, None, precision))
-    return linear_probe(store_features(list(table["path"]), request, precision=precision).gather(range(len(table)), View()).numpy(), table, make_folds(table, seed=deal))
+    return linear_probe(store_features(list(table["path"]), request, precision=precision).gather(range(len(table)), View()).numpy(),
+                        table, make_folds(table, seed=deal))
 
 
 def probes_of(a: Args, row: str, runs) -> list:
@@ -200,7 +202,8 @@ class Ledger:
         self.y, self.dates = table[list(TARGETS)].to_numpy(), table["Sampling_Date"]
         self.folds = {d: make_folds(table, seed=d) for d in a.seeds}
         self.bounds = {d: {k: training_bounds(self.y[f != k]) for k in np.unique(f)} for d, f in self.folds.items()}
-        self.facts = {"photos": len(table), "dates": int(self.dates.nunique()), "backbone": a.backbone, "tile_size": a.tile_size, "seeds": a.seeds, "machine": platform.machine(), "date": str(date.today())}
+        self.facts = {"photos": len(table), "dates": int(self.dates.nunique()), "backbone": a.backbone, "tile_size": a.tile_size, "seeds": a.seeds,
+                      "machine": platform.machine(), "date": str(date.today())}
 
     def corrected(self, raw: dict, method: str = "derive_dead") -> dict:
         "(seed, deal) -> consistent grams."
@@ -219,7 +222,8 @@ class Ledger:
         if against in self.scored and against != row: found |= {"against": against, "difference": self.difference(predictions, self.scored[against])}
         if probe: found["minus_probe"] = self.difference(predictions, probe)
         self.rows.append(found)
-        print("   ".join([f"{row:36s} {mean(scores):.3f}", *(f"{k} {difference_text(found[k])}" for k in ("difference", "minus_probe") if k in found)]), flush=True)
+        print("   ".join([f"{row:36s} {mean(scores):.3f}",
+                          *(f"{k} {difference_text(found[k])}" for k in ("difference", "minus_probe") if k in found)]), flush=True)
         self.write()
 
     def write(self):
@@ -250,7 +254,8 @@ def bar(ledger: Ledger, default: dict, probes: dict):
     scores = {name: mean(weighted_r2(ledger.y, p) for p in of_deal.values()) for name, of_deal in probes.items()}
     best = max(scores, key=scores.get)
     found = paired_difference(ledger.y, list(default.values()), list(probes[best].values()), ledger.dates)
-    ledger.facts["bar"] = {"pairs": len(default), "default": mean(weighted_r2(ledger.y, p) for p in default.values()), "probes": scores, "best_probe": best, **found}
+    ledger.facts["bar"] = {"pairs": len(default), "default": mean(weighted_r2(ledger.y, p) for p in default.values()),
+                           "probes": scores, "best_probe": best, **found}
     print(f"bar: default minus {best} over {len(default)} (seed, deal) pairs: {difference_text(found)}", flush=True)
 
 
@@ -282,7 +287,8 @@ def tell(a: Args, ledger: Ledger, raw: dict, mixed: dict):
         ledger.say(row, ledger.corrected(on_diagonal(joint[row])), SWITCHES[row].against, probe, **({"coverage": cover} if cover else {}))
         if row == DEFAULT: bar(ledger, ledger.corrected(joint[row]), probes)
         if row != PLAN: continue
-        for g in a.grids: ledger.say(f"{g[0]}x{g[1]} alone", ledger.corrected(on_diagonal({(s, d): p for (s, d, h), p in of_run.items() if h == g})), PLAN, each[g])
+        for g in a.grids:
+            ledger.say(f"{g[0]}x{g[1]} alone", ledger.corrected(on_diagonal({(s, d): p for (s, d, h), p in of_run.items() if h == g})), PLAN, each[g])
         for method in METHODS:
             if method != TrainConfig.physics: ledger.say(f"physics {method}", ledger.corrected(on_diagonal(joint[row]), method), PLAN, probes[PROBE])
     for row, of_run in mixed.items(): ledger.say(row, ledger.corrected(over_grids(a, of_run)), MIXES[row], each[a.grids[0]])

@@ -88,7 +88,8 @@ def worker(a: Args, index: int, count: int, begin, done):
 
 def main():
     a = tyro.cli(Args)
-    print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, {torch.get_num_threads()} threads, "
+          f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
     models, x, y = draw(a)
     times = {"one after another": [], "stacked": [], "two processes": []}
     one_after_another(copy.deepcopy(models[:1]), x[:1], y[:1], 3)
@@ -111,7 +112,8 @@ def main():
         times["two processes"].append(time.perf_counter() - start)
     for p in processes: p.join()
     for name, seconds in times.items():
-        print(f"  {name:18s} {median(seconds) / a.steps * 1e3:6.1f} ms a step of all members, {median(times['one after another']) / median(seconds):.2f} times as fast")
+        print(f"  {name:18s} {median(seconds) / a.steps * 1e3:6.1f} ms a step of all members, "
+              f"{median(times['one after another']) / median(seconds):.2f} times as fast")
     print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}")
 
 

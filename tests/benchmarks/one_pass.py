@@ -89,10 +89,13 @@ def compare(name: str, folder: Path, paths, a: Args):
     assert (np.abs(planned - plain) <= 1e-5 * np.abs(plain) + 1e-4).all(), "the plan changed the answer"
     pairs, specs = [split_pair(read_photo(p)) for p in paths], {p.spec for p in ensemble.passes}
     batches = [{s: torch.stack([cut_tiles(t, s) for t in pairs[i : i + a.batch_size]]) for s in specs} for i in range(0, len(paths), a.batch_size)]
-    rounds = in_turn({"plan": lambda: ensemble.predict(paths, a.batch_size), "naive": lambda: naive(ensemble, paths, a.batch_size), "floor": lambda: floor(ensemble, batches)}, a.rounds)
+    rounds = in_turn({"plan": lambda: ensemble.predict(paths, a.batch_size), "naive": lambda: naive(ensemble, paths, a.batch_size),
+                      "floor": lambda: floor(ensemble, batches)}, a.rounds)
     ratio = lambda top, bottom: median(r[top] / r[bottom] for r in rounds)
-    print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), largest difference {np.abs(planned - plain).max():.1e} g\n"
-          f"  naive / plan {ratio('naive', 'plan'):.2f}   plan / floor {ratio('plan', 'floor'):.3f}   (plan {median(r['plan'] for r in rounds):.2f} s for {len(paths)} photos)", flush=True)
+    print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), "
+          f"largest difference {np.abs(planned - plain).max():.1e} g\n"
+          f"  naive / plan {ratio('naive', 'plan'):.2f}   plan / floor {ratio('plan', 'floor'):.3f}   "
+          f"(plan {median(r['plan'] for r in rounds):.2f} s for {len(paths)} photos)", flush=True)
 
 
 def line(x, y) -> tuple:
@@ -103,7 +106,8 @@ def line(x, y) -> tuple:
 
 def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
     "Time against the number of frozen members of one grid; the slope as a share of one backbone pass over the same photos."
-    ensembles = {n: Ensemble(read_bundle(untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)), device_type="cpu") for n in counts}
+    ensembles = {n: Ensemble(read_bundle(untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
+                             device_type="cpu") for n in counts}
     tiles = torch.stack([cut_tiles(split_pair(read_photo(p)), TileSpec(2, 2, a.tile_size)) for p in paths[: a.batch_size]])
     backbone = next(iter(ensembles[1].backbones.values()))
 
@@ -116,7 +120,8 @@ def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
     rounds = in_turn(sides, 2 * a.rounds + 1)
     times = [median(r[n] for r in rounds) for n in counts]
     slope, _, fit = line(counts, times)
-    print(f"members {counts}: {', '.join(f'{t:.2f}' for t in times)} s, R2 of the line {fit:.3f}; each further frozen member {slope / median(r['pass'] for r in rounds):.2%} of a backbone pass", flush=True)
+    print(f"members {counts}: {', '.join(f'{t:.2f}' for t in times)} s, R2 of the line {fit:.3f}; "
+          f"each further frozen member {slope / median(r['pass'] for r in rounds):.2%} of a backbone pass", flush=True)
 
 
 def grow_photos(room: Path, a: Args, counts=(20, 40, 80, 160)):
@@ -128,12 +133,14 @@ def grow_photos(room: Path, a: Args, counts=(20, 40, 80, 160)):
     rounds = in_turn(sides, a.rounds)
     times = [median(r[n] for r in rounds) for n in counts]
     slope, start, fit = line(counts, times)
-    print(f"photos {counts} (tiny ViT): {', '.join(f'{t:.2f}' for t in times)} s, R2 of the line {fit:.4f}, {slope * 1e3:.1f} ms a photo, {start:+.2f} s at none", flush=True)
+    print(f"photos {counts} (tiny ViT): {', '.join(f'{t:.2f}' for t in times)} s, R2 of the line {fit:.4f}, "
+          f"{slope * 1e3:.1f} ms a photo, {start:+.2f} s at none", flush=True)
 
 
 def main():
     a = tyro.cli(Args)
-    print(f"{a.backbone}, tiles of {a.tile_size} px, batch {a.batch_size}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    print(f"{a.backbone}, tiles of {a.tile_size} px, batch {a.batch_size}, {torch.get_num_threads()} threads, {platform.machine()}, "
+          f"torch {torch.__version__}, {date.today()}")
     with tempfile.TemporaryDirectory() as room:
         room, model = Path(room), (a.backbone, a.backbone_weights, a.tile_size)
         paths = list_photos(write_dataset(room / "data", n_photos=2, n_test=a.photos, height=a.height) / "test")

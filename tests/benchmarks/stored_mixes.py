@@ -24,7 +24,8 @@ from biomass_kit.tta import STORED_VIEWS, arrange, parse_view
 
 K = 8  # mixes stored a photo
 FEATURES = f"2x2 MixUp of features, {K} stored"
-MIXES = {FEATURES: "2x2 in bf16", f"2x2 MixUp of photos, {K} stored": FEATURES, f"2x2 CutMix of photos, {K} stored": FEATURES}  # row -> the row that it is compared with
+# row -> the row that it is compared with
+MIXES = {FEATURES: "2x2 in bf16", f"2x2 MixUp of photos, {K} stored": FEATURES, f"2x2 CutMix of photos, {K} stored": FEATURES}
 
 
 class Mix:

@@ -54,7 +54,8 @@ def epochs(f: Fold, n: int) -> float:
 
 def main():
     a = tyro.cli(Args)
-    print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, {platform.machine()}, "
+          f"torch {torch.__version__}, {date.today()}")
     device = torch.device("cpu")
     stored_s = recomputed_s = extraction_s = 0
     with tempfile.TemporaryDirectory() as room:
@@ -68,8 +69,9 @@ def main():
             a = replace(a, backbone_weights=room / "random.safetensors")
             save_file(build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model.state_dict(), a.backbone_weights)
         for grid in a.grids:
-            base = check_config(TrainConfig(data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size,
-                                            n_folds=a.folds, freeze_backbone=True, use_mixup=False, augment="flips", cache_dir=room / "cache", device_type="cpu"))
+            base = check_config(TrainConfig(data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
+                                            tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, augment="flips",
+                                            cache_dir=room / "cache", device_type="cpu"))
             run = Run(base, make_accelerator(device, "fp32"), "fp32", {})
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
@@ -82,8 +84,9 @@ def main():
             assert difference < 1e-2, f"the two sides trained different heads: {difference} g"
             stored_s += sum(epochs(fold(k, run.stored), a.epochs) for k in range(a.folds))
             print(f"grid {grid}: largest difference after an epoch {difference:.1e} g", flush=True)
-    print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored_s:.1f} s, recomputed {recomputed_s:.0f} s (scaled), {recomputed_s / stored_s:.0f} times; "
-          f"with one plain-view extraction ({extraction_s:.0f} s) counted in {recomputed_s / (stored_s + extraction_s):.0f} times")
+    print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored_s:.1f} s, recomputed {recomputed_s:.0f} s (scaled), "
+          f"{recomputed_s / stored_s:.0f} times; with one plain-view extraction ({extraction_s:.0f} s) "
+          f"counted in {recomputed_s / (stored_s + extraction_s):.0f} times")
 
 
 if __name__ == "__main__": main()
