@@ -93,6 +93,7 @@ def wait_for(path, process):
     "Until a file is there."
     until = time.time() + 120
     while not path.exists() and process.poll() is None and time.time() < until: time.sleep(0.01)
+    assert path.exists(), f"{path.name} never came; the process {'ended' if process.poll() is not None else 'is still busy'}"
 
 
 @pytest.fixture(scope="module")

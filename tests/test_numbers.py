@@ -33,7 +33,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
     return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
-                       tile_size=32, batch_size=4, epochs=3, cache_dir=room / "cache", device_type="cpu")
+                       tile_size=32, batch_size=4, epochs=3, device_type="cpu")
 
 
 def left(folder):
@@ -66,6 +66,18 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
     killed_after_two(run("cut", 2), monkeypatch)
     train(run("cut", 1), **quiet)
     assert left(run("0", 0).out) == left(run("1", 1).out) == left(run("2", 2).out) == left(run("cut", 1).out)
+
+
+def test_threads_change_no_bit(base, tmp_path):
+    "Heads on stored features, on a machine with one core or with four: sums of many threads end in other bits."
+    wide = dataclasses.replace(base, freeze_backbone=True, batch_size=12, hidden_ratio=4.0, cache_dir=tmp_path / "cache")
+    before, runs = torch.get_num_threads(), {n: dataclasses.replace(wide, out=tmp_path / f"{n}/run") for n in (4, 1)}
+    try:
+        for n, config in runs.items():
+            torch.set_num_threads(n)
+            train(config, **quiet)
+    finally: torch.set_num_threads(before)
+    assert left(runs[1].out) == left(runs[4].out)
 
 
 def oof(config):

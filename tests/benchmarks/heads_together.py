@@ -1,8 +1,9 @@
-"""Training the heads of several folds on stored features: one after another, stacked by torch.func, or in two processes.
+"""Training the heads of several folds on stored features: one after another on all threads or on one, stacked by torch.func, or in two processes.
 
     python tests/benchmarks/heads_together.py
+    python tests/benchmarks/heads_together.py --neighbours 2
 
-The three forms do the same steps on the same batches; their weights are compared at the end. The time of a process's
+The four forms do the same steps on the same batches; their weights are compared at the end. The time of a process's
 start is left out (each waits until it is told to begin), since it is paid once for all members.
 """
 import copy
@@ -17,12 +18,13 @@ import torch
 import tyro
 from torch.func import functional_call, stack_module_state, vmap
 
+from biomass_kit.loop import one_thread
 from biomass_kit.model import BiomassModel
 
 
 @dataclass(frozen=True)
 class Args:
-    "Milliseconds a step of all members together, in three forms."
+    "Milliseconds a step of all members together, in four forms."
 
     members: int = 10
     dim: int = 768
@@ -30,6 +32,7 @@ class Args:
     batch_size: int = 16
     steps: int = 60
     rounds: int = 3
+    neighbours: int = 0  # processes that only keep the cores busy meanwhile
 
 
 def draw(a: Args) -> tuple:
@@ -56,6 +59,16 @@ def one_after_another(models, x, y, steps) -> float:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             o.step()
     return time.perf_counter() - start
+
+
+def on_one_thread(*given) -> float:
+    "The same on one thread."
+    with one_thread(): return one_after_another(*given)
+
+
+def idle_turns():
+    "What a busy neighbour does."
+    while True: pass
 
 
 def stacked(models, x, y, steps) -> tuple:
@@ -91,16 +104,20 @@ def main():
     print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, {torch.get_num_threads()} threads, "
           f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
     models, x, y = draw(a)
-    times = {"one after another": [], "stacked": [], "two processes": []}
+    times = {"one after another": [], "on one thread": [], "stacked": [], "two processes": []}
+    context = mp.get_context("spawn")
+    busy = [context.Process(target=idle_turns, daemon=True) for _ in range(a.neighbours)]
+    for p in busy: p.start()
     one_after_another(copy.deepcopy(models[:1]), x[:1], y[:1], 3)
     for _ in range(a.rounds):
-        plain = copy.deepcopy(models)
+        plain, alone = copy.deepcopy(models), copy.deepcopy(models)
         times["one after another"].append(one_after_another(plain, x, y, a.steps))
+        times["on one thread"].append(on_one_thread(alone, x, y, a.steps))
         seconds, together = stacked(copy.deepcopy(models), x, y, a.steps)
         times["stacked"].append(seconds)
-        gap = max((together[n][i] - p).abs().max().item() for i, m in enumerate(plain) for n, p in m.named_parameters())
-        assert gap < 1e-3, f"stacked training ends elsewhere: {gap}"
-    context = mp.get_context("spawn")
+        apart = lambda weights: max((weights(i)[n] - p).abs().max().item() for i, m in enumerate(plain) for n, p in m.named_parameters())
+        gap, threads = apart(lambda i: {n: t[i] for n, t in together.items()}), apart(lambda i: dict(alone[i].named_parameters()))
+        assert max(gap, threads) < 1e-3, f"training ends elsewhere: {gap} stacked, {threads} on one thread"
     begin, done = context.Barrier(3), context.Barrier(3)
     processes = [context.Process(target=worker, args=(a, i, 2, begin, done)) for i in range(2)]
     for p in processes: p.start()
@@ -114,7 +131,7 @@ def main():
     for name, seconds in times.items():
         print(f"  {name:18s} {median(seconds) / a.steps * 1e3:6.1f} ms a step of all members, "
               f"{median(times['one after another']) / median(seconds):.2f} times as fast")
-    print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}")
+    print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}; one thread against all: {threads:.1e}")
 
 
 if __name__ == "__main__": main()
