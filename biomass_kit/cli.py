@@ -303,7 +303,7 @@ class PhysicsArgs:
 class StoreArgs:
     "Features that are kept."
 
-    cache: bool = True  # keep tile features on disk, so that the same photos cost no backbone pass the next time
+    cache: bool = True  # keep tile features on disk, so that the same photos cost no pass the next time; without it, likeness and maps of --photos read photos once more
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default, shared with training
     cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
 
@@ -312,7 +312,7 @@ class StoreArgs:
 class PlanArgs:
     "The clock."
 
-    deadline: Optional[str] = None  # such as 8h30m: give up views, then grids, then folds as far as needed to end in time
+    deadline: Optional[str] = None  # such as 8h30m: give up views, then grids, then models as far as needed to end in time
     dry_run: bool = False  # print the plan and a probe of a few photos, predict nothing
 
 

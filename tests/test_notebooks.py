@@ -52,8 +52,9 @@ def source(cell): return "".join(cell["source"])
 
 
 def headings(path):
-    "(level, text) of every heading, in order."
-    lines = [line for c in cells(path, "markdown") for line in source(c).splitlines() if line.startswith("#")]
+    "(level, text) of every heading, in order; a comment in a block of code is none."
+    prose = "\n".join("".join(source(c).split("```")[::2]) for c in cells(path, "markdown"))
+    lines = [line for line in prose.splitlines() if line.startswith("#")]
     return [(len(line) - len(line.lstrip("#")), line.lstrip("#").strip()) for line in lines]
 
 
