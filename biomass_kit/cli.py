@@ -303,7 +303,8 @@ class PhysicsArgs:
 class StoreArgs:
     "Features that are kept."
 
-    cache: bool = True  # keep tile features on disk, so that the same photos cost no pass the next time; without it, likeness and maps of --photos read photos once more
+    # keep tile features on disk, so that the same photos cost no pass the next time; without it, likeness and maps of --photos read photos once more
+    cache: bool = True
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default, shared with training
     cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
 
