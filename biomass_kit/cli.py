@@ -547,8 +547,8 @@ def run_demo(a: DemoArgs, say=say) -> dict:
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
     packed = packing.pack(joint, a.out / "kaggle_datasets", say=say)
-    say("running the packed notebook with the network cut: about half a minute")
-    done = sealed.run_offline(packed, data, a.out / "working")
+    say("running the packed notebook with the network cut; it says:")
+    done = sealed.run_offline(packed, data, a.out / "working", say=say)
     submission = check_submission(done["submission"], data)
     (a.out / "submission.csv").write_bytes(done["submission"].read_bytes())
     truth = read_table(data / "test_labels.csv").set_index("sample_id")["target"].loc[submission["sample_id"]].to_numpy()

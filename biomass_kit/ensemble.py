@@ -28,6 +28,7 @@ from .model import BiomassModel, predict_views, view_batch
 from .outcome import MEANS, Issue, Outcome, write_issues
 from .physics import apply_physics, clamp
 from .plan import Deadline, Level, Pace, Pass, choose_level, pass_work, plan_levels, plan_passes
+from .progress import counted
 from .store import FeatureCache, FeatureRequest, feature_batches, load_photo, loaded_features, photo_batches
 from .targets import ENDS, KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine, kg_per_ha
 from .trust import UNLIKE, Reference, likeness, widen
@@ -267,7 +268,7 @@ class Ensemble:
 # %% ../nbs/11_ensemble.ipynb #7db70db7
 def describe_plan(ensemble: Ensemble) -> str:
     "The distinct backbone passes of an ensemble, one line each, beside what the naive form would run."
-    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {len(p.members)} members"
+    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {counted(len(p.members), 'member')}"
              for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
     return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run {naive}), "

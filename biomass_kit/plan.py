@@ -12,6 +12,7 @@ from collections import deque
 from typing import Callable, NamedTuple
 
 from .features import TileSpec
+from .progress import counted
 from .targets import BiomassError
 from .tta import backbone_views
 
@@ -45,8 +46,7 @@ class Level(NamedTuple):
     work: float  # a photo's, in bytes of weights x pixels seen
 
     def __str__(self):
-        count = lambda n, what: f"{n} {what}{'s' * (n != 1)}"
-        return f"{count(len(backbone_views(self.views)), 'backbone view')}, {count(len(self.members), 'member')}"
+        return f"{counted(len(backbone_views(self.views)), 'backbone view')}, {counted(len(self.members), 'member')}"
 
 
 def pass_work(

@@ -28,7 +28,7 @@ LONGER = {  # why a cell stays in one piece -> notebook -> its longest definitio
     },
     "an example whose steps need what came before them": {
         "01_data": ["damage"], "08_model": ["from itertools import product"], "10_bundle": ["said_of"],
-        "11_ensemble": ["from pathlib import Path", "naive", "for k, info in enumerate(infos[:2]):"], "17_cli": ["room = Path(tempfile.mkdtemp())"],
+        "11_ensemble": ["from pathlib import Path"],
     },
 }
 NO_PICTURE = {
