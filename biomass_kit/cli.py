@@ -163,7 +163,7 @@ class SeveralArgs:
 class TrainArgs(SharingArgs, SeveralArgs, TrainConfig):
     "Train a head on every fold of a competition folder and leave a bundle behind."
 
-
+# %% ../nbs/17_cli.ipynb #17c00005
 def _one_or_several(a, one: str):
     "Refuse --grid beside --grids, and one value twice."
     several = getattr(a, one + "s")
@@ -171,11 +171,18 @@ def _one_or_several(a, one: str):
     if len(set(several)) < len(several): raise BiomassError(f"--{one}s {several}: each once")
 
 
+def _refuse_idle_cache(c: TrainConfig):
+    "Refuse a place for features where none are kept; in a config it may stand for the runs that keep some."
+    if c.cache_dir and not (c.freeze_backbone and c.cache):
+        raise BiomassError("--cache-dir is read only with --freeze-backbone and the cache; add that or drop it")
+
+
 @command
 def train(args=None):
     "biomass_train: train a head on every fold of a competition folder."
     a = parse(TrainArgs, "biomass_train", args)
     for one in ("grid", "seed"): _one_or_several(a, one)
+    _refuse_idle_cache(a)
     config = TrainConfig(**{f.name: getattr(a, f.name) for f in dataclasses.fields(TrainConfig)})
     if a.grids or a.seeds: run_training(training.expand(config, a.grids, a.seeds), config.out / "bundle", photos=a.report_photos)
     else: run_training([config], photos=a.report_photos)
@@ -212,6 +219,7 @@ def search(args=None):
     "biomass_search: which settings of the head score best."
     a = parse(SearchArgs, "biomass_search", args)
     _one_or_several(a, "seed")
+    _refuse_idle_cache(a)
     from biomass_kit.search import search as run
 
     config = TrainConfig(**{f.name: getattr(a, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -487,7 +495,7 @@ def pack(args=None):
     "biomass_pack: write what is uploaded to Kaggle, and prove it."
     a = parse(PackArgs, "biomass_pack", args)
     if a.share and not a.verify: raise BiomassError("--no-verify: --share would change nothing; drop it")
-    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels, say)
+    out = packing.pack(a.weights, a.out, a.user, a.wheel, a.wheels, say, progress)
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
         files = [p for p in folder.rglob("*") if p.is_file()]
         print(f"  {folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
@@ -546,7 +554,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
                          batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
     joint = a.out / "bundle"
     results = run_training(training.expand(config, a.grids), joint, say)
-    packed = packing.pack(joint, a.out / "kaggle_datasets", say=say)
+    packed = packing.pack(joint, a.out / "kaggle_datasets", say=say, progress=progress)
     say("running the packed notebook with the network cut; it says:")
     done = sealed.run_offline(packed, data, a.out / "working", say=say)
     submission = check_submission(done["submission"], data)

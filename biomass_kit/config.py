@@ -188,7 +188,6 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "freeze_epochs": (lambda c: c.two_stage, "--two-stage"),
     "backbone_lr": (lambda c: not c.freeze_backbone, "a backbone that learns (no --freeze-backbone)"),
     "cache": (lambda c: c.freeze_backbone, "--freeze-backbone"),
-    "cache_dir": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
     "cache_dtype": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
     "cache_gb": (lambda c: c.freeze_backbone and c.cache, "--freeze-backbone and the cache"),
     "shard": (lambda c: not c.freeze_backbone, "a backbone that learns (no --freeze-backbone)"),

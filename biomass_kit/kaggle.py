@@ -75,6 +75,7 @@ SAME, DIFFERENT = "as at packing", "NOT as at packing: do not trust this submiss
 def write_reference(
     weights,  # the packed weights; `reference/` appears in it
     n_photos: int = 3,
+    **options,  # progress of `predict_photos`
 ):
     "Draw reference photos into a packed bundle and save their predictions (made on the CPU in fp32)."
     from biomass_kit.synthetic import draw_photo
@@ -82,7 +83,7 @@ def write_reference(
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_photos): Image.fromarray(draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)).save(folder / f"{i}.png")
-    table = pd.DataFrame(predict_photos(weights, list_photos(folder), physics="none", device_type="cpu"), columns=list(TARGETS))
+    table = pd.DataFrame(predict_photos(weights, list_photos(folder), physics="none", device_type="cpu", batch_size=1, **options), columns=list(TARGETS))
     table.insert(0, "photo", [p.name for p in list_photos(folder)])
     write_csv(folder / REFERENCE_TABLE, table, float_format="%.3f")  # the last bits depend on how many threads added them up
 

@@ -279,6 +279,7 @@ def pack(
     wheel=None,  # a wheel of this library; None builds it from the checkout
     wheels=None,  # requirements whose wheels travel too, beside what Kaggle's image lacks; None brings none
     say: Callable = print,  # told what takes seconds, before it does
+    progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
 ) -> Path:
     "Fill `kaggle_datasets/` from a bundle; what an earlier packing left there is replaced. The same input gives the same bytes."
     check_user(user)
@@ -299,6 +300,6 @@ def pack(
         download_wheels(wanted, out / LIB)
     say(f"packing: {sum(f.stat().st_size for f in bundle.folder.glob('*.safetensors')) / 1e6:.0f} MB of weights, and their predictions of the reference photos")
     for name in (*bundle.manifest["files"], MANIFEST): copy_file(bundle.folder / name, out / WEIGHTS / name)
-    write_reference(out / WEIGHTS)
+    write_reference(out / WEIGHTS, progress=progress)
     check_packed(out)
     return out

@@ -45,10 +45,10 @@ class Lines(tqdm):
     def clear(self, nolock=False): pass  # a line that is printed stays
 
     def close(self):
-        "Say how long the step took, without the empty line that a bar needs."
+        "Say how long the step took, without the empty line that a bar needs; with `leave=False`, only if it said something before."
         if self.disable: return
-        self.display()
-        self.leave = False
+        if self.leave or hasattr(self, "told"): self.display()
+        self.leave, self.told = False, self.n  # nothing is left to tell
         super().close()
 
 # %% ../nbs/00b_progress.ipynb #a0b10009

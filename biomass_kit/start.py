@@ -15,7 +15,7 @@ ROOMS = ("features", "store", "train", "evidence", "search", "cli")  # each brin
 
 
 def load():  # the module `cli`
-    "Load the rooms with a bar, or a line in a log."
+    "Load the rooms with a bar that goes; a log holds a line only where it takes more than ten seconds."
     gc.disable()
     try:
         for room in progress(ROOMS, desc="loading", unit="room", leave=False): loaded = importlib.import_module(f"biomass_kit.{room}")

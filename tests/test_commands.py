@@ -29,7 +29,7 @@ PLAN = {  # the plan's recommended training commands, word for word but for the 
 @pytest.mark.parametrize("name", PLAN)
 def test_recommended_commands_run(name, data, weights, tmp_path):
     tiny = ["--data", data, "--out", tmp_path / "run", "--backbone", "test_efficientnet", "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
-    done = python("-m", "biomass_kit.train", *shlex.split(PLAN[name]), *tiny, "--cache-dir", tmp_path / "cache")
+    done = python("-m", "biomass_kit.train", *shlex.split(PLAN[name]), *tiny, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run/results.json").read_text())
     bundle = read_bundle(tmp_path / "run")

@@ -21,7 +21,7 @@ from biomass_kit.targets import BiomassError
 from biomass_kit.train import train
 
 quiet = dict(log=lambda line: None)
-LIVE = dict(freeze_backbone=False, augment="flips", backbone_lr=1e-3)
+LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=1e-3)
 RECIPES = {
     "moving average": dict(average="ema"),
     "average of the last epochs": dict(average="swa"),

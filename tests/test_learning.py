@@ -82,7 +82,7 @@ def test_gradients_are_averaged_over_the_whole_batch(tmp_path):
 
 def test_two_processes_share_one_fine_tuned_member(config, tmp_path):
     "`--shard photos`: both processes take their part of each batch, and the network learns."
-    live = dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, backbone_lr=1e-3, epochs=6, train_folds=(0,),
+    live = dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, cache_dir=None, backbone_lr=1e-3, epochs=6, train_folds=(0,),
                                shard="photos", use_mixup=False, augment="none")
     done = launch(2, "biomass_kit.train", *options(live))
     assert done.returncode == 0, done.stderr[-3000:]
