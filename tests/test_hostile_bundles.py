@@ -55,7 +55,7 @@ def manifest_of(folder): return json.loads((folder / MANIFEST).read_text(encodin
 
 
 def flipped(path, at, by):
-    "Refused with one byte changed, and read again when it is back."
+    "Refused with one byte changed; the byte is put back."
     with open(path, "r+b") as f:
         f.seek(at)
         was = f.read(1)[0]

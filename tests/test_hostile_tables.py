@@ -263,7 +263,7 @@ IN_TRAINING = ANYWHERE | {
 IN_TEST = ANYWHERE | {"a row twice": double_row("appears a second time; keep one row"), "no id": cell("sample_id", "", words="is empty")}
 
 
-def line_of(data, records, row):
+def line_of(data, row):
     "The line on which a row begins, whatever line breaks its values and its file have."
     reader, last = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")), 0
     begins = []
@@ -308,7 +308,7 @@ def test_what_is_harmless_is_read_and_what_is_not_is_refused(room, name, example
             assert said is not None, f"{wrong}: read as\n{found}"
             assert str(folder / name) in said and words in said, (wrong, said)
             if row is not None and name in said and f"{name}: none of" not in said:
-                assert f"{name} line {line_of(content, records, row)}: " in said, (wrong, said, row)
+                assert f"{name} line {line_of(content, row)}: " in said, (wrong, said, row)
 
     case()
     if examples > 500: assert {w for w, _ in met} == {None, *harmful}, "every mutation was met"

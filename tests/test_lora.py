@@ -123,7 +123,7 @@ def test_two_processes_learn_one_set_of_factors(adapting, data, tmp_path):
 
 
 def test_layers_that_are_not_called_are_left_alone():
-    "EVA-02's `qkv` is multiplied by hand: factors there would be read by nobody. And a network without such layers is refused."
+    "EVA-02's `qkv` is multiplied by hand: factors there would be read by nobody."
     layers = lora_layers(build_backbone("eva02_tiny_patch14_224", pretrained=False, tile_size=28)[0], 28)
     assert {n.rpartition(".")[2] for n in layers} == {"proj", "fc1", "fc2"}
 

@@ -44,7 +44,7 @@ def refused(config, **options):
     return str(e.value)
 
 
-WRONG = {  # options -> what must be said
+WRONG = {  # name -> (options, what must be said)
     "two stages of a frozen backbone": (dict(two_stage=True), "--two-stage trains the backbone in its second stage; drop it or --freeze-backbone"),
     "a grid finer than patches": (dict(grid=(5, 5)), "whose halves are 64 pixels, would be smaller than a patch of 16; use at most 4 rows and columns"),
     "one side alone too fine": (dict(grid=(1, 9)), "use at most 4 rows and columns"),
@@ -53,7 +53,7 @@ WRONG = {  # options -> what must be said
     "more folds than photos": (dict(n_folds=13, cv="random"), "the data has 12 groups; use 2 to 12 folds"), "one fold": (dict(n_folds=1), "use 2 to "),
     "a fold that is not there": (dict(train_folds=(2,)), "--train-folds 2: the folds are 0 to 1"),
     "folds of leave-one-out": (dict(cv="leave_one_state_out", n_folds=9), "each is a fold"),
-    "a teacher that is none": (dict(teacher=Path("nowhere")), "nowhere"), "a photo of no size": (dict(data=Path("nowhere")), "train.csv: no such file"),
+    "a teacher that is none": (dict(teacher=Path("nowhere")), "nowhere"), "a data folder that is not there": (dict(data=Path("nowhere")), "train.csv: no such file"),
     "weights of another backbone": (dict(backbone="test_vit2"), "does not fit test_vit2"),
     "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
     "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"),

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    "Sixteen drawn test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds, and what they say undisturbed."
+    "Sixteen drawn test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
     room = tmp_path_factory.mktemp("runtime")
     write_dataset(room / "data", n_photos=4, n_test=16, seed=5, height=64)
     untrained_bundle(room / "frozen")

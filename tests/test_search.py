@@ -134,7 +134,7 @@ def test_a_killed_search_goes_on(tiny, tmp_path):
     assert table.equals(undisturbed) and found["best"] == best["best"] and found["fresh"] == best["fresh"], "it ends as an undisturbed search"
 
 
-def test_the_table_is_of_the_config(tiny):
+def test_the_space_fits_the_config_which_goes_through_the_command_line(tiny):
     check_space(TrainConfig(data=tiny.data, out=tiny.out, freeze_backbone=True, use_aux_heads=True), SPACE)
     back = tyro.cli(TrainArgs, args=as_options(tiny))
     assert {f.name: getattr(back, f.name) for f in dataclasses.fields(TrainConfig)} == dataclasses.asdict(tiny)

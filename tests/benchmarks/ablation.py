@@ -4,13 +4,14 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/benchmarks/ablation.py ...    # the same, members dealt to two cores
     python tests/benchmarks/ablation.py --table    # the committed ablation.json as the README shows it
 
-A row is the mean over seeds; each seed also deals the dates to its 5 folds anew. A row is the mean of the grids' raw
-predictions, corrected alike. The row "plan" holds what the project's plan set before anything was measured, and every switch
+A row is the mean over seeds, each of which deals the dates to its 5 folds anew, of the mean of the grids' raw predictions,
+corrected alike. The row "plan" holds what the project's plan set before anything was measured, and every switch
 is measured against it; the row "default" is what biomass_train does when it is asked for nothing, which the rule below made
 of it. The differences of a row, to the row that it differs from by its switch alone and to the
 linear probe on the same features and folds, carry a paired bootstrap over dates. The bar is taken over every seed with
 every deal. Epochs are a fixed schedule. Tile features are computed once; finished runs are not trained again, so the
-command goes on where it stopped, and --rows measures some beside the results that --out holds. The rule, written before the
+command goes on where it stopped, and --rows measures some beside the results that --out holds; a row whose base is neither
+asked for nor there has no difference. The rule, written before the
 first look: a switch leaves the plan's setting only if its 90 % interval excludes zero; what several such switches do together
 is the row "default".
 """
@@ -132,7 +133,7 @@ class Args:
 
 def config_of(a: Args, row: str) -> TrainConfig:
     "The options of a row; grid, seed and deal of folds are still to be set."
-    base = TrainConfig(data=a.data, out=a.out / row.replace(" ", "-").replace(",", "").replace(":", ""), backbone=a.backbone,
+    base = TrainConfig(data=a.data, out=a.out / row.replace(" ", "-").replace(",", ""), backbone=a.backbone,
                        backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
     lite = {"backbone_weights": a.lite_weights} if "backbone" in SWITCHES[row].options else {}
     return replace(base, **PLANNED | SWITCHES[row].options, **lite)
@@ -243,7 +244,7 @@ def markdown(found: dict) -> str:
     return "\n".join([line(table.columns), "|---" * len(table.columns) + "|", *map(line, table.to_numpy())])
 
 
-def over_grids(a: Args, of_run: dict) -> dict:
+def over_grids(of_run: dict) -> dict:
     "(seed, deal) -> mean over the grids that are there."
     pairs = dict.fromkeys((s, d) for s, d, _ in of_run)
     return {(s, d): np.mean([p for (s2, d2, _), p in of_run.items() if (s2, d2) == (s, d)], 0) for s, d in pairs}
@@ -279,10 +280,10 @@ def tell(a: Args, ledger: Ledger, raw: dict, mixed: dict):
     each = {g: {(d, d): probe_predictions(a, a.backbone, a.backbone_weights, a.tile_size, (), "auto", g, d) for d in a.seeds} for g in a.grids}
     probes = {f"{PROBE} {g[0]}x{g[1]}": p for g, p in each.items()} | {PROBE: {pair: np.mean([p[pair] for p in each.values()], 0) for pair in diagonal}}
     for name, p in probes.items(): ledger.say(name, p)
-    joint = {row: over_grids(a, of_run) for row, of_run in raw.items()}
+    joint = {row: over_grids(of_run) for row, of_run in raw.items()}
     on_diagonal = lambda of_pair: {pair: p for pair, p in of_pair.items() if pair in diagonal}
     for row, of_run in raw.items():
-        probe = over_grids(a, dict(zip(of_run, probes_of(a, row, of_run))))
+        probe = over_grids(dict(zip(of_run, probes_of(a, row, of_run))))
         cover = coverage(a, row)
         ledger.say(row, ledger.corrected(on_diagonal(joint[row])), SWITCHES[row].against, probe, **({"coverage": cover} if cover else {}))
         if row == DEFAULT: bar(ledger, ledger.corrected(joint[row]), probes)
@@ -291,7 +292,7 @@ def tell(a: Args, ledger: Ledger, raw: dict, mixed: dict):
             ledger.say(f"{g[0]}x{g[1]} alone", ledger.corrected(on_diagonal({(s, d): p for (s, d, h), p in of_run.items() if h == g})), PLAN, each[g])
         for method in METHODS:
             if method != TrainConfig.physics: ledger.say(f"physics {method}", ledger.corrected(on_diagonal(joint[row]), method), PLAN, probes[PROBE])
-    for row, of_run in mixed.items(): ledger.say(row, ledger.corrected(over_grids(a, of_run)), MIXES[row], each[a.grids[0]])
+    for row, of_run in mixed.items(): ledger.say(row, ledger.corrected(over_grids(of_run)), MIXES[row], each[a.grids[0]])
     heads = [r for r in joint if config_of(a, r).backbone == a.backbone and not SWITCHES[r].grids and not set(DEFAULTS) <= set(SWITCHES[r].options)]
     stacked = lambda pair, names: np.stack([joint[n][pair] for n in names])
     combined = {
