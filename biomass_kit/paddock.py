@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
 from .page import COLORS, document, figure, interval, number, pairs_table, paragraph, table, write_document
+from .progress import counted
 from .targets import ENDS, KG_HA, TARGETS, TOTAL
 
 # %% ../nbs/15b_paddock.ipynb #f04ac061
@@ -34,7 +35,7 @@ def headline(
 ) -> str:  # plain text
     "How much there is, and how many figures need care."
     total, flagged = predicted[KG_HA[TOTAL]], int((predicted["flag"] != "").sum())
-    text = (f"{len(total)} photo{'s' * (len(total) != 1)}: median total {number(total.median(), 0)} {HECTARE}, "
+    text = (f"{counted(len(total), 'photo')}: median total {number(total.median(), 0)} {HECTARE}, "
             f"from {number(total.min(), 0)} to {number(total.max(), 0)}.")
     return text + (f" {flagged} need{'s' * (flagged == 1)} care." if flagged else " None is flagged.")
 

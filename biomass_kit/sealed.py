@@ -92,9 +92,9 @@ def knock(
         if host != "127.0.0.1" and run(sys.executable, "-c", words).returncode:
             raise BiomassError(f"a server on {host} could not be reached with the network on, so the cut cannot be tried; is a firewall between?")
         guarded = run(*cut, sys.executable, "-c", words, PYTHONPATH=str(room / "guard"), NETWORK_LOG=str(log))
-        counted = len(log.read_text().splitlines()) if log.exists() else 0
-        if guarded.returncode == 0 or counted != 1:
-            raise BiomassError(f"the network guard let a connection pass or did not count it ({counted}); is another sitecustomize.py in the way?")
+        heard = len(log.read_text().splitlines()) if log.exists() else 0
+        if guarded.returncode == 0 or heard != 1:
+            raise BiomassError(f"the network guard let a connection pass or did not count it ({heard}); is another sitecustomize.py in the way?")
         if not cut: return "a forbidden connection failed, counted by the guard"
         script = f"{shlex.quote(sys.executable)} -I -c {shlex.quote(words)} && exit 9; cat /proc/net/snmp /proc/net/snmp6 2>/dev/null"
         bare = run(*cut, "sh", "-c", script)
@@ -136,7 +136,8 @@ def _arrivals(pip: subprocess.Popen, site: Path, total: int):
     installed, there = (lambda: len(list(site.glob("*.dist-info")))), 0
     before = installed()
     while there < total:
-        now = total if pip.poll() is not None else min(installed() - before, total)
+        if pip.poll(): return  # it failed: what is left never came
+        now = total if pip.poll() == 0 else min(installed() - before, total)
         yield from range(there, now)
         there = max(there, now)
         time.sleep(0.1)

@@ -300,9 +300,9 @@ class Run:
         f.teacher = teacher
         with self.threads():
             history = run_fold(f, progress)
-            if f.part[0] == 0: finish_fold(f, self.table, history, self.backbone)
-        if f.part[0] == 0:
-            for name in ("", CLASSES): self.checkpoint(k, name).unlink(missing_ok=True)
+            if f.part[0] == 0:
+                finish_fold(f, self.table, history, self.backbone)
+                for name in ("", CLASSES): self.checkpoint(k, name).unlink(missing_ok=True)
         log(f"{self.config.out.name} fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, {len(f.train)} photos trained, {len(f.scored)} scored")
 
 # %% ../nbs/12_train.ipynb #828bff5e

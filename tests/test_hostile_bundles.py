@@ -249,8 +249,8 @@ def test_nothing_in_the_library_loads_or_runs_code():
                 assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path.name} line {node.lineno}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in readers, f"{path.name} line {node.lineno}"
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                assert ast.unparse(node.value) == "False", f"{path.name} line {node.value.lineno}"
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+                assert ast.unparse(node.value) == str(node.arg == "weights_only"), f"{path.name} line {node.value.lineno}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None)
                 assert not {(module, a.name) for a in node.names} & readers, f"{path.name} line {node.lineno}"
