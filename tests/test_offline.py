@@ -8,10 +8,9 @@ import time
 import venv
 import zipfile
 
-import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SHARED, run
+from conftest import ROOT, SHARED, assert_close, run
 
 from biomass_kit import cli, kaggle, sealed
 from biomass_kit.data import check_submission, file_digest
@@ -32,7 +31,8 @@ def check(done, bundle, data, tmp_path):
     "What must hold after the notebook ran: a valid submission, equal to ours, and the reference photos as at packing."
     here = predict_competition(bundle, data, tmp_path / "here.csv", device_type="cpu")
     there = check_submission(done["submission"], data)
-    assert (here.sample_id == there.sample_id).all() and np.abs(here.target - there.target).max() <= 1e-4
+    assert (here.sample_id == there.sample_id).all()
+    assert_close(there.target, here.target)
     assert "as at packing" in printed(done["notebook"]) and "NOT as at packing" not in printed(done["notebook"])
 
 
