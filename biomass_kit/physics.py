@@ -65,9 +65,10 @@ def _limits(upper):
 
 def _nearest_on(a, z, c, d):
     "For each row of `z` `[N, 5]` the `b` `[N, 3]` with `c @ b == d` and the least |z - a b|; None where `c` repeats itself."
+    if not len(c): return z @ np.linalg.pinv(a).T
     if np.linalg.matrix_rank(c) < len(c): return None
     start = np.linalg.pinv(c) @ d
-    along = np.linalg.svd(c)[2][len(c):].T if len(c) else np.eye(len(PARTS))  # directions in which the limits leave `b` free
+    along = np.linalg.svd(c)[2][len(c):].T  # directions in which the limits leave `b` free
     return start + (z - a @ start) @ np.linalg.pinv(a @ along).T @ along.T
 
 

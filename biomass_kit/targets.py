@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
            'LOG_TARGETS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'as_grams', 'identity_residuals', 'weighted_r2',
-           'per_target_scores', 'quadrat_area', 'kg_per_ha', 'to_log', 'from_log', 'trimmed_mean', 'combine']
+           'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_log', 'from_log', 'trimmed_mean',
+           'combine']
 
 # %% ../nbs/00_targets.ipynb #df77b44d
 import numpy as np
@@ -82,6 +83,13 @@ def quadrat_area(
     if not (min(a, b) > 0 and 0 < area < float("inf")):
         raise BiomassError(f"--quadrat-cm {a:g} {b:g}: both sides must be positive and finite, in centimetres")
     return area
+
+
+def quadrat_text(
+    quadrat_cm,  # its two sides in centimetres
+) -> str:  # such as "70 x 30 cm"
+    "A quadrat in words."
+    return "{:g} x {:g} cm".format(*quadrat_cm)
 
 
 def kg_per_ha(
