@@ -340,8 +340,9 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat that was trained on or,
-    with --quadrat-cm, in your own (..._g), and in kg DM/ha (..._kg_ha): they add up unless --physics says otherwise; each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
+    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat that was trained on
+    or, with --quadrat-cm, in your own (..._g), and in kg DM/ha (..._kg_ha), which add up unless --physics says otherwise,
+    each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
     the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
     should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, or the training means of a photo
     that was not read. Beside grams.csv lies grams_report.html.

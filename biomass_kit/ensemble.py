@@ -570,7 +570,7 @@ def folder_intervals(
     for end, bound in zip(ends, bundle.manifest["bounds"]): end[unknown] = bound
     return ends
 
-
+# %% ../nbs/11_ensemble.ipynb #628d6a3c
 def grams_table(
     names: list,  # of the photos
     parts: list,  # [N, 5] grams in the quadrat trained on: the prediction and, if known, lower and upper ends

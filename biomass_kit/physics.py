@@ -84,7 +84,7 @@ def _nearest_parts(a, z, c, d):
             best[nearer], least[nearer] = b[nearer], miss[nearer]
     return best.clip(0)
 
-
+# %% ../nbs/06_physics.ipynb #30b65759
 def reconcile(
     grams,  # [N, 5]
     covariance=None,  # [5, 5] of the errors, grams squared; None measures plain distance

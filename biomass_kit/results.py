@@ -80,7 +80,7 @@ def method_margins(
     starts = {m: own[m] or [p, p] for m, p in corrected.items()}
     return {m: conformal_margin(y, *start, dates, INTERVAL_LEVEL).tolist() for m, start in starts.items()}
 
-
+# %% ../nbs/11f_results.ipynb #04adf79d
 def oof_intervals(
     y: np.ndarray,  # [S, 5] grams
     final: np.ndarray,  # [S, 5] grams, out of fold
