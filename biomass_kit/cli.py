@@ -33,7 +33,7 @@ from .physics import METHODS
 from .progress import counted, progress, say
 from .results import run_facts
 from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
-from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
+from .targets import COMBINATIONS, ENDS, TARGETS, TRIM, BiomassError, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
 def command(run):
@@ -303,8 +303,9 @@ class EnsembleArgs:
 class PhysicsArgs:
     "How figures are made consistent."
 
-    physics: Optional[Literal[tuple(METHODS)]] = None  # how predictions are made consistent; the bundle's by default
-    correction_threshold: Optional[float] = None  # the bundle's by default
+    # how predictions are made consistent; with --data the bundle's by default, with --photos project, whose values add up
+    physics: Optional[Literal[tuple(METHODS)]] = None
+    correction_threshold: Optional[float] = None  # of derive_dead; the bundle's by default
 
 # %% ../nbs/17_cli.ipynb #82370e4c
 @dataclass(frozen=True)
@@ -329,7 +330,9 @@ class PlanArgs:
 class PaddockArgs:
     "Your own photos."
 
-    quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides of the quadrat on the ground, for kg DM/ha; with --photos
+    # sides of your own quadrat, in cm: grams are those in it, with --photos; by default those in the quadrat that was trained on.
+    # kg DM/ha come from that one's area (biomass_train --quadrat-cm) and stay the same
+    quadrat_cm: Optional[tuple[float, float]] = None
     report: bool = True  # with --photos, also write a report as one HTML file
 
 # %% ../nbs/17_cli.ipynb #c11a0003
@@ -337,8 +340,9 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat (..._g) and
-    in kg DM/ha (..._kg_ha), each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
+    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat that was trained on
+    or, with --quadrat-cm, in your own (..._g), and in kg DM/ha (..._kg_ha), which add up unless --physics says otherwise,
+    each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
     the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
     should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, or the training means of a photo
     that was not read. Beside grams.csv lies grams_report.html.
@@ -355,6 +359,12 @@ def _dry_run(a: PredictArgs):
           "peak memory so far {1:.2f} GB".format(counted(found["photos"], "photo"), found["peak_bytes"] / 1e9, **found))
 
 # %% ../nbs/17_cli.ipynb #5e170001
+def _folder_score(bundle) -> dict:  # None where the bundle tells none
+    "A bundle's score, by which method of physics, and what is known of the others."
+    score, physics = bundle.manifest["scores"].get("model"), bundle.manifest["physics"]
+    return score and {**score, "physics": physics["method"], "by_method": physics.get("weighted_r2", {})}
+
+
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table; maps only where nothing ran late."
     bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]
@@ -366,7 +376,8 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
     facts = run_facts() | {
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
-        "notes": outcome.notes, "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
+        "notes": outcome.notes, "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
+        "physics": a.physics or ensemble.FOLDER_PHYSICS, "score": _folder_score(bundle), "level": level}
     shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
     return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
 
@@ -384,11 +395,11 @@ def predict(args=None):
     a = parse(PredictArgs, "biomass_predict", args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
-    if a.data and (a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos):
+    if a.data and (a.quadrat_cm or not a.report or not a.report_photos):
         raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
     if not a.report and not a.report_photos: raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     if a.dry_run:
-        if a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos:
+        if a.quadrat_cm or not a.report or not a.report_photos:
             raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
         if a.cache_dir or a.cache_gb != CACHE_GB:
             raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")

@@ -21,7 +21,7 @@ from .loss import LOSS_KINDS, TARGET_WEIGHTS
 from .model import FUSIONS
 from .physics import METHODS, NEEDS_COVARIANCE
 from .store import CACHE_DTYPES, CACHE_GB
-from .targets import LOG_TARGETS, BiomassError
+from .targets import LOG_TARGETS, QUADRAT_CM, BiomassError, quadrat_area
 from .tta import DEFAULT_VIEWS, parse_view
 
 # %% ../nbs/11b_config.ipynb #ffdc672f
@@ -36,6 +36,7 @@ class DataConfig:
 
     data: Path  # folder with train.csv and its photos
     out: Path  # folder of this run; the same command on it goes on where it stopped
+    quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides in cm of the quadrat whose grams train.csv holds; kg DM/ha are made from its area
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def _unread(c) -> list:
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
+    quadrat_area(c.quadrat_cm)
     not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight",
                     "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight", "distill_weight", "lora_rank")
     refuse = [

@@ -16,7 +16,7 @@ from .bundle import copy_members, read_bundle, save_reference, write_manifest
 from .data import read_json
 from .folds import read_folds, read_table, write_folds
 from .results import manifest_physics, manifest_trust, run_facts, write_results
-from .targets import ENDS, OWN_ENDS, TARGETS, TRIM, BiomassError, combine
+from .targets import ENDS, OWN_ENDS, TARGETS, TRIM, BiomassError, combine, quadrat_area, quadrat_text
 
 # %% ../nbs/12b_joining.ipynb #fdfd8487
 def _read_run(folder) -> dict:
@@ -40,6 +40,10 @@ def _check_joinable(runs: list):
         if assigned[0] != assigned[1]:
             raise BiomassError(f"{pair} were scored on different folds; train them with the same --data, --cv, --n-folds and --fold-seed")
         if set(a["oof"].index) != set(b["oof"].index): raise BiomassError(f"{pair} trained different --train-folds; finish both")
+        mine, other = (r["bundle"].quadrat_cm for r in (a, b))
+        if quadrat_area(mine) != quadrat_area(other):
+            raise BiomassError(f"{pair} predict grams in quadrats of {quadrat_text(mine)} and {quadrat_text(other)}; "
+                               "train one of them again with the other's --quadrat-cm")
         same = np.abs(a["oof"][list(TARGETS)] - b["oof"].loc[a["oof"].index, list(TARGETS)]).to_numpy().max() < 1e-6
         if not same: raise BiomassError(f"{pair} have different targets for the same photos; train both on one train.csv")
         for what, key in (("physics", "method"), ("physics", "threshold"), ("views", slice(None))):

@@ -174,7 +174,8 @@ NOTEBOOK_CELLS = (
      "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "
      "which are averaged, kept within what was measured in training, and mended where they contradict each other.\n\n"
      "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. "
-     "For your own photos it is `grams.csv`, one row a photo. A photo that cannot be read is named in a table beside it.\n\n"
+     "For your own photos it is `grams.csv`, one row a photo: grams in a quadrat like those trained on, and kg DM/ha. "
+     "A photo that cannot be read is named in a table beside it.\n\n"
      "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
      "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer models, and the closing lines say how many."),
     ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines\n\n"

@@ -38,7 +38,7 @@ from .model import AUX_CLASSES
 from .physics import NEEDS_COVARIANCE, training_bounds
 from .results import manifest_physics, manifest_trust, run_facts, write_results
 from .store import Draw, FeatureCache, FeatureRequest, default_cache_dir, store_features, trim_text
-from .targets import TARGETS, BiomassError
+from .targets import TARGETS, BiomassError, quadrat_area, quadrat_text
 from .trust import UNLIKE, make_reference, nested_likeness
 from .tta import STORED_VIEWS, View, parse_view
 
@@ -195,7 +195,7 @@ def check_folds(
     if c.physics in NEEDS_COVARIANCE and fold.max() == 0: raise BiomassError(f"--physics {c.physics} learns from other folds' errors; use two folds or more")
     if c.checkpoint == "best":
         for k in folds: inner_split(table, np.flatnonzero(fold != k), c.seed)
-    if c.teacher: check_teacher(c.teacher, table, fold)
+    if c.teacher: check_teacher(c.teacher, table, fold, c.quadrat_cm)
     return folds
 
 # %% ../nbs/12_train.ipynb #12000001
@@ -317,12 +317,16 @@ def class_teacher(f: Fold) -> torch.Tensor:  # [N, 5] grams; rows that are not t
     return out
 
 
-def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray):
-    "Refuse a teacher that has seen photos on which its pupil will be scored."
+def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray, quadrat_cm: tuple):
+    "Refuse a teacher that has seen photos on which its pupil will be scored, or that predicts grams of another area."
     theirs, assigned = read_folds(Path(folder) / "folds.csv")
     if dict(zip(theirs["image_path"], assigned)) != dict(zip(table["image_path"], fold)):
         raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos that would be scored here; "
                            "give a run with the same --data, --cv, --n-folds and --fold-seed")
+    taught = read_bundle(folder).quadrat_cm
+    if quadrat_area(taught) != quadrat_area(quadrat_cm):
+        raise BiomassError(f"--teacher {folder}: predicts grams in a quadrat of {quadrat_text(taught)}, and --quadrat-cm is "
+                           f"{quadrat_text(quadrat_cm)}; give a run with the same --quadrat-cm")
 
 
 def teacher_grams(folder, k: int, paths: list, device_type: str, cache_dir=None) -> torch.Tensor:  # [N, 5] grams
