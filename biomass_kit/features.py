@@ -248,6 +248,7 @@ def _prefixes(held, due) -> list:
     return [p for p in found if all(p + k in held for k in due)]
 
 
+# %% ../nbs/07_features.ipynb #0407ba15
 def _misfit(name: str, held: dict, due: dict) -> str:
     "Why a file does not fill a model: tensors that are absent, called something else, or of another shape."
     absent = [k for k in due if k not in held]
