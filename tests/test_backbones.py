@@ -90,6 +90,14 @@ def test_batch_norm_without_its_counter(tmp_path):
         assert_same(loaded("test_efficientnet", written({prefix + k: v for k, v in kept.items()}, tmp_path)), state)
 
 
+def test_a_model_whose_hub_weights_are_of_another_format(tmp_path):
+    "Up to timm 1.0.26, a file given for such a model was opened as NumPy's, and refused as a pickle."
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    torch.manual_seed(0)
+    state = build_backbone(name, pretrained=False)[0].model.state_dict()
+    for prefix in ("", "model."): assert_same(loaded(name, written({prefix + k: v for k, v in state.items()}, tmp_path)), state)
+
+
 def as_transformers_writes(state):
     "The same tensors under names of the kind that Hugging Face's transformers give."
     names = {"cls_token": "embeddings.cls_token", "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight"}
