@@ -9,6 +9,7 @@ __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSp
 
 # %% ../nbs/07_features.ipynb #21afbbac
 import difflib, hashlib, json, logging, re, warnings
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -241,11 +242,13 @@ def _due(name: str, tile_size: int) -> dict:
     return {k: list(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def _prefixes(held, due) -> list:
-    "What stands before the model's names in a file that holds all of them; several where it holds them several times."
-    anchor = max(due, key=len)
-    found = [k.removesuffix(anchor) for k in held if f".{k}".endswith(f".{anchor}")]
-    return [p for p in found if all(p + k in held for k in due)]
+def _prefixes(held, due) -> Counter:
+    "What stands before names of a model's in a file -> how many of them it stands before."
+    found = Counter()
+    for name in held:
+        starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
+        found.update(name[:i] for i in starts if name[i:] in due)
+    return found
 
 
 # %% ../nbs/07_features.ipynb #0407ba15
@@ -277,11 +280,13 @@ def _from_prefixed(name: str, tile_size: int, path: Path):
     "A model with those of a file's tensors that have timm's names, once what stands before all of them is taken off."
     held, due = tensor_shapes(path), _due(name, tile_size)
     found = _prefixes(held, due)
-    if len(found) > 1 and "" not in found:
-        raise BiomassError(f"holds {name} {len(found)} times, under {' and '.join(found)}; keep one of them")
-    prefix = min(found, key=len, default="")
+    whole = [p for p, n in found.items() if n == len(due)]
+    if len(whole) > 1 and "" not in whole:
+        raise BiomassError(f"holds {name} {len(whole)} times, under {' and '.join(whole)}; keep one of them")
+    most = [p for p, n in found.items() if 2 * n > len(due)]
+    prefix = min(whole or most, key=len, default="")
     bare = {k.removeprefix(prefix): shape for k, shape in held.items()}
-    if not found: raise BiomassError(f"does not fit {name}: {_misfit(name, bare, due)}")
+    if not whole: raise BiomassError(f"does not fit {name}: {_misfit(name, bare, due)}")
     with safe_open(path, framework="pt") as f: tensors = {k: f.get_tensor(prefix + k) for k in due}
     try: return _filled(name, tile_size, state_dict=tensors)
     except RuntimeError as e: raise BiomassError(f"does not fit {name}: {_misfit(name, bare, due)}") from e
