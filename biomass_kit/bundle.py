@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 import biomass_kit
 from .data import atomic_path, copy_file, file_digest, json_text, write_text
-from .features import Backbone, build_backbone
+from .features import Backbone, build_backbone, tensor_shapes
 from .model import BiomassModel, member_state
 from .physics import METHODS
 from .targets import QUADRAT_CM, TARGETS, BiomassError, combine as join_members, quadrat_area, quadrat_text
@@ -320,8 +320,7 @@ def refuse_pickles(folder):
 # %% ../nbs/10_bundle.ipynb #b877684e
 def _shapes(path) -> dict:
     "Tensor name -> shape, from a file's header alone."
-    try:
-        with safe_open(path, framework="pt") as f: return {name: f.get_slice(name).get_shape() for name in f.keys()}
+    try: return tensor_shapes(path)
     except (SafetensorError, OSError) as e: raise BiomassError(f"{path}: not a safetensors file ({e}); copy the bundle again") from None
 
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSpec', 'tile_edges', 'cut_tiles', 'Backbone',
-           'own_tile_size', 'patch_size', 'build_backbone', 'launches', 'working_gpus', 'pick_devices', 'pick_device',
-           'pick_precision', 'autocast', 'backbone_digest']
+           'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'launches', 'working_gpus', 'pick_devices',
+           'pick_device', 'pick_precision', 'autocast', 'backbone_digest']
 
 # %% ../nbs/07_features.ipynb #21afbbac
 import difflib, hashlib, json, logging, re, warnings
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -116,9 +118,15 @@ class Backbone(nn.Module):
         tiles: torch.Tensor,  # uint8 [..., 3, s, s]
     ) -> torch.Tensor:  # float32 [..., dim]
         x = (tiles.flatten(0, -4).float() - self.mean) / self.std
-        if self.pooling == "own": y = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-        else: y = torch.cat([part for token, patches in self._tokens(x) for part in self._pooled(token, patches)], -1)
-        return y.float().view(*tiles.shape[:-3], -1)
+        return self.features(x).float().view(*tiles.shape[:-3], -1)
+
+    def features(
+        self,
+        x: torch.Tensor,  # float [n, 3, s, s], normalised
+    ) -> torch.Tensor:  # [n, dim]
+        "What the model makes of normalised tiles, pooled."
+        if self.pooling == "own": return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return torch.cat([part for token, patches in self._tokens(x) for part in self._pooled(token, patches)], -1)
 
     def _pooled(self, token, patches) -> list:
         "The parts of one block's feature."
@@ -131,13 +139,37 @@ def own_tile_size(
     "The input size that a timm model was trained for."
     return timm.get_pretrained_cfg(name, allow_unregistered=False).input_size[-1]
 
+# %% ../nbs/07_features.ipynb #0407ba02
+def _is_model(name: str) -> bool:
+    "Whether this timm knows a name, its tag included."
+    try: own_tile_size(name)
+    except RuntimeError: return False
+    return True
+
+
+def _check_name(name: str):
+    "Refuse what is no name of a timm model, with the name or the options that work."
+    if _is_model(name): return
+    owner, _, plain = re.sub("^hf[-_]hub:", "", name).rpartition("/")
+    if owner == "timm" and _is_model(plain):
+        raise BiomassError(f"--backbone {name}: write --backbone {plain}; timm fetches its weights from the hub by itself")
+    if owner:
+        raise BiomassError(
+            f"--backbone {name}: a backbone is named as timm names it, without an owner; download model.safetensors from "
+            f"https://huggingface.co/{owner}/{plain} and give --backbone NAME_IN_TIMM --backbone-weights model.safetensors")
+    near = difflib.get_close_matches(plain, [*timm.list_models(), *timm.list_pretrained()], 3)
+    raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; "
+                       + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it has"))
+
+
 # %% ../nbs/07_features.ipynb #3532c419
 def _create(name, tile_size, **kwargs):
     "`timm.create_model` for a given tile size, whichever way the model takes one."
     for sizing in (dict(dynamic_img_size=True), dict(img_size=tile_size), {}):
         try: return timm.create_model(name, num_classes=0, **sizing, **kwargs)
         except TypeError as e:
-            if "unexpected keyword argument" not in str(e): raise
+            if not sizing or "unexpected keyword argument" not in str(e): raise
+
 
 # %% ../nbs/07_features.ipynb #09b230d5
 class _MissingKeys(logging.Handler):
@@ -162,7 +194,116 @@ class _MissingKeys(logging.Handler):
 # %% ../nbs/07_features.ipynb #146161bd
 def patch_size(model: nn.Module) -> int:  # pixels
     "The side of a timm model's patch; 1 where it has none."
-    return getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return patch if isinstance(patch, int) else patch[0]
+
+
+# %% ../nbs/07_features.ipynb #0407ba04
+def _try_out(backbone: Backbone, size: int):
+    "Let one tile through, unless the size is known to work; raises whatever the model raises."
+    model = backbone.model
+    if size == own_tile_size(backbone.name): return
+    if getattr(model, "dynamic_img_size", False) and size % patch_size(model) == 0: return
+    with torch.no_grad(): backbone.eval().features(torch.zeros(1, 3, size, size))
+    backbone.train()
+
+
+def _fault(name: str, size: int) -> str:
+    "Why a model, with random weights, does not work with tiles of a size; empty where it does."
+    try: _try_out(Backbone(_create(name, size), name), size)
+    except Exception as e: return (str(e) or type(e).__name__).splitlines()[0]
+    return ""
+
+
+def _check_size(name: str, size: int):
+    "Refuse a tile size that a model does not take, with one that it takes."
+    fault, own = _fault(name, size), own_tile_size(name)
+    if not fault: return
+    try: model = _create(name, own)
+    except Exception as e: raise BiomassError(f"--backbone {name}: cannot be built here ({e}); choose another") from e
+    step = patch_size(model) if getattr(model, "dynamic_img_size", False) else 32
+    near = sorted({*range(step, size + 2 * step, step)} - {size}, key=lambda s: (abs(s - size), s))[:4]
+    works = next((s for s in near if not _fault(name, s)), own)
+    raise BiomassError(f"--tile-size {size}: {name} takes no tiles of this size ({fault}); use --tile-size {works}, "
+                       f"or leave the option out for the model's own {own}")
+
+
+# %% ../nbs/07_features.ipynb #0407ba06
+def tensor_shapes(
+    path,  # safetensors file
+) -> dict:  # tensor name -> shape
+    "What a file holds, from its header alone."
+    with safe_open(path, framework="pt") as f: return {k: f.get_slice(k).get_shape() for k in f.keys()}
+
+
+def _due(name: str, tile_size: int) -> dict:
+    "Tensor name -> shape of what a model needs."
+    state = _create(name, tile_size).state_dict()
+    return {k: list(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def _prefixes(held, due) -> Counter:
+    "What stands before names of a model's in a file -> how many of them it stands before."
+    found = Counter()
+    for name in held:
+        starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
+        found.update(name[:i] for i in starts if name[i:] in due)
+    return found
+
+
+# %% ../nbs/07_features.ipynb #0407ba15
+def _misfit(name: str, held: dict, due: dict) -> str:
+    "Why a file does not fill a model: tensors that are absent, called something else, or of another shape."
+    absent = [k for k in due if k not in held]
+    differ = [k for k in due if k in held and held[k] != due[k]]
+    if absent and 2 * len(absent) < len(due): return f"it lacks {len(absent)} of {len(due)} tensors, first {absent[0]}"
+    if not absent and differ:
+        k = differ[-1]
+        return (f"{len(differ)} of its tensors have the shapes of another model or of another --tile-size: "
+                f"{k} is {held[k]} there and {due[k]} in the model")
+    there, here = (", ".join(f"{k} {shape}" for k, shape in sorted(d.items())[:3]) for d in (held, due))
+    return (f"its {len(held)} tensors are called {there}, ..., and the model's {len(due)} {here}, ...; give a file of timm's, "
+            f"such as model.safetensors of https://huggingface.co/timm/{name}, or rename the tensors")
+
+
+# %% ../nbs/07_features.ipynb #0407ba07
+def _filled(name: str, tile_size: int, **overlay):
+    "A model with all of its weights from where `overlay` says: timm's own path, which also resizes position embeddings."
+    with _MissingKeys(logging.INFO) as missing:
+        model = _create(name, tile_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    if missing.names: raise RuntimeError(f"it lacks {len(missing.names)} tensors, first {missing.names[0]}")
+    model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of the tensors that it was given
+    return model
+
+
+def _from_prefixed(name: str, tile_size: int, path: Path):
+    "A model with those of a file's tensors that have timm's names, once what stands before all of them is taken off."
+    held, due = tensor_shapes(path), _due(name, tile_size)
+    found = _prefixes(held, due)
+    whole = [p for p, n in found.items() if n == len(due)]
+    if len(whole) > 1 and "" not in whole:
+        raise BiomassError(f"holds {name} {len(whole)} times, under {' and '.join(whole)}; keep one of them")
+    most = [p for p, n in found.items() if 2 * n > len(due)]
+    prefix = min(whole or most, key=len, default="")
+    bare = {k.removeprefix(prefix): shape for k, shape in held.items()}
+    if not whole: raise BiomassError(f"does not fit {name}: {_misfit(name, bare, due)}")
+    with safe_open(path, framework="pt") as f: tensors = {k: f.get_tensor(prefix + k) for k in due}
+    try: return _filled(name, tile_size, state_dict=tensors)
+    except RuntimeError as e: raise BiomassError(f"does not fit {name}: {_misfit(name, bare, due)}") from e
+
+
+# %% ../nbs/07_features.ipynb #0407ba14
+def _from_file(name: str, tile_size: int, path: Path):
+    "A model with the weights of a safetensors file."
+    say = f"--backbone-weights {path}: "
+    if path.suffix != ".safetensors": raise BiomassError(f"{say}only .safetensors files are loaded, since they cannot run code")
+    if not path.is_file(): raise BiomassError(f"{say}no such file")
+    try: return _filled(name, tile_size, file=str(path), custom_load=False)
+    except Exception: pass  # what is wrong with it, if anything, is found out next
+    try: return _from_prefixed(name, tile_size, path)
+    except BiomassError as e: raise BiomassError(f"{say}{e}") from e
+    except (SafetensorError, OSError) as e: raise BiomassError(f"{say}cannot be read ({e}); download it again") from None
+
 
 # %% ../nbs/07_features.ipynb #edf986e8
 def build_backbone(
@@ -174,32 +315,23 @@ def build_backbone(
     blocks: tuple = (),  # indices of the blocks to read; none is the output alone
 ) -> tuple:  # (Backbone, tile size in pixels)
     "A backbone with weights, or a `BiomassError` that says how to get them."
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; "
-                           + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it has"))
+    _check_name(name)
     tile_size = tile_size or own_tile_size(name)
-    source = dict(pretrained=pretrained)
-    if pretrained and weights is not None:
-        weights = Path(weights)
-        if weights.suffix != ".safetensors": raise BiomassError(f"--backbone-weights {weights}: only .safetensors files are loaded, since they cannot run code")
-        if not weights.is_file(): raise BiomassError(f"--backbone-weights {weights}: no such file")
-        source["pretrained_cfg_overlay"] = dict(file=str(weights))
     try:
-        with _MissingKeys(logging.INFO) as missing: model = _create(name, tile_size, **source)
-        if missing.names: raise RuntimeError(f"it lacks {len(missing.names)} tensors, first {missing.names[0]}")
+        if not pretrained: model = _create(name, tile_size)
+        elif weights is None: model = _filled(name, tile_size)
+        else: model = _from_file(name, tile_size, Path(weights))
+        backbone = Backbone(model, name, pooling, blocks)
+        _try_out(backbone, tile_size)
+    except BiomassError: raise
     except Exception as e:
-        if not pretrained: raise
-        if weights is not None: raise BiomassError(f"--backbone-weights {weights}: does not fit {name} ({str(e).splitlines()[0]})") from e
+        _check_size(name, tile_size)
+        if not pretrained or weights is not None: raise
         raise BiomassError(
             f"--backbone {name}: no pretrained weights could be had from timm's hub ({type(e).__name__}); "
             "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
-    patch = patch_size(model)
-    if tile_size % patch:
-        raise BiomassError(
-            f"--tile-size {tile_size}: must be a multiple of {name}'s patch of {patch} pixels, "
-            f"such as {max(1, round(tile_size / patch)) * patch}")
-    return Backbone(model, name, pooling, blocks), tile_size
+    return backbone, tile_size
+
 
 # %% ../nbs/07_features.ipynb #daf59b91
 DEVICE_TYPES = ("auto", "cpu", "cuda", "mps")

@@ -16,7 +16,7 @@ MOST_BYTES = 150_000  # of a stored picture
 
 LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
     "one class or function; no cell boundary can part it": {
-        "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone", "build_backbone"], "07b_store": ["FeatureCache"],
+        "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone"], "07b_store": ["FeatureCache"],
         "08_model": ["Trunk", "BiomassModel"], "09_loss": ["total_loss"], "10_bundle": ["Bundle"],
         "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
         "11e_loop": ["Fold", "train_step", "Loop"], "11f_results": ["write_results"], "12_train": ["Run"], "12b_joining": ["join_runs"],

@@ -10,15 +10,21 @@ import zipfile
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, SHARED, assert_close, run
+from safetensors.torch import save_file
 
 from biomass_kit import cli, kaggle, sealed
+from biomass_kit.config import TrainConfig
 from biomass_kit.data import check_submission, file_digest
 from biomass_kit.ensemble import predict_competition
+from biomass_kit.features import build_backbone
 from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.packing import WEIGHTS, pack, write_tracked
 from biomass_kit.sealed import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
+from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import BiomassError
+from biomass_kit.train import train
 
 
 def printed(notebook):
@@ -194,13 +200,29 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
     assert "no picture of the predictions" in printed(done["notebook"]), "without matplotlib there is no picture, and nothing else is lost"
 
 
+@pytest.mark.parametrize("size, learns", [(64, False), (64, True), pytest.param(1024, False, marks=pytest.mark.long)])
+def test_a_backbone_with_rotary_positions(size, learns, tmp_path):
+    """Of the class of vit_large_patch16_dinov3, on one tile a half: trained on random weights, packed, run offline.
+
+    Frozen, and fine-tuned with all that names or counts a backbone's layers.
+    """
+    name, file = "vit_small_patch16_dinov3", tmp_path / "weights.safetensors"
+    data = write_dataset(tmp_path / "data", n_photos=8, n_test=2, seed=3, height=96)
+    torch.manual_seed(0)
+    save_file(build_backbone(name, pretrained=False)[0].model.state_dict(), file)
+    tuned = dict(freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
+    config = TrainConfig(data=data, out=tmp_path / "run", backbone=name, backbone_weights=file, grid=(1, 1), tile_size=size, n_folds=2, train_folds=(0,),
+                         epochs=2, batch_size=4, cache_dir=tmp_path / "cache", device_type="cpu", **tuned if learns else dict(freeze_backbone=True))
+    train(config, log=lambda line: None)
+    files = [p.name.partition("-")[0] for p in (config.out / "bundle").glob("*.safetensors")]
+    assert files.count("backbone") == 1 and files.count("lora") == learns
+    check(run_offline(pack(config.out, tmp_path / "packed"), data, tmp_path / "working"), config.out, data, tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "csiro").is_dir(), reason="needs the real photos in ../shared/csiro")
 def test_real_photos_end_to_end(tmp_path):
     "A one-fold run on the real photos, packed, run offline over the public test photo."
-    from biomass_kit.config import TrainConfig
-    from biomass_kit.train import train
-
     config = TrainConfig(data=SHARED / "csiro", out=tmp_path / "run", backbone="vit_small_patch14_dinov2", tile_size=112, freeze_backbone=True, epochs=20,
                          backbone_weights=SHARED / "weights/vit_small_patch14_dinov2.safetensors", train_folds=(0,), device_type="cpu")
     results = train(config, log=lambda line: None)
