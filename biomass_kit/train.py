@@ -10,7 +10,7 @@ __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'LOGS', 'member_config', 'member_name', 
            'finish_run', 'describe']
 
 # %% ../nbs/12_train.ipynb #8671a0d2
-import dataclasses, hashlib, itertools, json, os, socket, sys, time
+import dataclasses, hashlib, itertools, json, math, os, socket, sys, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -99,7 +99,7 @@ def refuse_other(
     differ = "; ".join(f"{k} ({held.get(k)} there, {identity.get(k)} here)" for k in names)
     if names: raise BiomassError(f"--out {path.parent}: holds a {what} with other {differ}; choose another --out or delete the folder")
 
-
+# %% ../nbs/12_train.ipynb #12c00004
 def open_run(
     out: Path,
     identity: dict,  # from `run_identity`
@@ -467,8 +467,10 @@ def describe(
         else f"the backbone, whose LoRA factors of rank {c.lora_rank} learn" if c.lora_rank else "the backbone, which learns")
     pixels = f"{c.stored_draws} stored draws a photo" if c.stored_draws else "drawn anew every epoch" if c.augment == "full" else "none"
     on = "features" if c.freeze_backbone and c.cache else "photos"
-    cutmix = f"of {'tiles' if on == 'features' else on}, {c.cutmix_prob:.0%} of batches" if c.use_cutmix else "off"
-    mixup = f"of {on}, {c.mixup_prob:.0%} of {'the others' if c.use_cutmix else 'batches'}" if c.use_mixup else "off"
+    one_tile = on == "features" and math.prod(c.grid) == 1
+    cuts = c.use_cutmix and not one_tile
+    cutmix = f"of {'tiles' if on == 'features' else on}, {c.cutmix_prob:.0%} of batches" if cuts else "none, of one tile" if c.use_cutmix else "off"
+    mixup = f"of {on}, {c.mixup_prob:.0%} of {'the others' if cuts else 'batches'}" if c.use_mixup else "off"
     done = f" ({len(run.folds) - todo} finished already or another process's)" if todo < len(run.folds) else ""
     shared = "" if processes == 1 else f"\n{processes} processes share " + (
         "the members, each trained as a single process would" if c.shard == "members"
