@@ -199,11 +199,13 @@ class StudyArgs:
 
 @dataclass(frozen=True)
 class SearchArgs(StudyArgs, TrainConfig):
-    """Search the settings of the head: grid, head_lr_stage1, dropout, hidden_ratio, the aux weights, target_weights, grad_clip.
+    """Search the settings of the head.
 
-    One of these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial.
-    Start the same command in several processes or on several hosts to share one study; start it again to go on. The best of
-    many trials on the same folds flatters itself, so best and default are trained again on another deal of the folds.
+    Searched are grid, head_lr_stage1, dropout, hidden_ratio, use_aux_heads and the aux weights, target_weights, grad_clip. One of
+    these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial. The
+    first trial is what biomass_train would make of the same options: the default, with which the best is compared. Start the
+    same command in several processes or on several hosts to share one study; start it again to go on. The score of the best of
+    many trials is optimistically biased, so best and default are trained again on another assignment of the folds.
     """
 
 
