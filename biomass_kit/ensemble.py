@@ -561,7 +561,7 @@ def folder_intervals(
     ends: list,  # lower and upper ends [N, 5] from the members; empty where they give none
     unknown: list,  # rows of photos that nothing is known of
 ) -> list:  # of two [N, 5]; empty where the bundle knows no intervals
-    "Intervals widened by what training measured on dates held out; for a photo that was not read, all that was ever seen."
+    "Intervals widened by what training measured on photos held out; for a photo that was not read, all that was ever seen."
     known = bundle.trust.get("intervals")
     if known: ends = widen(*(ends or (final, final)), known["margin"], final)
     ends = [np.array(end) for end in ends]

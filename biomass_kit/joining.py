@@ -77,7 +77,7 @@ def join_runs(
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
-    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.nested_stack`), for `weighted`
+    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.crossfit_stack`), for `weighted`
 ) -> dict:  # the content of results.json
     "Join finished runs into one bundle and score their joint out-of-fold prediction."
     runs, out = [_read_run(f) for f in folders], Path(out)

@@ -109,6 +109,8 @@ def _care(predicted, facts) -> str:
                      "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
     if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
+    elif facts.get("shared_dates"):
+        text += paragraph(f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than meant may lie inside.")
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
 
@@ -130,11 +132,11 @@ def _photos(predicted, facts, photos) -> str:
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     score = facts.get("score") or {}
-    known = (f"On photos held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
+    known = (f"In training, on {facts['held_out']}, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
              f"(90 % interval {interval(score.get('interval_90'))} over dates).")
     a, b = facts["quadrat_cm"]
     area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."
-    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions")}
+    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions", "shared_dates")}
     return (paragraph(known if score else "The bundle tells no score.") + paragraph(area)
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')

@@ -228,8 +228,7 @@ def propose(
     "A new trial with values that no other has: the default first."
     taken, rng = [trial_values(s, t.params) for t in counted], np.random.default_rng([s.sampler_seed, len(counted)])
     study.sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)))
-    default = default_values(s)
-    trial = ask(s, study, {} if default in taken else default)
+    trial = ask(s, study, {} if default_values(s) in taken else default_values(s))
     while trial_values(s, trial.params) in taken:
         study.tell(trial, state=TrialState.FAIL)
         left = [values for values in all_trials(s) if values not in taken]
@@ -343,7 +342,7 @@ def compare(
     (y, best, dates), (_, default, _) = (_predictions(configs[name], seeds) for name in ("best", "default"))
     return paired_difference(y, best, default, dates)
 
-
+# %% ../nbs/14_search.ipynb #13c00004
 def score_again(
     s: Search,
     recipes: dict,  # "best" and "default", or "best" alone -> field -> value

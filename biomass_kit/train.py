@@ -40,7 +40,7 @@ from .physics import NEEDS_COVARIANCE, training_bounds
 from .results import manifest_physics, manifest_trust, run_facts, write_results
 from .store import Draw, FeatureCache, FeatureRequest, default_cache_dir, store_features, trim_text
 from .targets import TARGETS, BiomassError
-from .trust import UNLIKE, make_reference, nested_likeness
+from .trust import UNLIKE, make_reference, oof_likeness
 from .tta import STORED_VIEWS, View, parse_view
 
 # %% ../nbs/12_train.ipynb #4ca2a27b
@@ -362,7 +362,7 @@ def train_runs(
     configs: list,  # TrainConfigs that differ in what a member is (grid, seed, ...), each with an `out` of its own
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     log: Callable = print,  # one line at a time
-    others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold) -> [N, 5] grams, scored beside a frozen run
+    others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold, cv) -> [N, 5] grams, scored beside a frozen run
     built: dict = None,  # as `prepare` takes it, to share backbones among calls
 ) -> list:  # for each run the content of results.json; empty in all but the main process
     "Train the members that are not finished yet, then score, and write bundles and results."
@@ -428,14 +428,14 @@ def remember_photos(
     run: Run,
     members: list,  # descriptions of its members
 ) -> tuple:  # ("reference" of the manifest or None, {"unlike": {"limit", "flagged"}} of the results or {})
-    "Store the features of the photos that members were trained on, and count how many photos of dates held out would be flagged."
+    "Store the features of the photos that members were trained on, and count how many would be flagged, each beside the other folds."
     if not run.stored: return None, {}
     features, dates = run.stored.gather(range(len(run.table)), View()).mean((1, 2)).numpy(), run.table["Sampling_Date"].to_numpy()
     trained = np.ones(len(dates), bool) if len(run.folds) > 1 else run.fold != run.folds[0]
     reference = make_reference(features[trained], dates[trained])
     if reference is None: return None, {}
     file = save_reference(run.config.out / "bundle", {name: torch.from_numpy(v) for name, v in reference._asdict().items()})
-    alike = nested_likeness(features, dates, run.fold)
+    alike = oof_likeness(features, dates, run.fold)
     return {"file": file, "member": members[0]["name"]}, {"unlike": {"limit": UNLIKE, "flagged": float((alike <= UNLIKE).mean())}}
 
 # %% ../nbs/12_train.ipynb #2967211f
@@ -445,7 +445,9 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
     part = lambda name: pd.concat([read_table(c.out / "folds" / f"{k}-{name}.csv") for k in run.folds])
     history = part("history")
     history.insert(0, "run", c.out.resolve().name)
-    if run.stored: others = {name: rival(run.stored.gather(range(len(run.table)), View()).numpy(), run.table, run.fold) for name, rival in others.items()}
+    if run.stored:
+        features = run.stored.gather(range(len(run.table)), View()).numpy()
+        others = {name: rival(features, run.table, run.fold, c.cv) for name, rival in others.items()}
     digests = {k.removeprefix("sha256 of "): v for k, v in read_json(c.out / "config.json").items() if k.startswith("sha256 of ")}
     facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds, **run_facts(), "digests": digests}
     members = [read_json(c.out / "folds" / f"{k}.json") for k in run.folds]
