@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'LOGS', 'member_config', 'member_name', 'arithmetic_text', 'run_identity', 'refuse_other',
-           'open_run', 'is_finished', 'held_by_me', 'finish_fold', 'stored_variants', 'make_accelerator',
-           'start_trackers', 'finish_trackers', 'check_folds', 'check_tiles', 'prepare', 'Run', 'class_teacher',
-           'check_teacher', 'teacher_grams', 'train_runs', 'named_progress', 'train', 'expand', 'remember_photos',
-           'finish_run', 'describe']
+           'open_run', 'is_finished', 'held_by_me', 'deterministic', 'finish_fold', 'stored_variants',
+           'make_accelerator', 'start_trackers', 'finish_trackers', 'check_folds', 'check_tiles', 'prepare', 'Run',
+           'class_teacher', 'check_teacher', 'teacher_grams', 'train_runs', 'named_progress', 'train', 'expand',
+           'remember_photos', 'finish_run', 'describe']
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, itertools, json, math, os, socket, sys, time
@@ -143,6 +143,24 @@ def held_by_me(
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+# %% ../nbs/12_train.ipynb #18c00003
+@contextmanager
+def deterministic(
+    device: torch.device,
+):
+    "Where the device is a GPU, torch uses deterministic algorithms or raises RuntimeError; its settings are put back afterwards."
+    cudnn = torch.backends.cudnn
+    mode, ordered, benchmark = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic = True
+        cudnn.benchmark = False
+    try: yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.deterministic = ordered
+        cudnn.benchmark = benchmark
 
 # %% ../nbs/12_train.ipynb #ac25fbbe
 def finish_fold(
@@ -318,13 +336,22 @@ class Run:
             run_fold(first, progress)
             return class_teacher(first)
 
-    def train_member(self, k: int, progress, log):
-        "Train one fold from the starting weights and leave it finished on disk."
+    def fit_member(self, k: int, progress) -> tuple:  # (Fold, its history)
+        "Train one fold from the starting weights, or from its checkpoint."
         teacher = self.soft_targets(k, progress)
         f = self.new_fold(k, self.config)
         f.teacher = teacher
+        with self.threads(): return f, run_fold(f, progress)
+
+    def train_member(self, k: int, progress, log):
+        "Train one fold and leave it finished on disk; with deterministic algorithms wherever there are such."
+        try: f, history = self.fit_member(k, progress)
+        except RuntimeError as e:
+            if "use_deterministic_algorithms" not in str(e): raise
+            log(f"{self.config.out.name} fold {k}: {str(e).split('. ')[0]}; it is trained without, so another run may end in other bits")
+            torch.use_deterministic_algorithms(True, warn_only=True)  # until `deterministic` ends
+            f, history = self.fit_member(k, progress)
         with self.threads():
-            history = run_fold(f, progress)
             if f.part[0] == 0:
                 finish_fold(f, self.table, history, self.backbone)
                 for name in ("", CLASSES): self.checkpoint(k, name).unlink(missing_ok=True)
@@ -371,6 +398,7 @@ def train_runs(
     precision = pick_precision(device, configs[0].precision)
     accelerator = make_accelerator(device, precision, configs[0].trackers, Path(os.path.commonpath([c.out.absolute() for c in configs])) / LOGS)
     with ExitStack() as held:
+        held.enter_context(deterministic(device))
         if accelerator.is_main_process:
             for c in configs: held.enter_context(held_by_me(c.out))
             start_trackers(accelerator, configs)
@@ -381,7 +409,7 @@ def train_runs(
         finish_trackers(runs, results)
         return results
 
-
+# %% ../nbs/12_train.ipynb #18c00008
 def named_progress(progress: Callable, name: str) -> Callable:
     "The same, with a name before whatever it says."
     return lambda x, desc="", **options: progress(x, desc=f"{name} {desc}", **options)
