@@ -26,7 +26,7 @@ from .bundle import read_bundle
 from .config import TrainConfig
 from .data import check_submission, list_photos, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
-from .folds import CV_STRATEGIES, read_table
+from .folds import CV_STRATEGIES, held_out_text, read_table
 from .joining import join_runs
 from .outcome import summary_lines
 from .physics import METHODS
@@ -120,7 +120,7 @@ def write_run_report(
 # %% ../nbs/17_cli.ipynb #bce88ff5
 def _join(folders: list, out: Path, say=print, how: str = "mean", trim: float = TRIM, photos: bool = True) -> dict:
     "Join finished runs and say how each and all of them score."
-    results = join_runs(folders, out, how, trim, (evidence.stack_weights, evidence.nested_stack))
+    results = join_runs(folders, out, how, trim, (evidence.stack_weights, evidence.crossfit_stack))
     for m in results["members"]: say(f"  {m['run']}: weighted R2 {m['weighted_r2']:.3f}" + (f", weight {m['weight']:.2f}" if "weight" in m else ""))
     say(f"joint out-of-fold scores of {results['photos']} photos:")
     _print_scores(results, say)
@@ -199,11 +199,13 @@ class StudyArgs:
 
 @dataclass(frozen=True)
 class SearchArgs(StudyArgs, TrainConfig):
-    """Search the settings of the head: grid, head_lr_stage1, dropout, hidden_ratio, the aux weights, target_weights, grad_clip.
+    """Search the settings of the head.
 
-    One of these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial.
-    Start the same command in several processes or on several hosts to share one study; start it again to go on. The best of
-    many trials on the same folds flatters itself, so best and default are trained again on another deal of the folds.
+    Searched are grid, head_lr_stage1, dropout, hidden_ratio, use_aux_heads and the aux weights, target_weights, grad_clip. One of
+    these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial. The
+    first trial is what biomass_train would make of the same options: the default, with which the best is compared. Start the
+    same command in several processes or on several hosts to share one study; start it again to go on. The score of the best of
+    many trials is optimistically biased, so best and default are trained again on another assignment of the folds.
     """
 
 
@@ -374,7 +376,9 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
         seen = look_at(paths, bundle, **({"maps": False} if late else {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}))
     intervals = bundle.trust.get("intervals", {})
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
+    shared = bundle.trust.get("shared_dates")
     facts = run_facts() | {
+        "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
         "notes": outcome.notes, "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
         "physics": a.physics or ensemble.FOLDER_PHYSICS, "score": _folder_score(bundle), "level": level}

@@ -563,7 +563,7 @@ def folder_intervals(
     unknown: list,  # rows of photos that nothing is known of
     method: str,  # of physics that made them consistent; one whose errors were not measured takes the bundle's own margin
 ) -> list:  # of two [N, 5]; empty where the bundle knows no intervals
-    "Intervals widened by what training measured on dates held out; for a photo that was not read, all that was ever seen."
+    "Intervals widened by what training measured on photos held out; for a photo that was not read, all that was ever seen."
     margins = bundle.margins
     if margins: ends = widen(*(ends or (final, final)), margins.get(method, margins[bundle.manifest["physics"]["method"]]), final)
     ends = [np.array(end) for end in ends]
