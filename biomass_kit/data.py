@@ -9,8 +9,8 @@ __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'HIDDEN', 'WEIGHTS_SUFFIX', 'TR
            'NOISE', 'MUCH_LOST', 'NO_PHOTOS', 'atomic_path', 'write_text', 'json_text', 'write_json', 'read_json',
            'write_csv', 'file_digest', 'copy_file', 'species_group', 'class_labels', 'is_hidden', 'visible_files',
            'by_suffix', 'read_rows', 'photo_paths', 'read_train', 'missing_decoders', 'read_photo', 'photo_size',
-           'Crop', 'crop_of', 'split_pair', 'photo_crops', 'lost_words', 'crop_lines', 'list_photos', 'photo_names',
-           'left_out', 'read_test', 'write_submission', 'check_submission']
+           'Crop', 'crop_of', 'split_pair', 'photo_crops', 'lost_words', 'crop_lines', 'photo_files', 'list_photos',
+           'photo_names', 'left_out', 'read_test', 'write_submission', 'check_submission']
 
 # %% ../nbs/01_data.ipynb #d3560fb2
 import csv, hashlib, io, json, os, re, shutil, uuid, warnings
@@ -681,12 +681,21 @@ def crop_lines(
 NO_PHOTOS = (".csv", ".html", ".ipynb", ".json", ".md", ".pdf", ".safetensors", ".txt", ".whl", ".xls", ".xlsx")
 
 
+def _is_photo(path: Path) -> bool:
+    "Whether a file is called as photos are; a link whose file is gone is one that cannot be read."
+    return path.suffix.lower() in PHOTO_SUFFIXES and (path.is_file() or path.is_symlink() and not path.is_dir())
+
+
+def photo_files(folder) -> list:
+    "Paths of all photos in a folder and its subfolders, sorted, whether they can be decoded here or not; may be none."
+    return [p for p in visible_files(folder) if _is_photo(p)]
+
+
 def list_photos(folder) -> list:
-    "Paths of all photos in a folder and its subfolders, sorted; also those that only a link without its file, or no decoder, is left of."
-    lying = visible_files(folder)
-    found = [p for p in lying if p.suffix.lower() in PHOTO_SUFFIXES and not p.is_dir() and (p.is_file() or p.is_symlink())]
+    "`photo_files`, at least one; else `BiomassError` says what the folder does hold."
+    found = photo_files(folder)
     if found: return found
-    held = by_suffix(lying)
+    held = by_suffix(visible_files(folder))
     raise BiomassError(f"{folder}: holds no photo, {f'only {held}' if held else 'and nothing else'}; "
                        f"photos end in {', '.join(PHOTO_SUFFIXES)}")
 
@@ -699,7 +708,7 @@ def photo_names(folder, photos: list) -> list:
 def left_out(folder) -> str:
     "What lies among a folder's photos that may be missed: raw files, films, linked folders; '' where nothing does."
     others = [p for p in visible_files(folder) if p.is_dir() or p.suffix.lower() not in (*PHOTO_SUFFIXES, *NO_PHOTOS)]
-    return f"left out of {folder}, as no photos that can be read: {by_suffix(others)}" if others else ""
+    return f"left out, as no photos that can be read: {by_suffix(others)}" if others else ""
 
 # %% ../nbs/01_data.ipynb #35f49506
 def read_test(

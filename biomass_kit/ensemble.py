@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from .bundle import Bundle, read_bundle
-from .data import check_submission, list_photos, read_test, write_csv, write_submission
+from .data import check_submission, left_out, list_photos, lost_words, photo_names, read_test, write_csv, write_submission
 from .features import pick_device, pick_devices, pick_precision
 from .model import BiomassModel, predict_views, view_batch
 from .outcome import MEANS, Issue, Outcome, write_issues
@@ -507,6 +507,7 @@ def predict_competition(
     grams = predict_photos(weights, list(photos.values()), deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
     if not is_main_process(): return None
     table = save(grams)
+    outcome.see_crops(photos.values())
     _close(outcome, out)
     table.attrs["outcome"] = outcome
     return table
@@ -588,7 +589,8 @@ def flags(
     "What should keep a reader from believing a figure."
     said = lambda i: [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
     strange = lambda i: ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
-    return ["; ".join(said(i) + strange(i)) for i in range(len(outcome.names))]
+    cut = lambda i: [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
+    return ["; ".join(said(i) + strange(i) + cut(i)) for i in range(len(outcome.names))]
 
 # %% ../nbs/11_ensemble.ipynb #3a25063a
 def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray:  # [N], or None
@@ -602,19 +604,21 @@ def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray: 
 # %% ../nbs/11_ensemble.ipynb #4f2c7fb8
 def predict_folder(
     weights,  # a bundle folder
-    folder,  # photos directly in it
+    folder,  # photos in it and in its subfolders
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo, targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
+) -> pd.DataFrame:  # photo (path in the folder), targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
     "Predict every photo of a folder, no table needed."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, bundle = list_photos(folder), weights if isinstance(weights, Bundle) else read_bundle(weights)
-    outcome, heads, remembers = Outcome([p.name for p in paths]), intervals_from_heads(bundle), "reference" in bundle.trust
+    outcome, heads, remembers = Outcome(photo_names(folder, paths)), intervals_from_heads(bundle), "reference" in bundle.trust
     kg_per_ha(0.0, quadrat_cm)
+    outcome.left_out = left_out(folder)
 
     def save(grams, alike=None):
+        outcome.see_crops(paths)
         final, *ends = grams if heads else [grams]
         nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
         table = grams_table(outcome.names, [final, *folder_intervals(bundle, final, ends, nothing)], quadrat_cm)

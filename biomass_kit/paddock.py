@@ -109,6 +109,7 @@ def _care(predicted, facts) -> str:
                      "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
     if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
+    text += "".join(map(paragraph, facts.get("said of photos", [])))
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
 
@@ -134,7 +135,7 @@ def _made(facts) -> str:
              f"(90 % interval {interval(score.get('interval_90'))} over dates).")
     a, b = facts["quadrat_cm"]
     area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."
-    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions")}
+    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions", "said of photos")}
     return (paragraph(known if score else "The bundle tells no score.") + paragraph(area)
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
@@ -142,7 +143,7 @@ def _made(facts) -> str:
 # %% ../nbs/15b_paddock.ipynb #5e15bb04
 def page(
     predicted,  # the table of `ensemble.predict_folder`
-    facts: dict,  # command, versions, quadrat_cm, and what else is known: score and level of the bundle, seconds, ...
+    facts: dict,  # command, versions, quadrat_cm, and what else is known: score and level of the bundle, lines "said of photos", ...
     photos: dict,  # photo -> Seen of `shown_photos`; empty where they were left out
     title=TITLE,
 ) -> str:

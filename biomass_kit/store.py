@@ -58,7 +58,7 @@ class FeatureCache:
         dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
-        key = json.dumps([3, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
+        key = json.dumps([4, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
         self.root, self.dtype = Path(folder or default_cache_dir()), CACHE_DTYPES[dtype]
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
