@@ -578,7 +578,8 @@ def _decode(path) -> np.ndarray:
     "`_pixels` of a file, also where a JPEG's end marker is all that is missing."
     try: return _pixels(path)
     except OSError:
-        photo = _pixels_without_end(path)
+        photo = None
+        with suppress(Exception): photo = _pixels_without_end(path)  # what is wrong with the file was said at first
         if photo is None: raise
         return photo
 
