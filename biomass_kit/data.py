@@ -260,9 +260,12 @@ def _leads_out(root: Path, path: Path) -> bool:
     return not any(real.is_relative_to(os.path.realpath(home)) for home in homes)
 
 # %% ../nbs/01_data.ipynb #a13d0005
-def _parts(name: str) -> list:
-    "A written path's parts from its end, whatever separates them, in small letters."
-    return [part for part in reversed(name.replace("\\", "/").casefold().split("/")) if part not in ("", ".")]
+def _with_slashes(written: str) -> str: return os.path.normpath(written.replace("\\", "/"))
+
+
+def _parts(written: str) -> list:
+    "A path's parts from its end, whatever separates them, in small letters."
+    return _with_slashes(written).casefold().split("/")[::-1]
 
 
 def _agreement(name: str, file: str) -> int:
@@ -286,9 +289,9 @@ def _candidates(
 ) -> dict:  # written path that is not there -> the files that fit it best; only paths that some file fits
     "`_best_fits` of all lost photos, but for files that other paths mean: by their right name, or as well as this one."
     here = {p for p, file in found.items() if os.path.isfile(file)}
-    lost = [p for p in found if p not in here and _parts(p)]
+    lost = [p for p in found if p not in here]
     if not lost: return {}
-    named = {found[p] for p in here}
+    named = {Path(os.path.normpath(found[p])) for p in here}
     by_name = defaultdict(dict)
     for file in visible_files(root):
         if file.is_file() and file not in named: by_name[file.name.casefold()][file] = file.relative_to(root).as_posix()
@@ -301,8 +304,8 @@ def _candidates(
 # %% ../nbs/01_data.ipynb #a13d0007
 def _stays_inside(written: str) -> bool:
     "Whether a path of the table, read with either separator, names something inside the data folder."
-    plain = written.replace("\\", "/")
-    return plain != "" and not os.path.isabs(plain) and not os.path.normpath(plain).startswith("..")
+    plain = _with_slashes(written)
+    return written != "" and not os.path.isabs(plain) and not plain.startswith("..")
 
 
 def _say_moved(path, root, fitting, strict, rows):
