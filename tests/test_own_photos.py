@@ -258,3 +258,14 @@ def test_training_turns_photos_and_says_so_once(weights, tmp_path):
     said = [str(w.message) for w in caught if "degrees" in str(w.message) or "cut away" in str(w.message)]
     assert said == [f"1 photo taller than wide, turned by 90 degrees clockwise: {table.image_path[0]}",
                     f"1 photo cropped to 2:1, more than 10% of the area cut away: {table.image_path[1]} (50%)"]
+
+
+def test_two_folders_are_compared_with_their_subfolders(finished, data, tmp_path, capfd):
+    "Photos of equal names are told apart by their folders, and a square one is told of once."
+    folder = tmp_path / "new"
+    for i, photo in enumerate(list_photos(data / "train")[:6]):
+        saved(folder / f"day{i}/IMG_1.jpg", read_photo(photo) if i else read_photo(photo)[:, :96], quality=95)
+    cli.compare(["--weights", str(finished), "--first", str(data / "train"), "--second", str(folder)])
+    said = capfd.readouterr()
+    assert re.search(r"in second: (day\d/IMG_1\.jpg \(\d\.\d+\)(, )?)+\n", said.out), said.out
+    assert said.err.count("1 photo cropped to 2:1, more than 10% of the area cut away") == 1 and "day0/IMG_1.jpg (50%)" in said.err
