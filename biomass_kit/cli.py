@@ -24,7 +24,8 @@ from . import ensemble, evidence, gallery, packing, paddock, report, sealed, syn
 from . import train as training
 from .bundle import read_bundle
 from .config import TrainConfig
-from .data import check_submission, list_photos, photo_names, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
+from .data import check_submission, list_photos, photo_names, read_json, read_photo, read_test
+from .data import read_train, split_pair, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, read_table
 from .joining import join_runs
@@ -337,12 +338,13 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in the quadrat (..._g) and
-    in kg DM/ha (..._kg_ha), each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
-    the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
-    should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of a photo
-    that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than wide is turned by 90 degrees
-    clockwise first. Beside grams.csv lies grams_report.html.
+    The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in
+    the quadrat (..._g) and in kg DM/ha (..._kg_ha), each with the ends of its 90 % interval (..._low,
+    ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie as far
+    from those of other dates as this photo from all of them; flag, empty or why a figure should not be
+    believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of a
+    photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than wide
+    is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html.
     """
 
 # %% ../nbs/17_cli.ipynb #c11a0004
@@ -367,7 +369,8 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
     facts = run_facts() | {
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
-        "notes": outcome.notes, "said of photos": outcome.said_of_photos(), "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
+        "notes": outcome.notes, "said of photos": outcome.said_of_photos(), "quadrat_cm": a.quadrat_cm,
+        "score": bundle.manifest["scores"].get("model"), "level": level}
     shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
     return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
 

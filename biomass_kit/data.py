@@ -6,11 +6,11 @@
 __all__ = ['STATES', 'MONTHS', 'SPECIES_GROUPS', 'HIDDEN', 'WEIGHTS_SUFFIX', 'TRAIN_COLUMNS', 'MAY_BE_EMPTY', 'TEST_COLUMNS',
            'SUBMISSION_COLUMNS', 'PLAUSIBLE_GRAMS', 'NUMBER', 'ISO_TIME', 'IDENTITY_TOLERANCE', 'FORMATS',
            'PHOTO_SUFFIXES', 'DECODERS', 'HEIC_BRANDS', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'END_MARKER',
-           'NOISE', 'MUCH_LOST', 'NO_PHOTOS', 'atomic_path', 'write_text', 'json_text', 'write_json', 'read_json',
-           'write_csv', 'file_digest', 'copy_file', 'species_group', 'class_labels', 'is_hidden', 'visible_files',
-           'by_suffix', 'read_rows', 'photo_paths', 'read_train', 'missing_decoders', 'read_photo', 'photo_size',
-           'Crop', 'crop_of', 'split_pair', 'photo_crops', 'lost_words', 'crop_lines', 'photo_files', 'list_photos',
-           'photo_names', 'left_out', 'read_test', 'write_submission', 'check_submission']
+           'NOISE', 'MARKER', 'FRAMES', 'SCAN', 'MUCH_LOST', 'NO_PHOTOS', 'atomic_path', 'write_text', 'json_text',
+           'write_json', 'read_json', 'write_csv', 'file_digest', 'copy_file', 'species_group', 'class_labels',
+           'is_hidden', 'visible_files', 'by_suffix', 'read_rows', 'photo_paths', 'read_train', 'missing_decoders',
+           'read_photo', 'photo_size', 'Crop', 'crop_of', 'split_pair', 'photo_crops', 'lost_words', 'crop_lines',
+           'photo_files', 'list_photos', 'photo_names', 'left_out', 'read_test', 'write_submission', 'check_submission']
 
 # %% ../nbs/01_data.ipynb #d3560fb2
 import csv, hashlib, io, json, os, re, shutil, uuid, warnings
@@ -140,7 +140,7 @@ def class_labels(
 
 # %% ../nbs/01_data.ipynb #a13d0002
 HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini")
-WEIGHTS_SUFFIX = ".safetensors"  # a subfolder with such a file is a bundle; the photos in it are its reference
+WEIGHTS_SUFFIX = ".safetensors"  # a subfolder with such a file is a bundle, photos in it are its reference
 
 
 def _hidden(name: str) -> bool: return name.startswith(".") or name in HIDDEN
@@ -154,7 +154,8 @@ def is_hidden(
     return any(map(_hidden, Path(path).relative_to(root).parts))
 
 
-def _raise_unreadable(e: OSError): raise BiomassError(f"{e.filename}: cannot be read ({e.strerror}); change its rights or take it away")
+def _refuse_closed(e: OSError):
+    raise BiomassError(f"{e.filename}: cannot be read ({e.strerror}); change its rights or take it away")
 
 
 def _own_links(root: Path) -> list:
@@ -174,7 +175,7 @@ def visible_files(
     if not root.is_dir(): raise BiomassError(f"{root}: no such folder")
     own, found = _own_links(root), []
     for start in (root, *own):
-        for here, folders, names in os.walk(start, onerror=_raise_unreadable):
+        for here, folders, names in os.walk(start, onerror=_refuse_closed):
             if Path(here) != root and any(n.endswith(WEIGHTS_SUFFIX) for n in names):
                 folders.clear()
                 continue
@@ -229,7 +230,7 @@ def read_rows(
     if not rows: raise BiomassError(f"{path}: has a header but no rows")
     return pd.DataFrame(list(rows.values()), index=list(rows), columns=header)
 
-
+# %% ../nbs/01_data.ipynb #a13d0030
 def _check_header(path, header, columns):
     "Refuse a header without the columns that must be there, or with one twice."
     other = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
@@ -243,7 +244,8 @@ def _check_header(path, header, columns):
     if missing:
         empty = [c for c in missing if c in MAY_BE_EMPTY]
         fix = f"; values of {' and '.join(empty)} may be empty, the column must be there" if empty else ""
-        raise BiomassError(f"{path} line 1: missing column {', '.join(missing)}; found {', '.join(header) or 'none'}{fix}")
+        found = ", ".join(header) or "none"
+        raise BiomassError(f"{path} line 1: missing column {', '.join(missing)}; found {found}{fix}")
 
 # %% ../nbs/01_data.ipynb #487ef713
 def _refuse(path, rows, bad, what):
@@ -287,19 +289,21 @@ def _candidates(
     root: Path,
     found: dict,  # written path -> where it should lie
 ) -> dict:  # written path that is not there -> the files that fit it best; only paths that some file fits
-    "`_best_fits` of all lost photos, but for files that other paths mean: by their right name, or as well as this one."
+    "`_best_fits` of all lost photos, but for files that another path means too, rightly or as well."
     here = {p for p, file in found.items() if os.path.isfile(file)}
     lost = [p for p in found if p not in here]
     if not lost: return {}
     named = {Path(os.path.normpath(found[p])) for p in here}
     by_name = defaultdict(dict)
     for file in visible_files(root):
-        if file.is_file() and file not in named: by_name[file.name.casefold()][file] = file.relative_to(root).as_posix()
+        if not file.is_file() or file in named: continue
+        by_name[file.name.casefold()][file] = file.relative_to(root).as_posix()
     fitting = {p: _best_fits(p, by_name[_parts(p)[0]]) for p in lost}
     claims = defaultdict(set)
     for p, files in fitting.items():
         for file in files: claims[file].add(tuple(_parts(p)))
-    return {p: files for p, files in fitting.items() if files and (len(files) > 1 or len(claims[files[0]]) == 1)}
+    fitting = {p: files for p, files in fitting.items() if files}
+    return {p: files for p, files in fitting.items() if len(files) > 1 or len(claims[files[0]]) == 1}
 
 # %% ../nbs/01_data.ipynb #a13d0007
 def _stays_inside(written: str) -> bool:
@@ -309,17 +313,19 @@ def _stays_inside(written: str) -> bool:
 
 
 def _say_moved(path, root, fitting, strict, rows):
-    "Refuse what fits several files, in training; warn, once each, of that and of photos found in another folder than is written."
-    name = lambda file: file.relative_to(root).as_posix()
-    several = {p: ", ".join(map(name, paths)) for p, paths in fitting.items() if len(paths) > 1}
-    said = lambda p: f"'{p}' fits several files ({several[p]}); write the path of the one that is meant"
-    if strict: _refuse(path, rows, rows["image_path"].isin(several), lambda r: f"image_path {said(r.image_path)}")
-    if several: warnings.warn(f"{path}: {counted(len(several), 'photo')} cannot be told from others, first: {said(next(iter(several)))}")
-    moved = {p: name(paths[0]) for p, paths in fitting.items() if len(paths) == 1}
-    moved = {p: file for p, file in moved.items() if _agreement(p, file) < len(_parts(p))}
-    if not moved: return
-    first = next(iter(moved))
-    warnings.warn(f"{path}: {counted(len(moved), 'photo')} found in another folder than is written, first '{first}' at {moved[first]}")
+    "Say which paths fit several files, in training as an error, and which were found in another folder."
+    names = {p: [file.relative_to(root).as_posix() for file in files] for p, files in fitting.items()}
+    several = {p: f"'{p}' fits several files ({', '.join(found)}); write the path of the one that is meant"
+               for p, found in names.items() if len(found) > 1}
+    unclear = rows["image_path"].isin(several)
+    if strict: _refuse(path, rows, unclear, lambda r: f"image_path {several[r.image_path]}")
+    if several:
+        first = next(iter(several.values()))
+        warnings.warn(f"{path}: {counted(len(several), 'photo')} cannot be told from others, first: {first}")
+    moved = [p for p, found in names.items() if len(found) == 1 and _agreement(p, found[0]) < len(_parts(p))]
+    if moved:
+        which = f"{counted(len(moved), 'photo')}, first '{moved[0]}' at {names[moved[0]][0]}"
+        warnings.warn(f"{path}: found in another folder than is written: {which}")
 
 # %% ../nbs/01_data.ipynb #a5d1da01
 def photo_paths(
@@ -332,7 +338,8 @@ def photo_paths(
     root = Path(folder).absolute()
     found = {p: root / p for p in dict.fromkeys(rows["image_path"])}
     say = lambda fault: lambda r: f"image_path '{r.image_path}' {fault}"
-    _refuse(path, rows, ~rows["image_path"].map(_stays_inside), say(f"leaves the data folder; use a path inside {root}"))
+    inside = rows["image_path"].map(_stays_inside)
+    _refuse(path, rows, ~inside, say(f"leaves the data folder; use a path inside {root}"))
     fitting = _candidates(root, found)
     found |= {p: paths[0] for p, paths in fitting.items() if len(paths) == 1}
     _say_moved(path, root, fitting, strict, rows)
@@ -355,7 +362,7 @@ def _refuse_two_names(path, rows, found):
             lambda r: f"image_path '{r.image_path}' is the same photo as '{first[real[r.image_path]]}'; name it in one way")
 
 # %% ../nbs/01_data.ipynb #939dfdd8
-PLAUSIBLE_GRAMS = 1000.0  # the heaviest of 80 labelled photos has 158 g; a large quadrat of tall grass may hold more
+PLAUSIBLE_GRAMS = 1000.0  # the heaviest of 80 labelled photos has 158 g; a large quadrat may hold more
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -373,9 +380,9 @@ def _warn_heavy(rows, grams, path):
     "Warn, once, of labels that are heavier than most quadrats: a large one may hold that, a wrong unit too."
     heavy = rows[grams > PLAUSIBLE_GRAMS]
     if not len(heavy): return
-    first = heavy.iloc[0]
-    warnings.warn(f"{path}: {counted(len(heavy), 'target')} over {PLAUSIBLE_GRAMS:g} g, first line {heavy.index[0]}, "
-                  f"'{first.target}' of {first.sample_id}; right for a large quadrat of tall grass, else check the unit")
+    first = f"first line {heavy.index[0]}, '{heavy.target.iloc[0]}' of {heavy.sample_id.iloc[0]}"
+    warnings.warn(f"{path}: {counted(len(heavy), 'target')} over {PLAUSIBLE_GRAMS:g} g, {first}; "
+                  "right for a large quadrat of tall grass, else check the unit")
 
 # %% ../nbs/01_data.ipynb #fa75835f
 ISO_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:.*")
@@ -389,7 +396,7 @@ def _without_time(text: str) -> str:
 
 
 def _sampling_dates(rows, path) -> pd.Series:
-    "Sampling dates, written `2015/9/4`, `2015-09-04`, or as ISO writes a date with a time, `2015-09-04T10:30:00Z`."
+    "Sampling dates, written `2015/9/4`, `2015-09-04` or, with a time, as ISO does: `2015-09-04T10:30:00Z`."
     plain = rows["Sampling_Date"].map(_without_time).str.replace("-", "/")
     dates = pd.to_datetime(plain, format="%Y/%m/%d", errors="coerce")
     _refuse(path, rows, dates.isna(), lambda r: f"Sampling_Date '{r.Sampling_Date}' of {r.sample_id} is not a date; write year/month/day")
@@ -436,8 +443,12 @@ def _short_names(paths: list) -> list:
 # %% ../nbs/01_data.ipynb #565c497f
 def read_train(
     folder,  # holds `train.csv` and the photos that it names
-) -> pd.DataFrame:  # one row a photo, in the file's order: photo, image_path (where it lies in the folder), path, Sampling_Date (datetime), State, Species, five targets in grams
-    "The training table, checked; raises `BiomassError` naming file, line and fix."
+) -> pd.DataFrame:  # one row per photo, in the file's order
+    """The training table, checked; raises `BiomassError` naming file, line and fix.
+
+    Columns: photo, image_path (where it lies in the folder), path, Sampling_Date (datetime), State, Species, the
+    five targets in grams, and the file's own further columns as text.
+    """
     path = Path(folder) / "train.csv"
     rows = read_rows(path, TRAIN_COLUMNS)
     grams, dates = _target_grams(rows, path), _sampling_dates(rows, path)
@@ -507,7 +518,7 @@ def missing_decoders(
 ) -> list:  # a line for each kind
     "How many photos lack nothing but a decoder, and what brings it."
     lacking = {kind: sum(f"({kind}: no decoder" in reason for reason in reasons) for kind in DECODERS}
-    return [f"{counted(n, f'{kind} photo')} not read for lack of a decoder: {DECODERS[kind]}, then give the same command again"
+    return [f"{counted(n, f'{kind} photo')} not read for lack of a decoder: {DECODERS[kind]}, then try again"
             for kind, n in lacking.items() if n]
 
 # %% ../nbs/01_data.ipynb #ade4e059
@@ -536,7 +547,9 @@ def _pixels(source) -> np.ndarray:
 
 # %% ../nbs/01_data.ipynb #a13d0023
 END_MARKER = b"\xff\xd9"
-NOISE = b"\xb5" + bytes(7 * i % 251 for i in range(1, 200))  # begins with a bit of 1; a decoder that wants more bits would read zeros
+NOISE = b"\xb5" + bytes(7 * i % 251 for i in range(1, 200))  # its first bit is 1; missing bits are read as 0
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what ends a scan; the bytes of a scan hold none
+FRAMES, SCAN = (0xC0, 0xC1, 0xC2), 0xDA
 
 
 def _all_scans(jpeg: bytes) -> bool:
@@ -549,11 +562,12 @@ def _all_scans(jpeg: bytes) -> bool:
         marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4])
         body = jpeg[at + 4 : at + 2 + length]
         at += 2 + length
-        if marker in (0xC0, 0xC1, 0xC2): missing = {(body[6 + 3 * i], k) for i in range(body[5]) for k in range(64)}
-        if marker != 0xDA: continue
+        if marker in FRAMES: missing = {(body[6 + 3 * i], k) for i in range(body[5]) for k in range(64)}
+        if marker != SCAN: continue
         first, last, bits = body[-3:]
-        if bits & 15 == 0: missing -= {(body[1 + 2 * i], k) for i in range(body[0]) for k in range(first, last + 1)}
-        following = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(jpeg, at)  # the scan itself has none of these
+        whole = {(body[1 + 2 * i], k) for i in range(body[0]) for k in range(first, last + 1)}
+        if bits & 15 == 0: missing -= whole
+        following = MARKER.search(jpeg, at)
         if not following: break
         at = following.start()
     return not missing
@@ -562,27 +576,32 @@ def _all_scans(jpeg: bytes) -> bool:
 def _without_filling(jpeg: bytes) -> bytes:
     "A JPEG without the zeros that a rescued card's files end in, and without half a marker."
     end = jpeg.rstrip(b"\0")
-    if end.endswith(b"\xff") and len(end) < len(jpeg): return end + b"\0"  # together they are a byte of pixels
+    if end.endswith(b"\xff") and len(end) < len(jpeg): return end + b"\0"  # the two are one byte of pixels
     return end.rstrip(b"\xff")
+
+
+def _next_restart(jpeg: bytes) -> bytes:
+    "The marker before the part that would follow the last one; noise is not looked at without it."
+    found = re.findall(rb"\xff([\xd0-\xd7])", jpeg)
+    return bytes([0xFF, 0xD0 + (found[-1][0] - 0xD0 + 1) % 8 if found else 0xD0])
 
 
 def _pixels_without_end(path) -> np.ndarray:
     "Pixels of a JPEG that lacks its end marker and nothing else; None for any other file."
     jpeg = Path(path).read_bytes()
     if not jpeg.startswith(b"\xff\xd8") or not _all_scans(jpeg): return None
-    whole = _without_filling(jpeg)
-    restarts = re.findall(rb"\xff([\xd0-\xd7])", whole)
-    due = bytes([0xFF, 0xD0 + (restarts[-1][0] - 0xD0 + 1) % 8 if restarts else 0xD0])  # where a last part after a restart is missing
     photo = _pixels(io.BytesIO(jpeg + END_MARKER))
-    return photo if np.array_equal(photo, _pixels(io.BytesIO(whole + NOISE + due + NOISE + END_MARKER))) else None
+    whole = _without_filling(jpeg)
+    noisy = _pixels(io.BytesIO(whole + NOISE + _next_restart(whole) + NOISE + END_MARKER))
+    return photo if np.array_equal(photo, noisy) else None
 
-
+# %% ../nbs/01_data.ipynb #a13d0029
 def _decode(path) -> np.ndarray:
     "`_pixels` of a file, also where a JPEG's end marker is all that is missing."
     try: return _pixels(path)
     except OSError:
         photo = None
-        with suppress(Exception): photo = _pixels_without_end(path)  # what is wrong with the file was said at first
+        with suppress(Exception): photo = _pixels_without_end(path)  # what is wrong was said at first
         if photo is None: raise
         return photo
 
@@ -643,7 +662,7 @@ def crop_of(
 def split_pair(
     photo: np.ndarray,  # uint8 [H, W, 3]
 ) -> np.ndarray:  # uint8 [2, S, S, 3]: left half, right half
-    "The left and right square halves of a photo, turned if it is taller than wide, and cropped to 2:1 about its centre."
+    "The left and right square halves of a photo, turned if taller than wide, cropped to 2:1 about its centre."
     turned, side, _ = crop_of(*photo.shape[:2])
     if turned: photo = np.rot90(photo, -1)
     top = (photo.shape[0] - side) // 2
@@ -677,21 +696,22 @@ def crop_lines(
     "Which photos were turned, and which lose much of their area, each said in one line."
     turned = [name for name, crop in crops.items() if crop.turned]
     cut = [f"{name} ({crop.lost:.0%})" for name, crop in crops.items() if lost_words(crop)]
-    lines = [f"{counted(len(turned), 'photo')} taller than wide, turned by 90 degrees clockwise: {_some(turned)}"] if turned else []
-    if cut: lines.append(f"{counted(len(cut), 'photo')} cropped to 2:1, more than {MUCH_LOST:.0%} of the area cut away: {_some(cut)}")
-    return lines
+    said = {"taller than wide, turned by 90 degrees clockwise": turned,
+            f"cropped to 2:1, more than {MUCH_LOST:.0%} of the area cut away": cut}
+    return [f"{counted(len(names), 'photo')} {what}: {_some(names)}" for what, names in said.items() if names]
 
 # %% ../nbs/01_data.ipynb #c78c6d45
-NO_PHOTOS = (".csv", ".html", ".ipynb", ".json", ".md", ".pdf", ".safetensors", ".txt", ".whl", ".xls", ".xlsx")
+NO_PHOTOS = (".csv", ".html", ".ipynb", ".json", ".md", ".pdf", WEIGHTS_SUFFIX, ".txt", ".whl", ".xlsx")
 
 
 def _is_photo(path: Path) -> bool:
     "Whether a file is called as photos are; a link whose file is gone is one that cannot be read."
-    return path.suffix.lower() in PHOTO_SUFFIXES and (path.is_file() or path.is_symlink() and not path.is_dir())
+    if path.suffix.lower() not in PHOTO_SUFFIXES: return False
+    return path.is_file() or path.is_symlink() and not path.exists()
 
 
 def photo_files(folder) -> list:
-    "Paths of all photos in a folder and its subfolders, sorted, whether they can be decoded here or not; may be none."
+    "Sorted paths of all photos in a folder and its subfolders, whether they can be decoded or not."
     return [p for p in visible_files(folder) if _is_photo(p)]
 
 
@@ -710,8 +730,9 @@ def photo_names(folder, photos: list) -> list:
 
 
 def left_out(folder) -> str:
-    "What lies among a folder's photos that may be missed: raw files, films, linked folders; '' where nothing does."
-    others = [p for p in visible_files(folder) if p.is_dir() or p.suffix.lower() not in (*PHOTO_SUFFIXES, *NO_PHOTOS)]
+    "What else lies in a folder that may be missed: raw files, films, linked folders; '' where nothing does."
+    known = (*PHOTO_SUFFIXES, *NO_PHOTOS)
+    others = [p for p in visible_files(folder) if p.is_dir() or p.suffix.lower() not in known]
     return f"left out, as no photos that can be read: {by_suffix(others)}" if others else ""
 
 # %% ../nbs/01_data.ipynb #35f49506
@@ -778,6 +799,7 @@ def check_submission(
     if strange: raise BiomassError(f"{path}: holds {counted(len(strange), 'row')} that {model.name} does not, first {min(strange)}; remove them")
     if list(due) != list(rows["sample_id"]): raise BiomassError(f"{path}: rows are not in the order of {model.name}; sort them alike")
     grams = _target_grams(rows, path)
-    _refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target '{r.target}' of {r.sample_id} is over {PLAUSIBLE_GRAMS:g} g, "
-            "more than any quadrat of the competition; check the unit, or the weights that predicted it")
+    _refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target '{r.target}' of {r.sample_id} "
+            f"is over {PLAUSIBLE_GRAMS:g} g, more than any quadrat of the competition; "
+            "check the unit, or the weights that predicted it")
     return rows.assign(target=grams).reset_index(drop=True)

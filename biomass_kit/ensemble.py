@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from .bundle import Bundle, read_bundle
-from .data import check_submission, left_out, list_photos, lost_words, photo_names, read_test, write_csv, write_submission
+from .data import check_submission, left_out, list_photos, lost_words, photo_names, read_test
+from .data import write_csv, write_submission
 from .features import pick_device, pick_devices, pick_precision
 from .model import BiomassModel, predict_views, view_batch
 from .outcome import MEANS, Issue, Outcome, write_issues
@@ -609,13 +610,16 @@ def predict_folder(
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo (path in the folder), targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
-    "Predict every photo of a folder, no table needed."
+) -> pd.DataFrame:  # one row per photo, the Outcome in `attrs`; None in all but the main process
+    """Predict every photo of a folder and its subfolders, no table needed.
+
+    Columns: photo (its path in it), targets in g and kg DM/ha, _low, _high and likeness if known, flag.
+    """
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, bundle = list_photos(folder), weights if isinstance(weights, Bundle) else read_bundle(weights)
-    outcome, heads, remembers = Outcome(photo_names(folder, paths)), intervals_from_heads(bundle), "reference" in bundle.trust
+    outcome = Outcome(photo_names(folder, paths), left_out=left_out(folder))
+    heads, remembers = intervals_from_heads(bundle), "reference" in bundle.trust
     kg_per_ha(0.0, quadrat_cm)
-    outcome.left_out = left_out(folder)
 
     def save(grams, alike=None):
         outcome.see_crops(paths)

@@ -17,7 +17,8 @@ import pandas as pd
 from PIL import Image
 
 from .bundle import MANIFEST
-from .data import file_digest, list_photos, photo_files, read_photo, read_test, split_pair, write_csv
+from .data import file_digest, list_photos, photo_files, read_photo, read_test, split_pair
+from .data import write_csv
 from .ensemble import predict_competition, predict_folder, predict_photos
 from .outcome import summary_lines  # for the notebook, which asks this room alone
 from .progress import print_progress  # likewise
@@ -36,17 +37,20 @@ def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells 
     raise BiomassError(f"{root}: expected one {what}, found {listed}; {'add it' if not distinct else 'remove all but one'} under Input of the notebook")
 
 
-MOUNTED_BELOW = {"datasets": 3, "competitions": 2}  # folder of `root` -> folders down to one input; in any other form one
+MOUNTED_BELOW = {"datasets": 3, "competitions": 2}  # folder of `root` -> folders down to one input; else one
 
 
 def _photo_folders(root, weights: Path) -> dict:
-    "For each input the folder that holds all its photos, and what is in it; the packed reference photos are none."
+    "For each input the folder that holds all its photos, and what is in it; the packed reference is none."
     root, inputs = Path(root), defaultdict(list)
     for photo in photo_files(root):
-        folders = photo.relative_to(root).parts[:-1]
-        if weights not in photo.parents: inputs[folders[: MOUNTED_BELOW.get(folders[0], 1) if folders else 0]].append(photo)
+        if weights in photo.parents: continue
+        *folders, _ = photo.relative_to(root).parts
+        depth = MOUNTED_BELOW.get(folders[0], 1) if folders else 0
+        inputs[tuple(folders[:depth])].append(photo)
     tops = {Path(os.path.commonpath([p.parent for p in photos])): photos for photos in inputs.values()}
-    return {top: tuple((p.relative_to(top), p.stat().st_size) for p in photos) for top, photos in tops.items()}
+    size = lambda photo: photo.stat().st_size if photo.exists() else None
+    return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
 
 def find_inputs(
@@ -152,13 +156,14 @@ def show_predictions(
     table: pd.DataFrame,  # what `predict_inputs` returned
     n_photos: int = 4,
 ) -> Image.Image:  # None, and the reason printed, where nothing can be drawn
-    "A picture of some photos, as the model sees them, and their predicted grams, from the lightest to the heaviest."
+    "A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest."
     try:
         paths, grams = _grams_by_photo(data, table)
         order, shown = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable"), []
         for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
-            try: shown.append((os.path.relpath(paths[i], data), np.concatenate(list(split_pair(read_photo(paths[i]))), 1), grams[i]))
+            try: seen = np.concatenate(list(split_pair(read_photo(paths[i]))), 1)
             except BiomassError as e: print(f"not shown: {e}")
+            else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))
         return draw_predictions(shown) if shown else print("no picture of the predictions: none of these photos could be read")
     except Exception as e:  # whatever stops a picture must not cost the submission
         print(f"no picture of the predictions: {type(e).__name__}: {e}")

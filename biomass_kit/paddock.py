@@ -135,7 +135,8 @@ def _made(facts) -> str:
              f"(90 % interval {interval(score.get('interval_90'))} over dates).")
     a, b = facts["quadrat_cm"]
     area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."
-    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions", "said of photos")}
+    elsewhere = ("score", "quadrat_cm", "command", "versions", "said of photos")
+    rest = {k: v for k, v in facts.items() if k not in elsewhere}
     return (paragraph(known if score else "The bundle tells no score.") + paragraph(area)
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
@@ -143,7 +144,7 @@ def _made(facts) -> str:
 # %% ../nbs/15b_paddock.ipynb #5e15bb04
 def page(
     predicted,  # the table of `ensemble.predict_folder`
-    facts: dict,  # command, versions, quadrat_cm, and what else is known: score and level of the bundle, lines "said of photos", ...
+    facts: dict,  # command, versions, quadrat_cm; if known the bundle's score, level, "said of photos", ...
     photos: dict,  # photo -> Seen of `shown_photos`; empty where they were left out
     title=TITLE,
 ) -> str:

@@ -36,7 +36,7 @@ class Draw(NamedTuple):
 # %% ../nbs/07b_store.ipynb #d5d00a00
 CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 CACHE_GB = 20.0
-CACHE_FORM = 4  # rises with whatever else decides what a photo's features are: since 4, tall photos are turned
+CACHE_FORM = 4  # rises when a photo's features change for another reason: since 4, tall photos are turned
 
 
 def default_cache_dir() -> Path:
@@ -59,7 +59,8 @@ class FeatureCache:
         dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
-        key = json.dumps([CACHE_FORM, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
+        arithmetic = precision if device == "cpu" else f"{device} {precision}"
+        key = json.dumps([CACHE_FORM, backbone_digest(backbone), *spec, arithmetic, dtype])
         self.root, self.dtype = Path(folder or default_cache_dir()), CACHE_DTYPES[dtype]
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 

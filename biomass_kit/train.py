@@ -28,7 +28,8 @@ import biomass_kit
 from .augment import PairAugment, draw_seed, pixel_transform
 from .bundle import member_files, read_bundle, save_backbone, save_lora, save_member, save_reference, write_manifest
 from .config import TrainConfig, check_config, config_record
-from .data import crop_lines, crop_of, file_digest, photo_crops, photo_size, read_json, read_train, write_csv, write_json
+from .data import crop_lines, crop_of, file_digest, photo_crops, photo_size
+from .data import read_json, read_train, write_csv, write_json
 from .ensemble import Ensemble, some_members
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
@@ -426,8 +427,9 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
     history.insert(0, "run", c.out.resolve().name)
     if run.stored: others = {name: rival(run.stored.gather(range(len(run.table)), View()).numpy(), run.table, run.fold) for name, rival in others.items()}
     digests = {k.removeprefix("sha256 of "): v for k, v in read_json(c.out / "config.json").items() if k.startswith("sha256 of ")}
-    facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds, **run_facts(), "digests": digests,
-             "photos_cropped": crop_lines(photo_crops(dict(zip(run.table["image_path"], run.table["path"]))))}
+    cropped = crop_lines(photo_crops(dict(zip(run.table["image_path"], run.table["path"]))))
+    facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds,
+             **run_facts(), "digests": digests, "photos_cropped": cropped}
     members = [read_json(c.out / "folds" / f"{k}.json") for k in run.folds]
     physics, bounds = {"method": c.physics, "threshold": c.correction_threshold}, {m["fold"]: m["bounds"] for m in members}
     reference, unlike = remember_photos(run, members)

@@ -40,7 +40,7 @@ def meant(records):  # the header and rows of a sound train.csv
     photos = {}
     for r in rows:
         p = photos.setdefault(r["image_path"],
-                              {k: r[k] for k in ("State", "Species")} | {"Sampling_Date": date(*map(int, re.split("[/T -]", r["Sampling_Date"])[:3]))})
+                              {k: r[k] for k in ("State", "Species")} | {"Sampling_Date": date(*map(int, day_of(r["Sampling_Date"])))})
         p[r["target_name"]] = float(r["target"])
     return photos
 
@@ -54,7 +54,8 @@ def lies(folder, written):
 
 def check_train(table, photos, folder):
     "The table says what the photos' dicts say, to the last bit, in their order; and folds.csv gives it back."
-    assert list(table["image_path"]) == [p if (folder / p).is_file() else str(lies(folder, p).relative_to(folder)) for p in photos]
+    inside = [p if (folder / p).is_file() else str(lies(folder, p).relative_to(folder)) for p in photos]
+    assert list(table["image_path"]) == inside
     for row, path, p in zip(table.to_dict("records"), photos, photos.values()):
         assert row["path"] == str(lies(folder, path)) and row["Sampling_Date"].date() == p["Sampling_Date"]
         assert {k: row[k] for k in ("State", "Species", *TARGETS)} == {k: p[k] for k in ("State", "Species", *TARGETS)}
@@ -128,7 +129,10 @@ TIMES = ("T00:00:00", " 00:00:00", "T23:59:59Z", " 08:30+10:00", "T08:30:15.25-0
 
 
 def with_time(time):
-    return lambda text: "-".join(f"{int(part):02d}" for part in re.split("[/T -]", text)[:3]) + time
+    return lambda text: "-".join(f"{int(part):02d}" for part in day_of(text)) + time
+
+
+def day_of(text): return re.split("[/T -]", text)[:3]
 
 
 def numbers(records, draw):
@@ -142,12 +146,12 @@ HARMLESS = {
     "columns reordered": reorder_columns, "rows reordered": reorder_rows, "a column of one's own": own_column,
     "a photo less": drop_a_photo, "one photo": one_photo,
     "a date with dashes": for_photo("Sampling_Date", st.just(lambda d: d.replace("/", "-"))),
-    "a date with zeros": for_photo("Sampling_Date", st.just(lambda d: "/".join(f"{int(p):02d}" for p in re.split("[/-]", d)))),
+    "a date with zeros": for_photo("Sampling_Date", st.just(lambda d: "/".join(f"{int(p):02d}" for p in day_of(d)))),
     "an ISO date with a time": for_photo("Sampling_Date", st.sampled_from([with_time(t) for t in TIMES])),
     "Windows separators": for_photo("image_path", st.just(lambda p: p.replace("/", "\\"))),
     "another case of letters": for_photo("image_path", st.sampled_from([str.upper, str.swapcase])),
     "no folder": for_photo("image_path", st.just(lambda p: re.split(r"[/\\]", p)[-1])),
-    "a folder of another machine": for_photo("image_path", st.sampled_from([lambda p: "C:\\me\\" + p, lambda p: "gone/" + p])),
+    "a folder of another machine": for_photo("image_path", st.sampled_from([r"C:\me\{}".format, "gone/{}".format])),
     "another state": for_photo("State", text), "no state": for_photo("State", st.just("")),
     "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
     "numbers": numbers,
@@ -253,7 +257,8 @@ def second_name(records, draw):
 
 OUT = ("../../etc/passwd", "/etc/passwd", "..", "train/../../x.jpg", "", "../data/train/../../x.jpg", "..\\..\\etc\\passwd",
        "train\\..\\..\\x.jpg", "\\etc\\passwd")
-LINKS = ("train/linked.jpg", "train/attic/outside.jpg", "elsewhere/linked.jpg", "train/../elsewhere/attic/outside.jpg", "TRAIN\\Linked.JPG", "linked.jpg")
+LINKS = ("train/linked.jpg", "train/attic/outside.jpg", "elsewhere/linked.jpg", "train/../elsewhere/attic/outside.jpg",
+         "TRAIN\\Linked.JPG", "linked.jpg")
 GONE = ("train/gone.jpg", "train", "C:\\train\\x.jpg", "train/\0.jpg", "train/" + "x" * 5000, "train/\u202eGPJ.jpg", "~/x.jpg", "https://example.org/x.jpg")
 ANYWHERE = {
     "a column twice": double_column(TEST_COLUMNS), "a column gone": drop_column(TEST_COLUMNS), "a column renamed": rename_column(TEST_COLUMNS),
@@ -274,7 +279,8 @@ IN_TRAINING = ANYWHERE | {
     "negative": cell("target", "-1", "-1e308", "-0.001", words="is negative"),
     "decimal comma": decimal_comma, "decimal comma without quotes": bare_comma,
     "no date": cell("Sampling_Date", "4/9/2015", "9/15/2015", "15/9/4", "2015/13/1", "2015/2/30", "spring", "", "20150904", "42251", "2015/9",
-                    "2015/9/4 12:00", "2015.9.4", "2015-09-04T", "2015-09-04T25:00:00", "2015-9-4T10:00", "2015-02-30T10:00", "2015-09-04 noon", words="is not a date; write year/month/day"),
+                    "2015/9/4 12:00", "2015.9.4", "2015-09-04T", "2015-09-04T25:00:00",
+                    "2015-9-4T10:00", "2015-02-30T10:00", "2015-09-04 noon", words="is not a date; write year/month/day"),
     "metadata that differ": lambda r, draw: (
         lambda c: cell(c, lambda v: {"Sampling_Date": "1999/1/1"}.get(c, v + "x"), words=f"{c} '")(r, draw)[:2] + (None,))(draw(st.sampled_from(METADATA))),
     "a photo that is not there": cell("image_path", *GONE, words="is not in"), "a row twice": double_row("appears a second time; keep one row"),
@@ -366,46 +372,65 @@ def test_whatever_is_read_is_what_another_reader_reads(room, examples):
     assert min(seen.values()) > examples / 8, seen
 
 
-def test_paths_that_cannot_be_told_or_would_be_shared(room, tmp_path):
-    "Two files fit: refused in training, warned of in prediction. A lost photo gets no other photo's file, neither a named one's nor one twice."
-    folder, _ = room
-    data = tmp_path / "data"
-    for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(folder, data / name)
-    lines = lambda *paths: "".join(f"{p}__{t},{p},{t}\n" for p in paths for t in TARGETS)
-    for written, found in (("one.jpg", None), ("B\\ONE.jpg", "b/one.jpg"), ("c/one.jpg", None), ("x/b/one.jpg", "b/one.jpg"), ("c/two.jpg", "a/two.jpg")):
-        (data / "test.csv").write_text("sample_id,image_path,target_name\n" + lines("b/../a/three.jpg", written))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            photos = read_test(data)[1]
-        said = [str(w.message) for w in caught]
-        assert photos[written] == data / (found or written), written
-        if found is None: assert len(said) == 1 and f"'{written}' fits several files (a/one.jpg, b/one.jpg)" in said[0]
-        else: assert len(said) == (written[0] in "xc") and all(f"first '{written}' at {found}" in line for line in said)
-    (data / "test.csv").write_text("sample_id,image_path,target_name\n" + lines("b/../a/two.jpg", "c/two.jpg"))
-    assert read_test(data)[1]["c/two.jpg"] == data / "c/two.jpg", "a/two.jpg is another photo's"
-    (data / "test.csv").write_text("sample_id,image_path,target_name\n" + lines("a/one.jpg", "c/two.jpg", "d/two.jpg"))
-    assert read_test(data)[1] == {p: data / p for p in ("a/one.jpg", "c/two.jpg", "d/two.jpg")}, "two photos would share a file"
+HEADER = "sample_id,image_path,target_name\n"
+
+
+def lines_of(*paths): return HEADER + "".join(f"{p}__{t},{p},{t}\n" for p in paths for t in TARGETS)
+
+
+SEVERAL = [  # what is written, and the file that is meant, or None where several fit alike
+    ("one.jpg", None), ("c/one.jpg", None), ("B\\ONE.jpg", "b/one.jpg"), ("x/b/one.jpg", "b/one.jpg"), ("c/two.jpg", "a/two.jpg"),
+]
+
+
+@pytest.mark.parametrize("written, meant", SEVERAL)
+def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
+    "The file that agrees with most of the path is taken, with a warning where a folder is ignored; two alike are none."
+    for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(room[0], tmp_path / name)
+    (tmp_path / "test.csv").write_text(lines_of("a/three.jpg", written))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        photos = read_test(tmp_path)[1]
+    said = [str(w.message) for w in caught]
+    assert photos[written] == tmp_path / (meant or written)
+    if meant is None: words = [f"1 photo cannot be told from others, first: '{written}' fits several files (a/one.jpg, b/one.jpg); write"]
+    else: words = [f"found in another folder than is written: 1 photo, first '{written}' at {meant}"] * (written[0] in "xc")
+    assert len(said) == len(words) and all(w in line for w, line in zip(words, said)), said
+
+
+def test_a_lost_photo_gets_no_other_photos_file(room, tmp_path):
+    "Neither one that the table names rightly, whatever way, nor one that fits two lost photos alike."
+    for name in ("a/one.jpg", "a/two.jpg", "b/x"): copied(room[0], tmp_path / name)
+    for named, *lost in (("a/two.jpg", "c/two.jpg"), ("b/../a/two.jpg", "c/two.jpg"), ("a/one.jpg", "c/two.jpg", "d/two.jpg")):
+        (tmp_path / "test.csv").write_text(lines_of(named, *lost))
+        assert read_test(tmp_path)[1] == {p: tmp_path / p for p in (named, *lost)}
+
+
+def test_training_refuses_a_path_that_fits_several_files(room, tmp_path):
+    "And reads it when one of them is gone, under the path where it lies."
+    for name in ("a/one.jpg", "b/one.jpg"): copied(room[0], tmp_path / name)
     rows = "".join(f"x__{t},one.jpg,2015/9/4,Tas,,{t},{g}\n" for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
-    (data / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
-    with pytest.raises(BiomassError, match=r"train.csv line 2: image_path 'one.jpg' fits several files \(a/one.jpg, b/one.jpg\); write the path"):
-        read_train(data)
-    shutil.rmtree(data / "b")
-    table = read_train(data)
+    (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
+    words = r"train.csv line 2: image_path 'one.jpg' fits several files \(a/one.jpg, b/one.jpg\); write the path"
+    with pytest.raises(BiomassError, match=words): read_train(tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    table = read_train(tmp_path)
     assert table.image_path[0] == "a/one.jpg" and table.Species[0] == ""
 
 
 def copied(folder, path):
     "Some photo under another name."
     path.parent.mkdir(parents=True, exist_ok=True)
-    return shutil.copy(next(p for p in (folder / "train").iterdir() if p.is_file() and not p.is_symlink()), path)
+    return shutil.copy(next((folder / "train").glob("ID*.jpg")), path)
 
 
 def test_photos_of_equal_names_are_told_apart(room, tmp_path):
     "What a photo is called says which it is."
     folder, _ = room
     for name in ("north/1.jpg", "south/1.jpg"): copied(folder, tmp_path / name)
-    rows = [f"{p}__{t},{p},2015/9/4,Tas,,{t},{g}\n" for p in ("north/1.jpg", "south/1.jpg") for t, g in zip(TARGETS, (1, 2, 3, 4, 6))]
-    (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + "".join(rows))
+    rows = "".join(f"{p}__{t},{p},2015/9/4,Tas,,{t},{g}\n" for p in ("north/1.jpg", "south/1.jpg")
+                   for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
+    (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
     assert list(read_train(tmp_path).photo) == ["north/1", "south/1"]
 
 
@@ -413,8 +438,9 @@ def test_heavy_quadrats_are_warned_of_once_and_missing_columns_explained(room):
     "A square metre of tall grass trains; State and Species must be there, and may be empty."
     folder, plain = room
     i = plain["train.csv"][0].index("target")
-    heavy = [plain["train.csv"][0], *([*r[:i], f"{100 * float(r[i]) + 2000}", *r[i + 1 :]] for r in plain["train.csv"][1:])]
-    (folder / "train.csv").write_text(as_text(heavy))
+    header, *rows = plain["train.csv"]
+    heavy = [[*r[:i], f"{100 * float(r[i]) + 2000}", *r[i + 1 :]] for r in rows]
+    (folder / "train.csv").write_text(as_text([header, *heavy]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert (read_train(folder)[list(TARGETS)] > PLAUSIBLE_GRAMS).all(axis=None)
