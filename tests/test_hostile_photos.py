@@ -37,7 +37,8 @@ def seeds():
     turned[0x0112] = 6
     turned[0x010F] = "a camera"
     rare = {"AVIF": ("a.avif", "AVIF"), "JPEG 2000": ("a.jp2", "JPEG2000"), "HEIC": ("a.heic", "HEIF")}
-    return {name: encoded(rgb, form, quality=95) for kind, (name, form) in rare.items() if _has_decoder(kind)} | {
+    here = [of for kind, of in rare.items() if _has_decoder(kind)]
+    return {name: encoded(rgb, form, quality=95) for name, form in here} | {
         "unended.jpg": encoded(rgb, "JPEG")[:-2], "a.jfif": encoded(rgb, "JPEG"),
         "baseline.jpg": encoded(rgb, "JPEG", quality=90), "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
         "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2), "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned),
@@ -68,7 +69,7 @@ def bomb(width, height, extra=b"", data=b"\0" * 1000, depth=8, colour=2):
             + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
 
 
-SIZE = {"a.jp2": (64, 128), "a.avif": (128, 64)}  # as each form writes it: height and width, width and height
+SIZE = {"a.jp2": (64, 128), "a.avif": (128, 64)}  # in the order in which each form writes it
 
 
 def bombs(plain):
@@ -78,7 +79,7 @@ def bombs(plain):
     for side in (20_000, 65_500):
         jpeg[size : size + 4] = struct.pack(">HH", side, side)
         yield f"claims-{side}.jpg", bytes(jpeg)
-    for name in {"a.jp2", "a.avif"} & plain.keys():  # the size stands in a box and, in a JPEG 2000, in the stream too
+    for name in SIZE.keys() & plain.keys():
         lying = plain[name].replace(struct.pack(">II", *SIZE[name]), struct.pack(">II", 40_000, 40_000))
         assert lying != plain[name]
         yield f"claims-{name}", lying
