@@ -52,7 +52,7 @@ def _photo_folders(root, weights: Path) -> dict:
     size = lambda photo: photo.stat().st_size if photo.exists() else None
     return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
-
+# %% ../nbs/16_kaggle.ipynb #a13d0161
 def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)

@@ -40,7 +40,8 @@ def meant(records):  # the header and rows of a sound train.csv
     photos = {}
     for r in rows:
         day = date(*map(int, day_of(r["Sampling_Date"])))
-        p = photos.setdefault(r["image_path"], {"State": r["State"], "Species": r["Species"], "Sampling_Date": day})
+        known = {"State": r["State"], "Species": r["Species"], "Sampling_Date": day}
+        p = photos.setdefault(r["image_path"], known)
         p[r["target_name"]] = float(r["target"])
     return photos
 
@@ -387,7 +388,7 @@ SEVERAL = [  # what is written, and the file that is meant, or None where severa
 
 @pytest.mark.parametrize("written, meant", SEVERAL)
 def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
-    "The file that agrees with most of the path is taken, warned of where a folder is ignored; two alike are none."
+    "The file that agrees with most of the path is taken, with a warning where a folder is ignored."
     for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(room[0], tmp_path / name)
     (tmp_path / "test.csv").write_text(lines_of("a/three.jpg", written))
     with warnings.catch_warnings(record=True) as caught:
@@ -396,16 +397,16 @@ def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
     said = [str(w.message) for w in caught]
     assert photos[written] == tmp_path / (meant or written)
     ignored = written[0] in "xc"
-    if meant is None: words = f"1 photo cannot be told from others, first: '{written}' fits several files (a/one.jpg, b/one.jpg)"
-    else: words = f"found in another folder than is written: 1 photo, first '{written}' at {meant}" if ignored else ""
+    words = f"found in another folder than is written: 1 photo, first '{written}' at {meant}" if ignored else ""
+    if meant is None: words = f"cannot be told from others, first: '{written}' fits several files (a/one.jpg, b/one.jpg)"
     assert len(said) == bool(words) and all(words in line for line in said), said
 
 
 def test_a_lost_photo_gets_no_other_photos_file(room, tmp_path):
     "Neither one that the table names rightly, whatever way, nor one that fits two lost photos alike."
     for name in ("a/one.jpg", "a/two.jpg", "b/x"): copied(room[0], tmp_path / name)
-    cases = (("a/two.jpg", "c/two.jpg"), ("b/../a/two.jpg", "c/two.jpg"), ("a/one.jpg", "c/two.jpg", "d/two.jpg"))
-    for named, *lost in cases:
+    alike = ("a/one.jpg", "c/two.jpg", "d/two.jpg")
+    for named, *lost in (("a/two.jpg", "c/two.jpg"), ("b/../a/two.jpg", "c/two.jpg"), alike):
         (tmp_path / "test.csv").write_text(lines_of(named, *lost))
         assert read_test(tmp_path)[1] == {p: tmp_path / p for p in (named, *lost)}
 
