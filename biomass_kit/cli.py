@@ -24,7 +24,8 @@ from . import ensemble, evidence, gallery, packing, paddock, report, sealed, syn
 from . import train as training
 from .bundle import read_bundle
 from .config import TrainConfig
-from .data import check_submission, list_photos, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
+from .data import check_submission, list_photos, photo_names, read_json, read_photo, read_test
+from .data import read_train, split_pair, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
 from .folds import CV_STRATEGIES, held_out_text, read_table
 from .joining import join_runs
@@ -286,7 +287,7 @@ class PhotosArgs:
 
     weights: Path  # bundle folder, or a run folder
     data: Optional[Path] = None  # competition folder with test.csv
-    photos: Optional[Path] = None  # folder of photos, no table needed
+    photos: Optional[Path] = None  # folder of photos, its subfolders too; no table needed
     out: Path = Path("submission.csv")  # CSV to write
 
 
@@ -342,12 +343,14 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat that was trained on
-    or, with --quadrat-cm, in your own (..._g), and in kg DM/ha (..._kg_ha), which add up unless --physics says otherwise,
-    each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
-    the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
-    should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, or the training means of a photo
-    that was not read. Beside grams.csv lies grams_report.html.
+    The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in
+    the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
+    (..._kg_ha), which add up unless --physics says otherwise, each with the ends of its 90 % interval
+    (..._low, ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie
+    as far from those of other dates as this photo from all of them; flag, empty or why a value should not
+    be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of
+    a photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than
+    wide is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html.
     """
 
 # %% ../nbs/17_cli.ipynb #c11a0004
@@ -380,7 +383,8 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     facts = run_facts() | {
         "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
-        "notes": outcome.notes, "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
+        "notes": outcome.notes, "said of photos": outcome.said_of_photos(),
+        "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
         "physics": a.physics or ensemble.FOLDER_PHYSICS, "score": _folder_score(bundle), "level": level}
     shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
     return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
@@ -466,7 +470,8 @@ def compare(args=None):
     photos = [list_photos(a.first), list_photos(a.second)]
     seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress) for p in photos]
     dates = evidence.dates_of(photos[0], a.data) if a.data else None
-    found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
+    names = [photo_names(folder, side) for folder, side in zip((a.first, a.second), photos)]
+    found = evidence.adversarial_validation(*seen, *names, first_dates=dates)
     trim_cache(default_cache_dir(), CACHE_GB * 1e9)
     print("AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(*found["photos"], *found["chance"], **found))
     if found["other_dates"]: print("two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))

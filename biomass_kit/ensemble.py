@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from .bundle import Bundle, read_bundle
-from .data import check_submission, list_photos, read_test, write_csv, write_submission
+from .data import check_submission, left_out, list_photos, lost_words, photo_names, read_test
+from .data import write_csv, write_submission
 from .features import pick_device, pick_devices, pick_precision
 from .model import BiomassModel, predict_views, view_batch
 from .outcome import MEANS, Issue, Outcome, write_issues
@@ -508,6 +509,7 @@ def predict_competition(
     grams = predict_photos(weights, list(photos.values()), deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
     if not is_main_process(): return None
     table = save(grams)
+    outcome.see_crops(photos.values())
     _close(outcome, out)
     table.attrs["outcome"] = outcome
     return table
@@ -593,7 +595,8 @@ def flags(
     "What should keep a reader from believing a figure."
     said = lambda i: [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
     strange = lambda i: ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
-    return ["; ".join(said(i) + strange(i)) for i in range(len(outcome.names))]
+    cut = lambda i: [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
+    return ["; ".join(said(i) + strange(i) + cut(i)) for i in range(len(outcome.names))]
 
 # %% ../nbs/11_ensemble.ipynb #3a25063a
 def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray:  # [N], or None
@@ -610,22 +613,27 @@ FOLDER_PHYSICS = "project"  # in a folder's table values are read together, so t
 
 def predict_folder(
     weights,  # a bundle folder
-    folder,  # photos directly in it
+    folder,  # photos in it and in its subfolders
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm: tuple = None,  # sides of the quadrat whose grams are given; None takes the one that the bundle was trained on
     physics: str = None,  # a method of `physics.METHODS`; None takes FOLDER_PHYSICS
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo, targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
-    "Predict every photo of a folder, no table needed."
+) -> pd.DataFrame:  # one row per photo, the Outcome in `attrs`; None in all but the main process
+    """Predict every photo of a folder and its subfolders, no table needed.
+
+    Columns: photo (its path in it), targets in g and kg DM/ha, _low, _high and likeness if known, flag.
+    """
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, bundle = list_photos(folder), weights if isinstance(weights, Bundle) else read_bundle(weights)
-    outcome, heads, remembers = Outcome([p.name for p in paths]), intervals_from_heads(bundle), "reference" in bundle.trust
+    outcome = Outcome(photo_names(folder, paths), left_out=left_out(folder))
+    heads, remembers = intervals_from_heads(bundle), "reference" in bundle.trust
     method = physics or FOLDER_PHYSICS
     quadrat_cm = quadrat_cm or bundle.quadrat_cm
     quadrat_area(quadrat_cm)
 
     def save(grams, alike=None):
+        outcome.see_crops(paths)
         final, *ends = grams if heads else [grams]
         nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
         parts = [final, *folder_intervals(bundle, final, ends, nothing, method)]

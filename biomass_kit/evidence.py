@@ -8,6 +8,7 @@ __all__ = ['PROBE_ALPHAS', 'choose_alpha', 'linear_probe', 'bundle_features', 'p
            'adversarial_validation', 'dates_of']
 
 # %% ../nbs/13_evidence.ipynb #7be38776
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .bundle import read_bundle
-from .data import read_train
+from .data import crop_lines, photo_crops, read_train
 from .ensemble import Ensemble
 from .folds import CV_STRATEGIES, LEAVE_ONE, bootstrap_scores, make_folds, score_beside_floors, shared_dates
 from .store import feature_batches
@@ -81,6 +82,7 @@ def bundle_features(
     bundle = read_bundle(weights)
     if not bundle.members[0]["config"].get("freeze_backbone"):
         raise BiomassError(f"{weights}: its backbone was trained on labels, which its features would give away; give a bundle trained with --freeze-backbone")
+    for line in crop_lines(photo_crops({str(path): path for path in paths})): warnings.warn(line)
     ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
     return np.concatenate([f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])

@@ -112,6 +112,7 @@ def _care(predicted, facts) -> str:
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
     elif facts.get("shared_dates"):
         text += paragraph(f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than meant may lie inside.")
+    text += "".join(map(paragraph, facts.get("said of photos", [])))
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
 
@@ -157,7 +158,7 @@ def _quadrats(facts) -> str:
 
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
-    told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates")
+    told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
     rest = {k: v for k, v in facts.items() if k not in told}
     return (paragraph(_score(facts)) + paragraph(_sums(facts["physics"])) + paragraph(_quadrats(facts))
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
@@ -167,7 +168,8 @@ def _made(facts) -> str:
 def page(
     predicted,  # the table of `ensemble.predict_folder`
     # command, versions, quadrat_cm of the grams, trained_cm of the bundle, physics (the method), and what else is known:
-    facts: dict,  # score (with physics and by_method: method -> weighted R2) and level of the bundle, seconds, ...
+    # score (with physics and by_method: method -> weighted R2) and level of the bundle, "said of photos", ...
+    facts: dict,
     photos: dict,  # photo -> Seen of `shown_photos`; empty where they were left out
     title=TITLE,
 ) -> str:

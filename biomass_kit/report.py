@@ -338,7 +338,8 @@ def scores_section(results, oof, history, photos):
     if folds and made and len(folds) < made:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
         text += f" Only {which} trained: the scores cover no other photos."
-    return paragraph(text) + score_table(results["scores"])
+    cropped = "".join(map(paragraph, results.get("photos_cropped") or []))
+    return paragraph(text) + cropped + score_table(results["scores"])
 
 
 def folds_section(results, oof, history, photos):

@@ -11,6 +11,7 @@ __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'LOGS', 'member_config', 'member_name', 
 
 # %% ../nbs/12_train.ipynb #8671a0d2
 import dataclasses, hashlib, itertools, json, math, os, socket, sys, time
+import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,8 @@ import biomass_kit
 from .augment import PairAugment, draw_seed, pixel_transform
 from .bundle import MANIFEST, member_files, read_bundle, save_backbone, save_lora, save_member, save_reference, write_manifest
 from .config import TrainConfig, check_config, config_record
-from .data import file_digest, photo_size, read_json, read_train, write_csv, write_json
+from .data import crop_lines, crop_of, file_digest, photo_crops, photo_size
+from .data import read_json, read_train, write_csv, write_json
 from .ensemble import Ensemble, some_members
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
@@ -243,12 +245,13 @@ def check_folds(
 
 # %% ../nbs/12_train.ipynb #12000001
 def check_tiles(
-    paths: list,  # photos
+    crops: dict,  # path of a photo -> Crop
     spec: TileSpec,
     patch: int,  # pixels of the backbone's patch
 ):
     "Refuse a grid whose tiles have fewer pixels than one patch: most of what the backbone would see is made up."
-    side, path = min((min(h, w // 2), path) for path in paths for h, w in [photo_size(path)])
+    path = min(crops, key=lambda path: crops[path].side)
+    side = crops[path].side
     most = side // patch
     if max(spec.grid) > most:
         raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller "
@@ -272,7 +275,9 @@ def prepare(
         built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
     backbone, size, start = built[key]
     spec = TileSpec(*c.grid, size)
-    check_tiles(list(table["path"]), spec, patch_size(backbone.model))
+    crops = {path: crop_of(*photo_size(path)) for path in table["path"]}
+    check_tiles(crops, spec, patch_size(backbone.model))
+    for line in crop_lines(dict(zip(table["image_path"], crops.values()))): warnings.warn(line)
     return table, fold, folds, backbone, start, spec
 
 # %% ../nbs/12_train.ipynb #37c594f3
@@ -481,7 +486,9 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
         features = run.stored.gather(range(len(run.table)), View()).numpy()
         others = {name: rival(features, run.table, run.fold, c.cv) for name, rival in others.items()}
     digests = {k.removeprefix("sha256 of "): v for k, v in read_json(c.out / "config.json").items() if k.startswith("sha256 of ")}
-    facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds, **run_facts(), "digests": digests}
+    cropped = crop_lines(photo_crops(dict(zip(run.table["image_path"], run.table["path"]))))
+    facts = {"config": config_record(c), "cv": c.cv, "device": run.arithmetic, "seconds": seconds,
+             **run_facts(), "digests": digests, "photos_cropped": cropped}
     members = [read_json(c.out / "folds" / f"{k}.json") for k in run.folds]
     physics, bounds = {"method": c.physics, "threshold": c.correction_threshold}, {m["fold"]: m["bounds"] for m in members}
     reference, unlike = remember_photos(run, members)
