@@ -296,7 +296,6 @@ MIN_HEIGHT = 32  # pixels
 MIN_CONTRAST = 2.0  # grey levels, standard deviation: noise behind a lens cap has less, the flattest of 80 real photos has 45
 MAX_PIXELS = 64_000_000  # decoded at once, 0.2 GB; a larger JPEG is decoded at half its size
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")  # decoders that a file may reach, whatever its name says; Pillow knows some that start other programs
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is stricter, and an error
 
 
 def _eight_bits(im):

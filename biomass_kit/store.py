@@ -16,13 +16,13 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
 from .data import atomic_path, file_digest, read_photo, split_pair
+from .ends import begin
 from .features import Backbone, TileSpec, autocast, backbone_digest, cut_tiles
 from .targets import BiomassError
 from .tta import View, flip_pixels
@@ -124,8 +124,7 @@ class _Threads:
 
     def __init__(self, run: Callable, workers: int):
         self.run, self.todo = run, SimpleQueue()
-        self.threads = [Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for t in self.threads: t.start()
+        self.threads = [begin(self._work, "reader") for _ in range(workers)]
 
     def _work(self):
         while (job := self.todo.get()) is not None:
