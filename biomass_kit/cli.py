@@ -34,7 +34,7 @@ from .outcome import summary_lines
 from .physics import METHODS
 from .progress import counted, progress, say
 from .results import run_facts
-from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
+from .store import CACHE_GB, trim_text
 from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
@@ -133,7 +133,7 @@ def write_run_report(
         shown = oof.iloc[np.concatenate(list(report.extremes(oof).values()))]
         paths = {name: Path(data or c["data"]) / name for name in shown["image_path"]}
         stored = c["freeze_backbone"] and c["cache"]
-        own = {"device_type": c["device_type"], "precision": c["precision"], "cache_dir": (c["cache_dir"] or default_cache_dir()) if stored else None}
+        own = {"device_type": c["device_type"], "precision": c["precision"], "cache_dir": (c["cache_dir"] or True) if stored else None}
         seen = look_at(paths, folder, dict(zip(shown["image_path"], shown["fold"])), **own | options)
     return report.write_report(out or folder / "report.html", results, oof, history, title, seen)
 
@@ -375,6 +375,12 @@ def _dry_run(a: PredictArgs):
           "peak memory so far {1:.2f} GB".format(counted(found["photos"], "photo"), found["peak_bytes"] / 1e9, **found))
 
 # %% ../nbs/17_cli.ipynb #5e170001
+def _say_trimmed(cache_dir, gigabytes: float):
+    "Trim the cache and print its size, if there is one."
+    text = trim_text(cache_dir, gigabytes)
+    if text: print(text)
+
+
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table; maps only where nothing ran late."
     bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]
@@ -410,7 +416,7 @@ def predict(args=None):
         if a.physics or a.correction_threshold is not None:
             raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
         return _dry_run(a)
-    cache_dir = (a.cache_dir or default_cache_dir()) if a.cache else None
+    cache_dir = (a.cache_dir or True) if a.cache else None
     run, source = (ensemble.predict_competition, a.data) if a.photos is None else (ensemble.predict_folder, a.photos)
     own = {"quadrat_cm": a.quadrat_cm} if a.photos else {}
     table = run(a.weights, source, a.out, views=a.tta and list(a.tta), physics=a.physics, threshold=a.correction_threshold, device_type=a.device_type,
@@ -418,7 +424,7 @@ def predict(args=None):
     if table is None: return
     print(f"{a.out}: {counted(len(table), 'row')}", *summary_lines(table), sep="\n")
     if a.photos and a.report: print(f"report: {_report_photos(a, table, cache_dir)}")
-    if a.cache: print(trim_text(cache_dir, a.cache_gb))
+    if a.cache: _say_trimmed(a.cache_dir, a.cache_gb)
 
 # %% ../nbs/17_cli.ipynb #b016ade2
 @dataclass(frozen=True)
@@ -439,11 +445,11 @@ def validate(args=None):
     "biomass_validate: what each cross-validation strategy would promise."
     a = parse(ValidateArgs, "biomass_validate", args)
     table = read_train(a.data)
-    features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress)
+    features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=True, progress=progress)
     found = evidence.strategy_table(features, table, a.strategies, a.n_folds, a.fold_seed)
     print(evidence.strategy_text(found))
     if a.out: print(write_csv(a.out, found.reset_index()))
-    trim_cache(default_cache_dir(), CACHE_GB * 1e9)
+    trim_text(None, CACHE_GB)
 
 # %% ../nbs/17_cli.ipynb #fdaab2df
 @dataclass(frozen=True)
@@ -462,10 +468,10 @@ def compare(args=None):
     "biomass_compare: do two folders of photos look alike?"
     a = parse(CompareArgs, "biomass_compare", args)
     photos = [list_photos(a.first), list_photos(a.second)]
-    seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress) for p in photos]
+    seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=True, progress=progress) for p in photos]
     dates = evidence.dates_of(photos[0], a.data) if a.data else None
     found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
-    trim_cache(default_cache_dir(), CACHE_GB * 1e9)
+    trim_text(None, CACHE_GB)
     print("AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(*found["photos"], *found["chance"], **found))
     if found["other_dates"]: print("two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))
     for side in ("first", "second"): print(f"most unlike the others in {side}: " + ", ".join(f"{name} ({p:.2f})" for name, p in found["foreign"][side]))

@@ -21,10 +21,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from .data import atomic_path, file_digest, read_photo, split_pair
+from .data import atomic_path, file_digest, read_photo, split_pair, temporary_files
 from .ends import begin
 from .features import Backbone, TileSpec, autocast, backbone_digest, cut_tiles
-from .targets import BiomassError
+from .targets import BiomassError, in_one_line
 from .tta import View, flip_pixels
 
 # %% ../nbs/07b_store.ipynb #794c2913
@@ -38,9 +38,10 @@ CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 CACHE_GB = 20.0
 
 
-def default_cache_dir() -> Path:
+def default_cache_dir() -> Path:  # None where this user has no home folder
     "`$XDG_CACHE_HOME/biomass_kit/features`, by default under `~/.cache`."
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass_kit" / "features"
+    try: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass_kit" / "features"
+    except RuntimeError: return None
 
 # %% ../nbs/07b_store.ipynb #d174aa16
 def _checksum(data: bytes) -> bytes: return zlib.crc32(data).to_bytes(4, "little")
@@ -53,13 +54,18 @@ class FeatureCache:
         self,
         backbone: Backbone,
         spec: TileSpec,
-        folder=None,  # default: `default_cache_dir()`
+        folder=None,  # None is `default_cache_dir()`, or no cache at all where that cannot be used
         precision: str = "fp32",  # of the backbone's arithmetic: other precision, other features
         dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
+        say: Callable = warnings.warn,  # takes the note that the default folder cannot be used
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
         key = json.dumps([3, backbone_digest(backbone), *spec, precision if device == "cpu" else f"{device} {precision}", dtype])
-        self.root, self.dtype = Path(folder or default_cache_dir()), CACHE_DTYPES[dtype]
+        self.dtype, self.say = CACHE_DTYPES[dtype], say
+        self.asked = folder is not None
+        self.off = False  # given up
+        self.root = Path(folder) if self.asked else default_cache_dir()
+        if self.root is None: return self._fault("", "no home folder")
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
     def path(self, digest: str, variant) -> Path:
@@ -68,10 +74,11 @@ class FeatureCache:
 
     def get(self, digest: str, variant):
         "The stored features `[2, T, D]`, or None; marks the entry as used."
+        if self.off: return None
         path = self.path(digest, variant)
         try: data = path.read_bytes()
         except FileNotFoundError: return None
-        except OSError as e: raise BiomassError(f"{path}: cannot be read ({e.strerror or e}); give another --cache-dir, or --no-cache") from None
+        except OSError as e: return self._fault(f"{path}: cannot be read", e.strerror or e)
         if data[-4:] != _checksum(data[:-4]): return None  # cut short, or damaged since: computed again
         try: os.utime(path)
         except OSError: pass  # trimmed by another process, or a read-only cache: it was read, that is enough
@@ -79,13 +86,20 @@ class FeatureCache:
 
     def put(self, digest: str, variant, features: np.ndarray):
         "Write an entry; it appears whole or not at all, whoever else writes the same one."
+        if self.off: return
         buffer = io.BytesIO()
         np.save(buffer, features.astype(self.dtype))
         try:
             with atomic_path(self.path(digest, variant)) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
-        except BiomassError as e:
-            why = e.__cause__.strerror or e.__cause__
-            raise BiomassError(f"{self.folder}: cannot be written ({why}); free some room, give another --cache-dir, or --no-cache") from None
+        except BiomassError as e: self._fault(f"{self.folder}: cannot be written", e.__cause__.strerror or e.__cause__)
+
+    def _fault(self, what: str, why):
+        "The end of a folder that was asked for; the default one is given up."
+        if self.asked: raise BiomassError(f"{what} ({why}); free some disk space, give another --cache-dir, or --no-cache") from None
+        if self.off: return
+        self.off = True
+        self.say(f"features are not kept, since the cache {self.root or '~/.cache'} cannot be used ({why}); "
+                 "to keep them elsewhere set XDG_CACHE_HOME, or give --cache-dir where there is such an option")
 
 # %% ../nbs/07b_store.ipynb #c6172b3a
 ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched
@@ -97,22 +111,27 @@ def trim_cache(
 ) -> int:  # bytes that remain
     "Delete the least recently used features until the cache fits."
     entries, long_ago = [], time.time() - 24 * 3600
-    for left in Path(folder).glob(f"{ENTRY}/.tmp-*"):  # half an entry, from a process that was killed
-        with suppress(FileNotFoundError):
+    for left in (path for inner in Path(folder).glob(ENTRY) for path, _ in temporary_files(inner)):
+        with suppress(OSError):  # half an entry; its process may be another machine's, so age alone says that it was killed
             if left.stat().st_mtime < long_ago: left.unlink()
     for path in Path(folder).glob(f"{ENTRY}/{ENTRY}-*.npy"):
-        try: entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        except FileNotFoundError: pass  # another process was faster
+        with suppress(OSError): entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))  # unless another process was faster
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total <= max_bytes: break
-        path.unlink(missing_ok=True)
-        total -= size
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            total -= size
     return total
 
 
-def trim_text(folder, gigabytes: float) -> str:
+def trim_text(
+    folder,  # the cache's root; None is the default one
+    gigabytes: float,
+) -> str:  # empty where there is no cache
     "Trim a cache and say how large it is."
+    folder = folder or default_cache_dir()
+    if folder is None or not os.path.isdir(folder): return ""
     return f"feature cache {folder}: {trim_cache(folder, gigabytes * 1e9) / 1e9:.2f} GB of at most {gigabytes:g}"
 
 # %% ../nbs/07b_store.ipynb #4188ff14
@@ -228,17 +247,23 @@ def load_photo(
     strict: bool = True,  # raise for a photo that cannot be read; else say so in `fault`
 ) -> LoadedPhoto:
     "Look up what is stored; decode, split and tile for the rest, on the GPU where there is one."
-    try:
-        digest = _digest(path, requests)
-        found = [{v: f for v in r.variants if (f := r.cache.get(digest, v)) is not None} if r.cache else {} for r in requests]
-        missing = [[v for v in r.variants if v not in f] for r, f in zip(requests, found)]
-        if not any(missing): return LoadedPhoto(digest, found, [{} for _ in requests])
-        pair = split_pair(read_photo(path))
+    try: digest = _digest(path, requests)
     except BiomassError as e:
         if strict: raise
         return faulty_photo(str(e), requests)
+    found = [{v: f for v in r.variants if (f := r.cache.get(digest, v)) is not None} if r.cache else {} for r in requests]
+    missing = [[v for v in r.variants if v not in f] for r, f in zip(requests, found)]
+    if not any(missing): return LoadedPhoto(digest, found, [{} for _ in requests])
+    try: return LoadedPhoto(digest, found, _all_tiles(split_pair(read_photo(path)), requests, missing, digest))
+    except (BiomassError, MemoryError) as e:
+        if strict: raise
+        return faulty_photo(in_one_line(e), requests)
+
+
+def _all_tiles(pair, requests, missing, digest) -> list:
+    "For each request the tiles that it misses."
     cut = {}  # (tile spec, draw or None for the views) -> tiles, shared by the requests
-    return LoadedPhoto(digest, found, [_tiles(pair, r, wanted, digest, cut) for r, wanted in zip(requests, missing)])
+    return [_tiles(pair, r, wanted, digest, cut) for r, wanted in zip(requests, missing)]
 
 
 def _cut(pair, spec, device) -> torch.Tensor:
@@ -347,21 +372,13 @@ def store_features(
     precision: str = "fp32",
     progress: Callable = lambda x, **_: x,  # wraps the iteration, as tqdm does
 ) -> StoredFeatures:
-    "Compute what is not stored yet, then map all of it."
-    paths, variants, (rows, cols, _) = list(paths), request.variants, request.spec
-    one_by_one = feature_batches(paths, [request], 1, num_workers, precision)
-    for _ in zip(progress(paths, desc=f"features {request.spec}", unit="photo"), one_by_one): pass
-    if not paths: return StoredFeatures(np.zeros((0, len(variants), 2, rows * cols, request.backbone.dim), request.cache.dtype), variants)
+    "Compute what is not stored yet; all of it, in one array."
+    paths, variants = list(paths), request.variants
+    shape = len(paths), len(variants), 2, request.spec.rows * request.spec.cols, request.backbone.dim
+    if not paths: return StoredFeatures(np.zeros(shape, request.cache.dtype), variants)
     with tempfile.TemporaryFile() as f:  # without a name: it is gone when nobody reads it any more
-        array = np.memmap(f, request.cache.dtype, "w+", shape=(len(paths), len(variants), 2, rows * cols, request.backbone.dim))
-    for i, path in enumerate(paths): array[i] = _entries(path, request, precision)
+        array = np.memmap(f, request.cache.dtype, "w+", shape=shape)
+    one_by_one = feature_batches(paths, [request], 1, num_workers, precision)
+    for row, ((features,), _) in zip(progress(array, desc=f"features {request.spec}", unit="photo"), one_by_one):
+        for i, v in enumerate(variants): row[i] = features[v][0].cpu().numpy()
     return StoredFeatures(array, variants)
-
-
-def _entries(path, request, precision) -> list:
-    "One photo's entries; what another process has trimmed meanwhile is computed again."
-    digest = file_digest(path)
-    found = [request.cache.get(digest, v) for v in request.variants]
-    if all(f is not None for f in found): return found
-    features = next(iter(feature_batches([path], [request], 1, 0, precision)))[0][0]
-    return [features[v][0].cpu().numpy() for v in request.variants]
