@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
-import torch
 import tyro
 from PIL.Image import DecompressionBombWarning
 
@@ -27,7 +26,7 @@ from .bundle import read_bundle
 from .config import TrainConfig
 from .data import check_submission, list_photos, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
 from .ends import INTERRUPTED, at_work, leave, on_interrupt
-from .features import DEVICE_TYPES, PRECISIONS
+from .features import DEVICE_TYPES, PRECISIONS, ran_out
 from .folds import CV_STRATEGIES, read_table
 from .joining import join_runs
 from .outcome import summary_lines
@@ -35,7 +34,7 @@ from .physics import METHODS
 from .progress import counted, progress, say
 from .results import run_facts
 from .store import CACHE_GB, trim_text
-from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
+from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, in_one_line, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
 NO_MEMORY = "error: the device ran out of memory; try a smaller --batch-size or --tile-size, or --freeze-backbone"
@@ -45,9 +44,9 @@ def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, e
     "Run a command, however that ends; only what nobody expected is raised, and only where it can be."
     try: run(args)
     except BiomassError as e: return f"error: {e}", 2
-    except (torch.OutOfMemoryError, MemoryError): return NO_MEMORY, 2
     except KeyboardInterrupt: return "interrupted", INTERRUPTED
-    except Exception:
+    except Exception as e:
+        if ran_out(e): return NO_MEMORY, 2
         if not at_work(): raise
         return traceback.format_exc().rstrip(), 1
     return "", 0
@@ -111,8 +110,8 @@ def look_at(
     read = [name for name, s in seen.items() if s.image is not None]
     if not read or not maps: return seen
     try: found = ensemble.photo_maps(weights, [paths[n] for n in read], fold and [fold[n] for n in read], progress=progress, **options)
-    except (BiomassError, RuntimeError) as e:
-        warnings.warn(f"the report shows no maps of where the model looks ({str(e).splitlines()[0]})")
+    except Exception as e:  # whatever stops the maps must not cost the report
+        warnings.warn(f"the report shows no maps of where the model looks ({in_one_line(e)})")
         return seen
     return seen | {name: seen[name]._replace(maps=m) for name, m in zip(read, found)}
 

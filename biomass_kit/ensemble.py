@@ -381,7 +381,7 @@ def serve_all(
         if not others and spare is not None: others, spare = [spare], None
         if left and not others and not lenient(): raise failed[min(failed)]
         went = f"its photos went to {' and '.join(map(str, others))}" if others else "no other device is left"
-        for i, error in failed.items(): outcome.note(f"{devices[i]} failed ({in_one_line(error)}); {went}")
+        for i, error in sorted(failed.items()): outcome.note(f"{devices[i]} failed ({in_one_line(error)}); {went}")
         devices = others
     outcome.issues.update(dict.fromkeys(left, Issue("all devices failed", MEANS)))
 
@@ -493,13 +493,53 @@ def predict_photos(
     return finished(raw)
 
 # %% ../nbs/11_ensemble.ipynb #e6aee193
+def _list_issues(outcome: Outcome, out):
+    "Write the list of issues beside the output; it must not cost the output itself."
+    try: outcome.issues_path = write_issues(out, outcome.names, outcome.issues)
+    except (BiomassError, OSError) as e: outcome.note(in_one_line(e))
+
+
 def _close(outcome: Outcome, out):
     "List what is left to say of photos beside the output, and warn of it."
-    outcome.issues_path = write_issues(out, outcome.names, outcome.issues)
+    _list_issues(outcome, out)
+    see = f"; see {outcome.issues_path}" if outcome.issues_path else ""
     for fallback in dict.fromkeys(i.fallback for i in outcome.issues.values()):
         rows = sorted(r for r, i in outcome.issues.items() if i.fallback == fallback)
-        warnings.warn(f"{len(rows)} of {len(outcome.names)} photos got {fallback}, first {outcome.names[rows[0]]} ({outcome.issues[rows[0]].reason}); "
-                      f"see {outcome.issues_path}")
+        first = f"{outcome.names[rows[0]]} ({outcome.issues[rows[0]].reason})"
+        warnings.warn(f"{len(rows)} of {len(outcome.names)} photos got {fallback}, first {first}{see}")
+
+# %% ../nbs/11_ensemble.ipynb #e0d50040
+def _bytes(path: Path):
+    "A file's content; None where there is none."
+    try: return path.read_bytes() if path.is_file() else None
+    except OSError as e: raise BiomassError(f"{path}: is there and cannot be read ({e.strerror}); choose another --out") from None
+
+
+def _put_back(path: Path, data):
+    "Give a file the content that it had; None removes it."
+    try:
+        if _bytes(path) == data: return
+        path.unlink()  # first, since a full disk may have no space for both
+        if data is None: return
+        with atomic_path(path) as tmp: tmp.write_bytes(data)
+    except (BiomassError, OSError) as e: warnings.warn(f"{path}: could not be left as it was ({in_one_line(e)})")
+
+
+@contextmanager
+def _left_well(
+    out,  # the table or submission
+    outcome: Outcome,  # of what happens within
+    keep_means: bool,  # a table of training means is better than none
+):
+    "Where an error or Ctrl-C ends what is within: leave predictions in the output, or what was there before."
+    before = {path: _bytes(path) for path in (Path(out), issues_path(out))} if is_main_process() else {}
+    try: yield
+    except BaseException:
+        if outcome.predicted and PENDING in outcome.issues.values():
+            warnings.warn(f"{out} holds predictions of {outcome.predicted} of {len(outcome.names)} photos, and training means for the others")
+        elif not outcome.predicted and not keep_means:
+            for path, data in before.items(): _put_back(path, data)
+        raise
 
 # %% ../nbs/11_ensemble.ipynb #5a8a680d
 def predict_competition(
@@ -507,6 +547,7 @@ def predict_competition(
     data,  # holds test.csv and its photos
     out,  # submission CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    keep_means: bool = False,  # leave the table of training means where no photo is predicted, whatever the reason
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission: sample_id, target (grams), with the Outcome in `attrs`; None in all but the main process
     "Predict every photo of test.csv and write a submission that the checker accepts."
@@ -515,14 +556,17 @@ def predict_competition(
     outcome = Outcome(list(photos))
 
     def save(grams):
-        write_issues(out, outcome.names, outcome.issues)
         write_submission(out, rows, list(photos), grams)
-        return check_submission(out, data)
+        table = check_submission(out, data)
+        _list_issues(outcome, out)
+        return table
 
-    grams = predict_photos(weights, list(photos.values()), deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
-    if not is_main_process(): return None
-    table = save(grams)
-    _close(outcome, out)
+    with _left_well(out, outcome, keep_means):
+        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means, "save": save if is_main_process() else None}
+        grams = predict_photos(weights, list(photos.values()), **own, **options)
+        if not is_main_process(): return None
+        table = save(grams)
+        _close(outcome, out)
     table.attrs["outcome"] = outcome
     return table
 
@@ -607,12 +651,14 @@ def flags(
 
 # %% ../nbs/11_ensemble.ipynb #3a25063a
 def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray:  # [N], or None
-    "`photo_likeness` where there is time for it; a device that fails costs the likeness, never the table."
+    "`photo_likeness` where there is time for it; a device that fails or hangs costs the likeness, never the table."
     if deadline.left() <= 0: return None
+    seconds = None if deadline.text is None else deadline.left()
     device = (options.get("devices") or [options.get("device_type", "auto")])[0]
     own = {k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress") if k in options}
-    try: return photo_likeness(bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
-    except (BiomassError, RuntimeError) as e: outcome.note(f"how much the photos are like those trained on could not be told ({str(e).splitlines()[0]})")
+    run = partial(photo_likeness, bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
+    try: return in_time(run, seconds, "device")
+    except Exception as e: outcome.note(f"how much the photos are like those trained on could not be told ({in_one_line(e)})")
 
 # %% ../nbs/11_ensemble.ipynb #4f2c7fb8
 def predict_folder(
@@ -621,6 +667,7 @@ def predict_folder(
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
+    keep_means: bool = False,  # leave the table of training means where no photo is predicted, whatever the reason
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # photo, targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
     "Predict every photo of a folder, no table needed."
@@ -635,15 +682,17 @@ def predict_folder(
         table = grams_table(outcome.names, [final, *folder_intervals(bundle, final, ends, nothing)], quadrat_cm)
         if remembers: table["likeness"] = np.nan if alike is None else alike
         table["flag"] = flags(outcome, alike)
-        write_issues(out, outcome.names, outcome.issues)
         write_csv(out, table, float_format="%.4f")
+        _list_issues(outcome, out)
         return table
 
-    grams = predict_photos(bundle, paths, intervals=heads, deadline=deadline, outcome=outcome, save=save if is_main_process() else None, **options)
-    if not is_main_process(): return None
-    table = save(grams)
-    if remembers: table = save(grams, _likeness_in_time(bundle, paths, deadline, outcome, options))
-    _close(outcome, out)
+    with _left_well(out, outcome, keep_means):
+        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means, "save": save if is_main_process() else None}
+        grams = predict_photos(bundle, paths, intervals=heads, **own, **options)
+        if not is_main_process(): return None
+        table = save(grams)
+        if remembers: table = save(grams, _likeness_in_time(bundle, paths, deadline, outcome, options))
+        _close(outcome, out)
     table.attrs["outcome"] = outcome
     return table
 
