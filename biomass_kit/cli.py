@@ -12,6 +12,7 @@ __all__ = ['NO_MEMORY', 'DEMO_MARGIN', 'DEMO_MARK', 'command', 'option_groups', 
 
 # %% ../nbs/17_cli.ipynb #d13e2d98
 import dataclasses, functools, inspect, json, os, re, shutil, sys, traceback, warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -59,12 +60,13 @@ def command(run):
     "Wrap an entry point: whatever ends it becomes a line on standard error and an exit code."
     @functools.wraps(run)
     def entry(args=None):
-        with warnings.catch_warnings(), on_interrupt():
+        mine = args is None  # a program that calls the command with words goes on afterwards
+        with warnings.catch_warnings(), on_interrupt() if mine else nullcontext():
             warnings.showwarning = _one_line
             warnings.filterwarnings("ignore", category=DecompressionBombWarning)
             said, code = _to_its_end(run, args)
             if said: print(said, file=sys.stderr)
-            leave(code)
+            if mine: leave(code)
         if code: sys.exit(code)
     return entry
 

@@ -12,7 +12,7 @@ __all__ = ['INTERVAL_LEVEL', 'SAVE_EVERY', 'PENDING', 'has_intervals', 'check_in
 # %% ../nbs/11_ensemble.ipynb #f4844b34
 import math, os, sys, threading, time, warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -242,22 +242,22 @@ class Ensemble:
         "Raw predictions, a batch at a time, memory bounded by the batch."
         deadline, pace, taken = deadline or Deadline(), Pace(), deque()
         dealt = ((taken.append(row), paths[row])[1] for row in rows)
-        batches, start = photo_batches(dealt, self.requests, batch_size, num_workers, strict, self.say), deadline.clock()
-        for photos in batches:
-            pace.waited(len(photos), deadline.clock() - start)
-            batch, level = [taken.popleft() for _ in photos], self.levels[0]
-            mine = [paths[row] for row in batch]
-            if deadline.text is not None:
-                self._measure(photos, mine, pace, deadline)
-                level = choose_level(self.levels, pace, deadline.left(), lambda level: self.work(photos, level), len(photos), max(len(taken), later()))
-                if level is None: break
-            start = deadline.clock()
-            grams, issues = self.predict_loaded(photos, mine, level, intervals)
-            pace.worked(self.work(photos, level), deadline.clock() - start)
-            short = {} if level is self.levels[0] else dict.fromkeys(range(len(batch)), Issue(f"deadline of {deadline.text}", str(level)))
-            yield batch, grams, {batch[i]: issue for i, issue in (short | issues).items()}
-            start = deadline.clock()
-        batches.close()
+        start = deadline.clock()
+        with closing(photo_batches(dealt, self.requests, batch_size, num_workers, strict, self.say)) as batches:
+            for photos in batches:
+                pace.waited(len(photos), deadline.clock() - start)
+                batch, level = [taken.popleft() for _ in photos], self.levels[0]
+                mine = [paths[row] for row in batch]
+                if deadline.text is not None:
+                    self._measure(photos, mine, pace, deadline)
+                    level = choose_level(self.levels, pace, deadline.left(), lambda level: self.work(photos, level), len(photos), max(len(taken), later()))
+                    if level is None: break
+                start = deadline.clock()
+                grams, issues = self.predict_loaded(photos, mine, level, intervals)
+                pace.worked(self.work(photos, level), deadline.clock() - start)
+                short = {} if level is self.levels[0] else dict.fromkeys(range(len(batch)), Issue(f"deadline of {deadline.text}", str(level)))
+                yield batch, grams, {batch[i]: issue for i, issue in (short | issues).items()}
+                start = deadline.clock()
 
     def predict(
         self,
