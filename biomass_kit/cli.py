@@ -38,7 +38,8 @@ from .store import CACHE_GB, trim_text
 from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, in_one_line, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
-NO_MEMORY = "error: the device ran out of memory; try a smaller --batch-size or --tile-size, or --freeze-backbone"
+NO_MEMORY = ("error: the device ran out of memory; "
+             "try a smaller --batch-size or --tile-size, or --freeze-backbone")
 
 
 def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, exit code)
@@ -134,7 +135,8 @@ def write_run_report(
         shown = oof.iloc[np.concatenate(list(report.extremes(oof).values()))]
         paths = {name: Path(data or c["data"]) / name for name in shown["image_path"]}
         stored = c["freeze_backbone"] and c["cache"]
-        own = {"device_type": c["device_type"], "precision": c["precision"], "cache_dir": (c["cache_dir"] or True) if stored else None}
+        cache_dir = (c["cache_dir"] or True) if stored else None
+        own = {"device_type": c["device_type"], "precision": c["precision"], "cache_dir": cache_dir}
         seen = look_at(paths, folder, dict(zip(shown["image_path"], shown["fold"])), **own | options)
     return report.write_report(out or folder / "report.html", results, oof, history, title, seen)
 
@@ -446,7 +448,8 @@ def validate(args=None):
     "biomass_validate: what each cross-validation strategy would promise."
     a = parse(ValidateArgs, "biomass_validate", args)
     table = read_train(a.data)
-    features = evidence.bundle_features(a.weights, list(table["path"]), device_type=a.device_type, cache_dir=True, progress=progress)
+    options = {"device_type": a.device_type, "cache_dir": True, "progress": progress}
+    features = evidence.bundle_features(a.weights, list(table["path"]), **options)
     found = evidence.strategy_table(features, table, a.strategies, a.n_folds, a.fold_seed)
     print(evidence.strategy_text(found))
     if a.out: print(write_csv(a.out, found.reset_index()))
@@ -469,7 +472,8 @@ def compare(args=None):
     "biomass_compare: do two folders of photos look alike?"
     a = parse(CompareArgs, "biomass_compare", args)
     photos = [list_photos(a.first), list_photos(a.second)]
-    seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=True, progress=progress) for p in photos]
+    options = {"device_type": a.device_type, "cache_dir": True, "progress": progress}
+    seen = [evidence.bundle_features(a.weights, p, **options) for p in photos]
     dates = evidence.dates_of(photos[0], a.data) if a.data else None
     found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
     trim_text(None, CACHE_GB)

@@ -42,7 +42,7 @@ def atomic_path(
         with suppress(OSError): temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #e0d50021
-TEMPORARY = re.compile(r"\.tmp-(\d+)-[0-9a-f]{8}-.+", re.DOTALL)  # as `atomic_path` names a file: process, random part, name
+TEMPORARY = re.compile(r"\.tmp-(\d+)-[0-9a-f]{8}-.+", re.DOTALL)  # process, random part, name
 BEGUN = time.time()  # a process may have the number of an earlier one, which wrote before this
 
 
@@ -62,7 +62,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def remove_abandoned(folder):
-    "Remove the temporary files directly in a folder whose process is gone; no other process of this machine can miss them."
+    "Remove temporary files directly in a folder whose process is gone, which nobody on this machine misses."
     for path, pid in temporary_files(folder):
         with suppress(OSError):
             earlier = pid == os.getpid() and path.stat().st_mtime < BEGUN

@@ -46,7 +46,8 @@ def at_work(
 ) -> bool:
     "Whether a thread of this library still works on something that nobody waits for any more."
     until = time.monotonic() + patience
-    threads = [t for t in threading.enumerate() if t.name.startswith(THREADS) and t is not threading.current_thread()]
+    others = set(threading.enumerate()) - {threading.current_thread()}
+    threads = [t for t in others if t.name.startswith(THREADS)]
     for t in threads: t.join(max(0.0, until - time.monotonic()))
     return any(t.is_alive() for t in threads)
 

@@ -33,7 +33,8 @@ from .physics import apply_physics, clamp
 from .plan import Deadline, Level, Pace, Pass, choose_level, pass_work, plan_levels, plan_passes
 from .progress import counted
 from .store import FeatureCache, FeatureRequest, feature_batches, loaded_features, photo_batches
-from .targets import ENDS, KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine, in_one_line, kg_per_ha
+from .targets import ENDS, KG_HA, QUADRAT_CM, TARGETS, TOTAL, BiomassError, as_grams, combine
+from .targets import in_one_line, kg_per_ha
 from .trust import UNLIKE, Reference, likeness, widen
 from .tta import View, backbone_views, parse_view
 
@@ -99,7 +100,7 @@ class Ensemble:
         views: list = None,  # names of views; None takes the bundle's
         device_type="auto",  # "cpu", "cuda", "mps" or "auto", or a torch.device
         precision: str = "auto",  # "fp32", "fp16", "bf16" or "auto", of the backbone
-        cache_dir=None,  # where features are kept and found again; None keeps nothing, True is the default folder, if that can be used
+        cache_dir=None,  # where features are kept; True is the default folder, if it can be used; None keeps none
         say: Callable = warnings.warn,  # takes notes of what befalls the device
     ):
         self.bundle, self.say, self.fits = bundle, say, None
@@ -180,17 +181,23 @@ class Ensemble:
         again, why = (None, "") if self.precision == "fp32" else self._in_fp32(path, level, intervals)
         if again is not None: found = again
         good = np.isfinite(found).all((0, 2))
-        if good.all(): return self._together(found[:, :, None], level.members)[0], Issue(f"no number in {self.precision}", "the whole in fp32")
+        if good.all():
+            issue = Issue(f"no number in {self.precision}", "the whole in fp32")
+            return self._together(found[:, :, None], level.members)[0], issue
         names = ", ".join(self.bundle.members[m]["name"] for m, ok in zip(level.members, good) if not ok)
-        if not good.any(): return fallback_grams(self.bundle, intervals).reshape(-1, len(TARGETS)), Issue("no member gave a number" + why, MEANS)
+        if not good.any():
+            means = fallback_grams(self.bundle, intervals).reshape(-1, len(TARGETS))
+            return means, Issue("no member gave a number" + why, MEANS)
         kept = tuple(np.array(level.members)[good])
-        return self._together(found[:, good][:, :, None], kept)[0], Issue(f"no number from {names}{why}", f"the other {len(kept)} members")
+        issue = Issue(f"no number from {names}{why}", f"the other {len(kept)} members")
+        return self._together(found[:, good][:, :, None], kept)[0], issue
 
-    def _in_fp32(self, path, level: Level, intervals: bool) -> tuple:  # ([E, M, 5] or None, why there is nothing)
-        "What members say of one photo in fp32; it is read again, and may be gone or not fit into memory by now."
+    def _in_fp32(self, path, level: Level, intervals: bool) -> tuple:  # ([E, M, 5] or None, why)
+        "What members say of one photo in fp32; read again, it may be gone by now or not fit into memory."
         requests = [r._replace(cache=None) for r in self.requests]
         (photo,), = photo_batches([path], requests, 1, strict=False, say=self.say)
-        if photo.fault: return None, f", and it could not be read again ({photo.fault.removeprefix(f'{path}: ')})"
+        fault = photo.fault.removeprefix(f"{path}: ")
+        if fault: return None, f", and it could not be read again ({fault})"
         try: return self._members([photo], level, intervals, "fp32")[:, :, 0], ""
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e): raise
@@ -243,19 +250,22 @@ class Ensemble:
         deadline, pace, taken = deadline or Deadline(), Pace(), deque()
         dealt = ((taken.append(row), paths[row])[1] for row in rows)
         start = deadline.clock()
-        with closing(photo_batches(dealt, self.requests, batch_size, num_workers, strict, self.say)) as batches:
+        loaded = photo_batches(dealt, self.requests, batch_size, num_workers, strict, self.say)
+        with closing(loaded) as batches:
             for photos in batches:
                 pace.waited(len(photos), deadline.clock() - start)
                 batch, level = [taken.popleft() for _ in photos], self.levels[0]
                 mine = [paths[row] for row in batch]
                 if deadline.text is not None:
                     self._measure(photos, mine, pace, deadline)
-                    level = choose_level(self.levels, pace, deadline.left(), lambda level: self.work(photos, level), len(photos), max(len(taken), later()))
+                    work = partial(self.work, photos)
+                    level = choose_level(self.levels, pace, deadline.left(), work, len(photos), max(len(taken), later()))
                     if level is None: break
                 start = deadline.clock()
                 grams, issues = self.predict_loaded(photos, mine, level, intervals)
                 pace.worked(self.work(photos, level), deadline.clock() - start)
-                short = {} if level is self.levels[0] else dict.fromkeys(range(len(batch)), Issue(f"deadline of {deadline.text}", str(level)))
+                hurried = Issue(f"deadline of {deadline.text}", str(level))
+                short = {} if level is self.levels[0] else dict.fromkeys(range(len(batch)), hurried)
                 yield batch, grams, {batch[i]: issue for i, issue in (short | issues).items()}
                 start = deadline.clock()
 
@@ -356,7 +366,7 @@ def serve_all(
     deadline: Deadline,
     outcome: Outcome,  # takes devices in words, and notes of those that fail
     spare: torch.device = None,  # where to go on when all devices have failed
-    lenient: Callable = lambda: False,  # whether, when the spare has failed too, training means will do; else its failure is raised
+    lenient: Callable = lambda: False,  # whether training means will do when all have failed
 ):  # yields what `Ensemble.run` yields
     "Batches of all photos as devices finish them, until all are done or the deadline has come."
     left, devices = set(range(photos)), list(devices)[: max(1, -(-photos // batch_size))]  # no more than there are batches
@@ -381,7 +391,7 @@ def serve_all(
         if not others and spare is not None: others, spare = [spare], None
         if left and not others and not lenient(): raise failed[min(failed)]
         went = f"its photos went to {' and '.join(map(str, others))}" if others else "no other device is left"
-        for i, error in sorted(failed.items()): outcome.note(f"{devices[i]} failed ({in_one_line(error)}); {went}")
+        for i in sorted(failed): outcome.note(f"{devices[i]} failed ({in_one_line(failed[i])}); {went}")
         devices = others
     outcome.issues.update(dict.fromkeys(left, Issue("all devices failed", MEANS)))
 
@@ -416,7 +426,7 @@ def _save_meanwhile(save, raw, outcome):
 
 
 def _collect(batches, raw, outcome, deadline, save):
-    "Fill in `raw` and `outcome.issues` from what `serve_all` yields, saving from time to time, and when it ends too early."
+    "Fill in `raw` and `outcome` from what `serve_all` yields; save now and then, and when it ends too early."
     saved = deadline.clock()
     try:
         for rows, grams, issues in batches:
@@ -442,7 +452,7 @@ def predict_photos(
     threshold: float = None,  # None takes the bundle's
     device_type: str = "auto",  # all devices of this type are used, of "auto" those of the best type that works
     precision: str = "auto",
-    cache_dir=None,  # of `Ensemble`: where features are kept and found again
+    cache_dir=None,  # where features are kept and found again, as `Ensemble` takes it
     batch_size: int = 4,  # photos
     num_workers: int = 1,  # threads that read photos ahead, for each device
     progress: Callable = lambda x, **_: x,
@@ -450,7 +460,7 @@ def predict_photos(
     deadline=None,  # a Deadline, or how long it may take: seconds, or text such as "8h30m"; None takes the time it needs
     devices: list = None,  # torch.devices to use instead of those of `device_type`
     outcome: Outcome = None,  # takes what happened; without it, a photo that gets no figure of its own is an error
-    keep_means: bool = False,  # where every device fails before any photo is predicted, go on with the training means instead of raising
+    keep_means: bool = False,  # training means will do where all devices fail before any photo is predicted
     save: Callable = None,  # takes what is known so far, as it would be returned: first of all the training means, then every SAVE_EVERY seconds
 ) -> np.ndarray:  # [N, 5] grams in the order of TARGETS, or [3, N, 5] with the ends; training means where `outcome` says so
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
@@ -512,7 +522,8 @@ def _close(outcome: Outcome, out):
 def _bytes(path: Path):
     "A file's content; None where there is none."
     try: return path.read_bytes() if path.is_file() else None
-    except OSError as e: raise BiomassError(f"{path}: is there and cannot be read ({e.strerror}); choose another --out") from None
+    except OSError as e:
+        raise BiomassError(f"{path}: cannot be read ({e.strerror}); choose another --out") from None
 
 
 def _put_back(path: Path, data):
@@ -522,9 +533,10 @@ def _put_back(path: Path, data):
         path.unlink()  # first, since a full disk may have no space for both
         if data is None: return
         with atomic_path(path) as tmp: tmp.write_bytes(data)
-    except (BiomassError, OSError) as e: warnings.warn(f"{path}: could not be left as it was ({in_one_line(e)})")
+    except (BiomassError, OSError) as e:
+        warnings.warn(f"{path}: could not be left as it was ({in_one_line(e)})")
 
-
+# %% ../nbs/11_ensemble.ipynb #e0d50041
 @contextmanager
 def _left_well(
     out,  # the table or submission
@@ -536,7 +548,8 @@ def _left_well(
     try: yield
     except BaseException:
         if outcome.predicted and PENDING in outcome.issues.values():
-            warnings.warn(f"{out} holds predictions of {outcome.predicted} of {len(outcome.names)} photos, and training means for the others")
+            of = f"{outcome.predicted} of {counted(len(outcome.names), 'photo')}"
+            warnings.warn(f"{out} holds predictions of {of}, and training means for the others")
         elif not outcome.predicted and not keep_means:
             for path, data in before.items(): _put_back(path, data)
         raise
@@ -547,7 +560,7 @@ def predict_competition(
     data,  # holds test.csv and its photos
     out,  # submission CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
-    keep_means: bool = False,  # leave the table of training means where no photo is predicted, whatever the reason
+    keep_means: bool = False,  # leave the table of training means even where no photo is predicted
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission: sample_id, target (grams), with the Outcome in `attrs`; None in all but the main process
     "Predict every photo of test.csv and write a submission that the checker accepts."
@@ -562,7 +575,8 @@ def predict_competition(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means, "save": save if is_main_process() else None}
+        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means}
+        own["save"] = save if is_main_process() else None
         grams = predict_photos(weights, list(photos.values()), **own, **options)
         if not is_main_process(): return None
         table = save(grams)
@@ -651,14 +665,16 @@ def flags(
 
 # %% ../nbs/11_ensemble.ipynb #3a25063a
 def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray:  # [N], or None
-    "`photo_likeness` where there is time for it; a device that fails or hangs costs the likeness, never the table."
+    "`photo_likeness` where there is time for it; a device that fails or hangs never costs the table."
     if deadline.left() <= 0: return None
     seconds = None if deadline.text is None else deadline.left()
     device = (options.get("devices") or [options.get("device_type", "auto")])[0]
     own = {k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress") if k in options}
-    run = partial(photo_likeness, bundle, paths, deadline=deadline, device_type=device, say=outcome.note, **own)
+    own |= {"deadline": deadline, "device_type": device, "say": outcome.note}
+    run = partial(photo_likeness, bundle, paths, **own)
     try: return in_time(run, seconds, "device")
-    except Exception as e: outcome.note(f"how much the photos are like those trained on could not be told ({in_one_line(e)})")
+    except Exception as e:
+        outcome.note(f"how much the photos are like those trained on could not be told ({in_one_line(e)})")
 
 # %% ../nbs/11_ensemble.ipynb #4f2c7fb8
 def predict_folder(
@@ -667,7 +683,7 @@ def predict_folder(
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
     quadrat_cm=QUADRAT_CM,  # sides of the quadrat on the ground
-    keep_means: bool = False,  # leave the table of training means where no photo is predicted, whatever the reason
+    keep_means: bool = False,  # leave the table of training means even where no photo is predicted
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # photo, targets in g and kg DM/ha, _low, _high and likeness if known, flag; the Outcome in `attrs`; None in all but the main process
     "Predict every photo of a folder, no table needed."
@@ -687,7 +703,8 @@ def predict_folder(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means, "save": save if is_main_process() else None}
+        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means}
+        own["save"] = save if is_main_process() else None
         grams = predict_photos(bundle, paths, intervals=heads, **own, **options)
         if not is_main_process(): return None
         table = save(grams)

@@ -169,7 +169,8 @@ class _MissingKeys(logging.Handler):
 
     def emit(self, record):
         found = re.match(r"Missing keys \((.*?)\)", record.getMessage())
-        if found and record.thread == self.thread: self.names += [n for n in found[1].split(", ") if not n.endswith("num_batches_tracked")]
+        if not found or record.thread != self.thread: return
+        self.names += [n for n in found[1].split(", ") if not n.endswith("num_batches_tracked")]
 
 # %% ../nbs/07_features.ipynb #146161bd
 def patch_size(model: nn.Module) -> int:  # pixels
@@ -223,6 +224,19 @@ def launches(device: torch.device) -> bool:
     "Whether a GPU computes a small product rightly; raises RuntimeError where it cannot launch a kernel."
     return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
 
+# %% ../nbs/07_features.ipynb #e0d50019b
+def _count_gpus() -> int:
+    "How many GPUs torch sees; when it is told, CUDA has begun."
+    if not torch.cuda.is_available(): return 0
+    torch.cuda.current_device()
+    return torch.cuda.device_count()
+
+
+def _with_name(i: int) -> str:
+    "A GPU in words."
+    try: return f"cuda:{i} ({in_time(partial(torch.cuda.get_device_name, i), 1.0, 'device')})"
+    except (TimeoutError, RuntimeError): return f"cuda:{i}"  # what does not work may not even say what it is
+
 
 def working_gpus(
     say: Callable = warnings.warn,  # takes what is wrong with a GPU
@@ -239,19 +253,6 @@ def working_gpus(
         except RuntimeError as e: fault = f"cannot launch a kernel ({in_one_line(e)})"
         if fault: say(f"{_with_name(i)} is visible but {fault}; it is left alone")
         else: yield device
-
-
-def _count_gpus() -> int:
-    "How many GPUs torch sees; when it is told, CUDA has begun."
-    if not torch.cuda.is_available(): return 0
-    torch.cuda.current_device()
-    return torch.cuda.device_count()
-
-
-def _with_name(i: int) -> str:
-    "A GPU in words."
-    try: return f"cuda:{i} ({in_time(partial(torch.cuda.get_device_name, i), 1.0, 'device')})"
-    except (TimeoutError, RuntimeError): return f"cuda:{i}"  # what does not work may not even say what it is
 
 # %% ../nbs/07_features.ipynb #bb58cc00
 def pick_devices(

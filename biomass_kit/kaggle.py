@@ -30,9 +30,11 @@ PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetenso
 
 # %% ../nbs/16_kaggle.ipynb #d215cc2d
 def _input_files(root, pattern: str) -> list:
-    "Files of this name at any depth of a folder, sorted, without hidden ones and those that a Mac adds to an archive."
-    hidden = lambda part: part == "__MACOSX" or part.startswith(".")
-    return [p for p in sorted(Path(root).rglob(pattern)) if p.is_file() and not any(map(hidden, p.relative_to(root).parts))]
+    "Files of this name at any depth, sorted, without hidden ones and what a Mac adds to an archive."
+    def shown(path):
+        return not any(part == "__MACOSX" or part.startswith(".") for part in path.relative_to(root).parts)
+
+    return [p for p in sorted(Path(root).rglob(pattern)) if p.is_file() and shown(p)]
 
 
 def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
@@ -45,7 +47,8 @@ def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells 
 
 def _photo_folders(root, weights: Path) -> dict:
     "Folders that hold photos of their own, and what is in them; the packed reference photos are none."
-    photos = [p for p in _input_files(root, "*") if p.suffix.lower() in PHOTO_SUFFIXES and weights not in p.parents]
+    found = [p for p in _input_files(root, "*") if p.suffix.lower() in PHOTO_SUFFIXES]
+    photos = [p for p in found if weights not in p.parents]
     return {folder: tuple((p.name, p.stat().st_size) for p in photos if p.parent == folder) for folder in {p.parent for p in photos}}
 
 
@@ -53,10 +56,11 @@ def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)
     "Find what shall be predicted and the packed weights, by content; a competition goes before photos."
-    manifests = [p for p in _input_files(root, MANIFEST) if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
+    manifests = _input_files(root, MANIFEST)
+    manifests = [p for p in manifests if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
     weights = _only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
-    tests = [p.with_name("test.csv") for p in _input_files(root, "sample_submission.csv") if p.with_name("test.csv").is_file()]
-    found = {p.parent: file_digest(p) for p in tests} or _photo_folders(root, weights)
+    tests = [p.with_name("test.csv") for p in _input_files(root, "sample_submission.csv")]
+    found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
     return _only(found, "competition (test.csv beside sample_submission.csv) or folder of photos", root), weights
 
 # %% ../nbs/16_kaggle.ipynb #455b6a92
@@ -70,15 +74,16 @@ def predict_inputs(
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission, or photo and the five targets in grams
     "Write `submission.csv` for a competition, `grams.csv` for photos."
-    if (Path(data) / "test.csv").is_file(): return predict_competition(weights, data, Path(working) / SUBMISSION, keep_means=True, **options)
-    return predict_folder(weights, data, Path(working) / GRAMS, keep_means=True, **options)
+    is_competition = (Path(data) / "test.csv").is_file()
+    run, name = (predict_competition, SUBMISSION) if is_competition else (predict_folder, GRAMS)
+    return run(weights, data, Path(working) / name, keep_means=True, **options)
 
 # %% ../nbs/16_kaggle.ipynb #99ad3d90
 REFERENCE = "reference"  # folder inside the weights dataset
 REFERENCE_TABLE = "predictions.csv"
 REFERENCE_TOLERANCE = 0.5  # grams; half precision on a GPU moves a prediction by a tenth of that
 SAME, DIFFERENT = "as at packing", "NOT as at packing: do not trust this submission"
-AFTERWARDS_SECONDS = 600.0  # for each thing that is done when the submission is there; a deadline of 8h30m leaves half an hour
+AFTERWARDS_SECONDS = 600.0  # for each thing that follows the submission; 8h30m leave half an hour
 
 
 def write_reference(
@@ -110,18 +115,21 @@ def _reference_again(weights, options: dict):
     if not found: return None
     saved = pd.read_csv(found[0])
     now = predict_photos(weights, [found[0].parent / p for p in saved["photo"]], physics="none", **options)
-    return saved.assign(**dict(zip(TARGETS, now.T)), difference=np.abs(now - saved[list(TARGETS)].to_numpy()).max(1))
+    difference = np.abs(now - saved[list(TARGETS)].to_numpy()).max(1)
+    return saved.assign(**dict(zip(TARGETS, now.T)), difference=difference)
 
 
 def check_reference(
     weights,  # the packed weights
     seconds: float = AFTERWARDS_SECONDS,  # that it may take
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest, grams); None where there is no answer
-    "Predict the reference photos again and compare with what was predicted at packing; prints the verdict, and raises nothing."
+) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest); None without an answer
+    "Predict the reference photos again and compare with packing; prints the verdict, and raises nothing."
     table, why = _afterwards(partial(_reference_again, weights, options), seconds)
     if why: return print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
-    if table is None: return print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
+    if table is None:
+        print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
+        return None
     worst = table["difference"].max()
     print(f"reference photos: largest difference {worst:.2g} g, {SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
     return table
@@ -198,11 +206,14 @@ NOTEBOOK_CELLS = (
     ("code", "import os, subprocess, sys\nfrom pathlib import Path\n\n"
      "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
      "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
-     "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
+     "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
+     "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
      "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
-     "assert library, f\"no biomass_kit-*.whl under {inputs}: attach the dataset with the library, the one with the weights, and the photos\"\n"
+     "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
+     "                 \"attach the dataset with the library, the one with the weights, and the photos\")\n"
      "wheels = [p for p in wheels if p.parent == library]\n"
-     "subprocess.run([sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\", *wheels], check=True)"),
+     "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
+     "subprocess.run([*pip, *wheels], check=True)"),
     ("markdown", "## Predict\n\n"
      "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; "
      "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "

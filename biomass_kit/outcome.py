@@ -45,14 +45,14 @@ class Outcome:
         self.notes.append(line)
         warnings.warn(line)
 
-
+# %% ../nbs/10c_outcome.ipynb #03a937d1
 def issues_path(
     out,  # the table or submission
 ) -> Path:
     "Where its issues are listed."
     return Path(out).with_name(f"{Path(out).stem}_issues.csv")
 
-# %% ../nbs/10c_outcome.ipynb #03a937d1
+
 def write_issues(
     out,  # the table or submission
     names: list,  # of all photos
@@ -64,7 +64,7 @@ def write_issues(
     else: write_csv(path, pd.DataFrame([(names[i], *issues[i]) for i in sorted(issues)], columns=["photo", *Issue._fields]))
     return path if issues else None
 
-
+# %% ../nbs/10c_outcome.ipynb #e0d50035
 def summary_lines(
     outcome,  # an Outcome, or a table from `predict_competition` or `predict_folder`, which carries one
 ) -> list:  # of text

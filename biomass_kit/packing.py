@@ -288,7 +288,8 @@ def pack(
         if source.resolve().is_relative_to(out.resolve()):
             raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
     for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
-        for old in (p for pattern in patterns for p in (out / slug).glob(pattern) if p.is_file()): old.unlink()
+        for old in (p for pattern in patterns for p in (out / slug).glob(pattern)):
+            if old.is_file(): old.unlink()
         remove_abandoned(out / slug)  # half a file, from a packing that was killed
     remove_abandoned(out)
     shutil.rmtree(out / WEIGHTS / REFERENCE, ignore_errors=True)

@@ -31,7 +31,7 @@ class Lines(tqdm):
         super().__init__(*args, **{**options, "mininterval": LINE_SECONDS, "miniters": 1, "dynamic_ncols": False})
 
     def display(self, msg=None, pos=None):
-        "Print the state where a line is due; tqdm asks every `mininterval`, which must stay as it was when it began."
+        "Print the state where a line is due; tqdm asks every `mininterval`, which must stay as it was."
         d = self.format_dict
         if d["elapsed"] >= self.due: self.tell(d)
 

@@ -175,7 +175,8 @@ def open_study(s: Search) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
     verbosity = optuna.logging.get_verbosity()  # of the whole process
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try: return optuna.create_study(storage=storage, study_name="biomass_search", direction="maximize", load_if_exists=True)
+    named = {"study_name": "biomass_search", "load_if_exists": True}
+    try: return optuna.create_study(storage=storage, direction="maximize", **named)
     finally: optuna.logging.set_verbosity(verbosity)
 
 

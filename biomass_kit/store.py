@@ -91,15 +91,18 @@ class FeatureCache:
         np.save(buffer, features.astype(self.dtype))
         try:
             with atomic_path(self.path(digest, variant)) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
-        except BiomassError as e: self._fault(f"{self.folder}: cannot be written", e.__cause__.strerror or e.__cause__)
+        except BiomassError as e:
+            self._fault(f"{self.folder}: cannot be written", e.__cause__.strerror or e.__cause__)
 
     def _fault(self, what: str, why):
         "The end of a folder that was asked for; the default one is given up."
-        if self.asked: raise BiomassError(f"{what} ({why}); free some disk space, give another --cache-dir, or --no-cache") from None
+        if self.asked:
+            mend = "free some disk space, give another --cache-dir, or --no-cache"
+            raise BiomassError(f"{what} ({why}); {mend}") from None
         if self.off: return
         self.off = True
         self.say(f"features are not kept, since the cache {self.root or '~/.cache'} cannot be used ({why}); "
-                 "to keep them elsewhere set XDG_CACHE_HOME, or give --cache-dir where there is such an option")
+                 "to keep them elsewhere set XDG_CACHE_HOME or, where it is an option, --cache-dir")
 
 # %% ../nbs/07b_store.ipynb #c6172b3a
 ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched
@@ -112,10 +115,11 @@ def trim_cache(
     "Delete the least recently used features until the cache fits."
     entries, long_ago = [], time.time() - 24 * 3600
     for left in (path for inner in Path(folder).glob(ENTRY) for path, _ in temporary_files(inner)):
-        with suppress(OSError):  # half an entry; its process may be another machine's, so age alone says that it was killed
+        with suppress(OSError):  # half an entry; its process may be another machine's, so age decides
             if left.stat().st_mtime < long_ago: left.unlink()
     for path in Path(folder).glob(f"{ENTRY}/{ENTRY}-*.npy"):
-        with suppress(OSError): entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))  # unless another process was faster
+        with suppress(OSError):  # another process may be faster
+            entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total <= max_bytes: break
@@ -124,7 +128,7 @@ def trim_cache(
             total -= size
     return total
 
-
+# %% ../nbs/07b_store.ipynb #e0d50034
 def trim_text(
     folder,  # the cache's root; None is the default one
     gigabytes: float,
@@ -253,13 +257,21 @@ def load_photo(
     except BiomassError as e:
         if strict: raise
         return faulty_photo(str(e), requests)
-    found = [{v: f for v in r.variants if (f := r.cache.get(digest, v)) is not None} if r.cache else {} for r in requests]
+    found = [_stored(r, digest) for r in requests]
     missing = [[v for v in r.variants if v not in f] for r, f in zip(requests, found)]
     if not any(missing): return LoadedPhoto(digest, found, [{} for _ in requests])
-    try: return LoadedPhoto(digest, found, _all_tiles(split_pair(read_photo(path)), requests, missing, digest))
+    try: tiles = _all_tiles(split_pair(read_photo(path)), requests, missing, digest)
     except (BiomassError, MemoryError) as e:
         if strict: raise
         return faulty_photo(in_one_line(e), requests)
+    return LoadedPhoto(digest, found, tiles)
+
+
+def _stored(request, digest) -> dict:
+    "What the cache holds of a photo, by variant."
+    if not request.cache: return {}
+    found = {v: request.cache.get(digest, v) for v in request.variants}
+    return {v: f for v, f in found.items() if f is not None}
 
 
 def _all_tiles(pair, requests, missing, digest) -> list:
@@ -267,14 +279,14 @@ def _all_tiles(pair, requests, missing, digest) -> list:
     cut = {}  # (tile spec, draw or None for the views) -> tiles, shared by the requests
     return [_tiles(pair, r, wanted, digest, cut) for r, wanted in zip(requests, missing)]
 
-
+# %% ../nbs/07b_store.ipynb #99a3030e
 def _cut(pair, spec, device) -> torch.Tensor:
     "Tiles cut on a GPU, or, where its memory does not hold the photo too, in the same arithmetic beside it."
     if device.type != "cuda": return cut_tiles(pair, spec)
     try: return cut_tiles(torch.from_numpy(pair).to(device), spec)
     except torch.OutOfMemoryError: return cut_tiles(pair, spec, as_float=True)
 
-# %% ../nbs/07b_store.ipynb #99a3030e
+
 def _tiles(pair, request, variants, digest, cut) -> dict:
     "The tiles that a backbone sees for each variant; a view's keep their unflipped places and are flipped on the device."
     for v in variants:
@@ -381,6 +393,7 @@ def store_features(
     with tempfile.TemporaryFile() as f:  # without a name: it is gone when nobody reads it any more
         array = np.memmap(f, request.cache.dtype, "w+", shape=shape)
     one_by_one = feature_batches(paths, [request], 1, num_workers, precision)
-    for row, ((features,), _) in zip(progress(array, desc=f"features {request.spec}", unit="photo"), one_by_one):
+    rows = progress(array, desc=f"features {request.spec}", unit="photo")
+    for row, ((features,), _) in zip(rows, one_by_one):
         for i, v in enumerate(variants): row[i] = features[v][0].cpu().numpy()
     return StoredFeatures(array, variants)

@@ -259,7 +259,8 @@ class Run:
         cache = FeatureCache(self.backbone, self.spec, c.cache_dir, self.precision, c.cache_dtype)
         request, paths = FeatureRequest(self.backbone, self.spec, tuple(stored_variants(c)), cache), list(self.table["path"])
         if accelerator.num_processes > 1:
-            store_features(paths[accelerator.process_index :: accelerator.num_processes], request, c.num_workers, self.precision, progress)
+            mine = paths[accelerator.process_index :: accelerator.num_processes]
+            store_features(mine, request, c.num_workers, self.precision, progress)
             accelerator.wait_for_everyone()
         self.stored = store_features(paths, request, c.num_workers, self.precision, progress)
         accelerator.wait_for_everyone()
@@ -287,7 +288,9 @@ class Run:
     def soft_targets(self, k: int, progress):
         "Grams `[N, 5]` to which fold k's predictions are pulled, learned without its scored photos; None where nothing pulls."
         c = self.config
-        if c.teacher: return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, (c.cache_dir or True) if self.stored else None)
+        if c.teacher:
+            cache_dir = (c.cache_dir or True) if self.stored else None
+            return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, cache_dir)
         if not c.distill_aux: return None
         first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
         with self.threads():
