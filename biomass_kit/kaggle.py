@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
-           'SAME', 'DIFFERENT', 'NOTEBOOK_CELLS', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference',
-           'draw_predictions', 'show_predictions', 'inference_notebook']
+           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'NOTEBOOK_CELLS', 'find_inputs', 'predict_inputs',
+           'write_reference', 'check_reference', 'draw_predictions', 'show_predictions', 'inference_notebook']
 
 # %% ../nbs/16_kaggle.ipynb #c307eade
 import io, os
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,24 @@ import pandas as pd
 from PIL import Image
 
 from .bundle import MANIFEST
-from .data import file_digest, list_photos, photo_files, read_photo, read_test, split_pair
+from .data import file_digest, is_hidden, list_photos, photo_files, read_photo, read_test, split_pair
 from .data import write_csv
+from .ends import in_time
 from .ensemble import predict_competition, predict_folder, predict_photos
 from .outcome import summary_lines  # for the notebook, which asks this room alone
 from .progress import print_progress  # likewise
-from .targets import TARGETS, BiomassError
+from .targets import TARGETS, BiomassError, in_one_line
 
 # %% ../nbs/16_kaggle.ipynb #08736552
 # all that predicting needs beside this library; the picture of the predictions also takes matplotlib
 PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors", "tqdm")
 
 # %% ../nbs/16_kaggle.ipynb #d215cc2d
+def _input_files(root, pattern: str) -> list:
+    "Files of this name at any depth, sorted, without hidden ones and what a Mac adds to an archive."
+    return [p for p in sorted(Path(root).rglob(pattern)) if p.is_file() and not is_hidden(p, root)]
+
+
 def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
     "The one folder found, or an error that says what to add or remove."
     distinct = {content: folder for folder, content in sorted(found.items(), reverse=True)}
@@ -57,10 +64,11 @@ def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)
     "Find what shall be predicted and the packed weights, by content; a competition goes before photos."
-    manifests = [p for p in Path(root).rglob(MANIFEST) if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
+    manifests = _input_files(root, MANIFEST)
+    manifests = [p for p in manifests if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
     weights = _only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
-    tests = [p.with_name("test.csv") for p in Path(root).rglob("sample_submission.csv") if p.with_name("test.csv").is_file()]
-    found = {p.parent: file_digest(p) for p in tests} or _photo_folders(root, weights)
+    tests = [p.with_name("test.csv") for p in _input_files(root, "sample_submission.csv")]
+    found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
     return _only(found, "competition (test.csv beside sample_submission.csv) or folder of photos", root), weights
 
 # %% ../nbs/16_kaggle.ipynb #455b6a92
@@ -74,14 +82,16 @@ def predict_inputs(
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission, or photo and the five targets in grams
     "Write `submission.csv` for a competition, `grams.csv` for photos."
-    if (Path(data) / "test.csv").is_file(): return predict_competition(weights, data, Path(working) / SUBMISSION, **options)
-    return predict_folder(weights, data, Path(working) / GRAMS, **options)
+    is_competition = (Path(data) / "test.csv").is_file()
+    run, name = (predict_competition, SUBMISSION) if is_competition else (predict_folder, GRAMS)
+    return run(weights, data, Path(working) / name, keep_means=True, **options)
 
 # %% ../nbs/16_kaggle.ipynb #99ad3d90
 REFERENCE = "reference"  # folder inside the weights dataset
 REFERENCE_TABLE = "predictions.csv"
 REFERENCE_TOLERANCE = 0.5  # grams; half precision on a GPU moves a prediction by a tenth of that
 SAME, DIFFERENT = "as at packing", "NOT as at packing: do not trust this submission"
+AFTERWARDS_SECONDS = 600.0  # for each thing that follows the submission; 8h30m leave half an hour
 
 
 def write_reference(
@@ -100,16 +110,34 @@ def write_reference(
     write_csv(folder / REFERENCE_TABLE, table, float_format="%.3f")  # the last bits depend on how many threads added them up
 
 # %% ../nbs/16_kaggle.ipynb #9070b80e
-def check_reference(
-    weights,  # the packed weights
-    **options,  # of `predict_photos`
-) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest, grams); None where the reference is not there
-    "Predict the reference photos again and compare with what was predicted at packing; prints the verdict."
-    found = sorted(Path(weights).rglob(REFERENCE_TABLE))
-    if not found: return print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
+def _afterwards(run, seconds: float) -> tuple:  # (what it returns or None, why there is nothing or "")
+    "Run something that must not cost the submission, whether it raises or hangs."
+    try: return in_time(run, seconds), ""
+    except TimeoutError: return None, f"no answer within {seconds:g} s"
+    except Exception as e: return None, in_one_line(e)
+
+
+def _reference_again(weights, options: dict):
+    "The table of `check_reference`; None where there is no reference."
+    found = _input_files(weights, REFERENCE_TABLE)
+    if not found: return None
     saved = pd.read_csv(found[0])
     now = predict_photos(weights, [found[0].parent / p for p in saved["photo"]], physics="none", **options)
-    table = saved.assign(**dict(zip(TARGETS, now.T)), difference=np.abs(now - saved[list(TARGETS)].to_numpy()).max(1))
+    difference = np.abs(now - saved[list(TARGETS)].to_numpy()).max(1)
+    return saved.assign(**dict(zip(TARGETS, now.T)), difference=difference)
+
+
+def check_reference(
+    weights,  # the packed weights
+    seconds: float = AFTERWARDS_SECONDS,  # that it may take
+    **options,  # of `predict_photos`
+) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest); None without an answer
+    "Predict the reference photos again and compare with packing; prints the verdict, and raises nothing."
+    table, why = _afterwards(partial(_reference_again, weights, options), seconds)
+    if why: return print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
+    if table is None:
+        print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
+        return None
     worst = table["difference"].max()
     print(f"reference photos: largest difference {worst:.2g} g, {SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
     return table
@@ -151,22 +179,29 @@ def draw_predictions(
     return Image.open(buffer)
 
 # %% ../nbs/16_kaggle.ipynb #b6a53167
+def _picture(data, table: pd.DataFrame, n_photos: int) -> tuple:  # (the picture or None, what is to be said)
+    "Some photos with their grams, from the lightest to the heaviest."
+    paths, grams = _grams_by_photo(data, table)
+    order, shown, said = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable"), [], []
+    for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
+        try: seen = np.concatenate(list(split_pair(read_photo(paths[i]))), 1)
+        except BiomassError as e: said.append(f"not shown: {e}")
+        else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))
+    if not shown: said.append("no picture of the predictions: none of these photos could be read")
+    return draw_predictions(shown) if shown else None, said
+
+
 def show_predictions(
     data,  # as `predict_inputs` took it
     table: pd.DataFrame,  # what `predict_inputs` returned
     n_photos: int = 4,
+    seconds: float = AFTERWARDS_SECONDS,  # that it may take
 ) -> Image.Image:  # None, and the reason printed, where nothing can be drawn
-    "A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest."
-    try:
-        paths, grams = _grams_by_photo(data, table)
-        order, shown = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable"), []
-        for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
-            try: seen = np.concatenate(list(split_pair(read_photo(paths[i]))), 1)
-            except BiomassError as e: print(f"not shown: {e}")
-            else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))
-        return draw_predictions(shown) if shown else print("no picture of the predictions: none of these photos could be read")
-    except Exception as e:  # whatever stops a picture must not cost the submission
-        print(f"no picture of the predictions: {type(e).__name__}: {e}")
+    "A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest; raises nothing."
+    found, why = _afterwards(partial(_picture, data, table, n_photos), seconds)
+    picture, said = found or (None, [f"no picture of the predictions: {why}"])
+    for line in said: print(line)
+    return picture
 
 # %% ../nbs/16_kaggle.ipynb #fa53c7bf
 NOTEBOOK_CELLS = (
@@ -180,8 +215,14 @@ NOTEBOOK_CELLS = (
     ("code", "import os, subprocess, sys\nfrom pathlib import Path\n\n"
      "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
      "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
-     "library = next(inputs.rglob(\"biomass_kit-*.whl\")).parent\n"
-     "subprocess.run([sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\", *library.glob(\"*.whl\")], check=True)"),
+     "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
+     "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
+     "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
+     "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
+     "                 \"attach the dataset with the library, the one with the weights, and the photos\")\n"
+     "wheels = [p for p in wheels if p.parent == library]\n"
+     "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
+     "subprocess.run([*pip, *wheels], check=True)"),
     ("markdown", "## Predict\n\n"
      "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; "
      "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "

@@ -33,6 +33,7 @@ class Outcome:
     "What happened while photos were predicted."
     names: list = field(default_factory=list)  # of all photos
     issues: dict = field(default_factory=dict)  # row -> Issue
+    predicted: int = 0  # photos that got a prediction of their own so far
     notes: list = field(default_factory=list)  # what befell the machine, each once
     devices: list = field(default_factory=list)  # that predicted photos, in words
     seconds: float = 0.0

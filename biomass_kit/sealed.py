@@ -326,7 +326,11 @@ def run_offline(
         before = None if mounting else _state(inputs)
         with open(room / "errors", "w+", encoding="utf-8") as errors, open(room / "told", "w") as tells, open(room / "told", encoding="utf-8") as told:
             process = subprocess.Popen([*cut, "sh", "-c", script], cwd=working, env=env, stdout=tells, stderr=errors, start_new_session=True)
-            seen |= _watch(process, working, mounting, told, say)
+            try: seen |= _watch(process, working, mounting, told, say)
+            except BaseException:  # Ctrl-C does not reach it, in a session of its own
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
             errors.seek(0)
             said = errors.read().strip()[-2000:]
         for path in (out if mounting else working).iterdir():

@@ -190,11 +190,14 @@ def trial_lock(s: Search, values: dict):  # a FileLock that is held, or None
 # %% ../nbs/14_search.ipynb #401e1a1b
 def open_study(s: Search) -> optuna.Study:
     "The study of a search's folder, made if there is none; call it under `study_lock`."
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = str(s.config.out.resolve() / "study.journal")
     if os.path.isfile(path): _mend(path)
     storage = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
-    return optuna.create_study(storage=storage, study_name="biomass_search", direction="maximize", load_if_exists=True)
+    verbosity = optuna.logging.get_verbosity()  # of the whole process
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    named = {"study_name": "biomass_search", "load_if_exists": True}
+    try: return optuna.create_study(storage=storage, direction="maximize", **named)
+    finally: optuna.logging.set_verbosity(verbosity)
 
 
 def _mend(path):

@@ -30,7 +30,7 @@ from .augment import PairAugment, draw_seed, pixel_transform
 from .bundle import MANIFEST, member_files, read_bundle, save_backbone, save_lora, save_member, save_reference, write_manifest
 from .config import TrainConfig, check_config, config_record
 from .data import crop_lines, crop_of, file_digest, photo_crops, photo_size
-from .data import read_json, read_train, write_csv, write_json
+from .data import read_json, read_train, remove_abandoned, write_csv, write_json
 from .ensemble import Ensemble, some_members
 from .features import TileSpec, backbone_digest, build_backbone, patch_size, pick_device, pick_precision
 from .folds import FOLD_COLUMNS, inner_split, make_folds, read_folds, read_table, write_folds
@@ -40,7 +40,7 @@ from .loss import class_mean_targets, class_means
 from .model import AUX_CLASSES
 from .physics import NEEDS_COVARIANCE, training_bounds
 from .results import manifest_physics, manifest_trust, run_facts, write_results
-from .store import Draw, FeatureCache, FeatureRequest, default_cache_dir, store_features, trim_text
+from .store import Draw, FeatureCache, FeatureRequest, store_features, trim_text
 from .targets import TARGETS, BiomassError, quadrat_area, quadrat_text
 from .trust import UNLIKE, make_reference, oof_likeness
 from .tta import STORED_VIEWS, View, parse_view
@@ -138,7 +138,7 @@ def held_by_me(
         raise BiomassError(f"--out {out}: process {who.get('pid', '?')} on {who.get('host', '?')} is at work there since {who.get('since', '?')} "
                            f"({who.get('command', '?')}); wait for it, end it, or choose another --out") from None
     try:
-        for left in out.rglob(".tmp-*"): left.unlink()  # half a file, from a process that was killed
+        for folder in (out, out / "folds", out / "bundle"): remove_abandoned(folder)
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
                             "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv)})
         yield
@@ -306,11 +306,13 @@ class Run:
         self.backbone.to(accelerator.device).eval()
         cache = FeatureCache(self.backbone, self.spec, c.cache_dir, self.precision, c.cache_dtype)
         request, paths = FeatureRequest(self.backbone, self.spec, tuple(stored_variants(c)), cache), list(self.table["path"])
-        store_features(paths[accelerator.process_index :: accelerator.num_processes], request, c.num_workers, self.precision, progress)
+        if accelerator.num_processes > 1:
+            mine = paths[accelerator.process_index :: accelerator.num_processes]
+            store_features(mine, request, c.num_workers, self.precision, progress)
+            accelerator.wait_for_everyone()
+        self.stored = store_features(paths, request, c.num_workers, self.precision, progress)
         accelerator.wait_for_everyone()
-        self.stored = store_features(paths, request, c.num_workers, self.precision)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process: log(trim_text(cache.root, c.cache_gb))
+        if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
 
     def new_fold(self, k: int, config: TrainConfig, name: str = "") -> Fold:
         "A fold at its start, and the backbone back at its starting weights, with new LoRA factors if any."
@@ -334,7 +336,9 @@ class Run:
     def soft_targets(self, k: int, progress):
         "Grams `[N, 5]` to which fold k's predictions are pulled, learned without its scored photos; None where nothing pulls."
         c = self.config
-        if c.teacher: return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, (c.cache_dir or default_cache_dir()) if self.stored else None)
+        if c.teacher:
+            cache_dir = (c.cache_dir or True) if self.stored else None
+            return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, cache_dir)
         if not c.distill_aux: return None
         first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
         with self.threads():

@@ -32,7 +32,7 @@ LONGER = {  # why a cell stays in one piece -> notebook -> its longest definitio
     },
 }
 NO_PICTURE = {
-    "00b_progress": "lines of text; they are printed", "10_bundle": "files and digests; the folder is listed",
+    "00b_progress": "lines of text; they are printed", "00c_ends": "exit codes; they are asserted", "10_bundle": "files and digests; the folder is listed",
     "10c_outcome": "a file of reasons and closing lines; both are printed",
     "11b_config": "options and what contradicts what; the refusals are printed",
     "11c_batches": "tensors; what the draws look like is in 05_augment", "11d_lora": "factors; their effect is asserted",

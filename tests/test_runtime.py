@@ -143,7 +143,8 @@ from biomass_kit.features import Backbone
 def forward(self, tiles):
     for _ in range(3000): torch.ones(1500, 1500) @ torch.ones(1500, 1500)
 Backbone.forward = forward
-cli.predict(["--weights", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--no-cache", "--device-type", "cpu", "--deadline", "5s"])
+sys.argv[1:] = ["--weights", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--no-cache", "--device-type", "cpu", "--deadline", "5s"]
+cli.predict()
 """
 
 
