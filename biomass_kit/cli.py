@@ -57,7 +57,7 @@ def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, e
 
 def _one_line(message, *_, **__): print(f"warning: {message}", file=sys.stderr)
 
-
+# %% ../nbs/17_cli.ipynb #538b194d
 def command(run):
     "Wrap an entry point: whatever ends it becomes a line on standard error and an exit code."
     @functools.wraps(run)
@@ -398,7 +398,7 @@ def _folder_score(bundle) -> dict:  # None where the bundle tells none
     score, physics = bundle.manifest["scores"].get("model"), bundle.manifest["physics"]
     return score and {**score, "physics": physics["method"], "by_method": physics.get("weighted_r2", {})}
 
-
+# %% ../nbs/17_cli.ipynb #5e170002
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table; maps only where nothing ran late."
     bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]

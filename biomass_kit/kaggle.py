@@ -126,7 +126,7 @@ def _reference_again(weights, options: dict):
     difference = np.abs(now - saved[list(TARGETS)].to_numpy()).max(1)
     return saved.assign(**dict(zip(TARGETS, now.T)), difference=difference)
 
-
+# %% ../nbs/16_kaggle.ipynb #9070b80f
 def check_reference(
     weights,  # the packed weights
     seconds: float = AFTERWARDS_SECONDS,  # that it may take

@@ -155,7 +155,7 @@ def _quadrats(facts) -> str:
     return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. {HECTARE} come from the area of the quadrat "
             f"that the bundle was trained on, {quadrat_text(facts['trained_cm'])}.")
 
-
+# %% ../nbs/15b_paddock.ipynb #3a4709d3
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
