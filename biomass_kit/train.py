@@ -155,7 +155,7 @@ def deterministic(
     cudnn = torch.backends.cudnn
     mode, ordered, benchmark = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
     if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         cudnn.deterministic = True
         cudnn.benchmark = False
     try: yield
@@ -358,7 +358,7 @@ class Run:
         except RuntimeError as e:
             if "use_deterministic_algorithms" not in str(e): raise
             log(f"{self.config.out.name} fold {k}: {str(e).split('. ')[0]}; it is trained without, so another run may end in other bits")
-            torch.use_deterministic_algorithms(True, warn_only=True)  # until `deterministic` ends
+            torch.set_deterministic_debug_mode("warn")  # until `deterministic` ends
             f, history = self.fit_member(k, progress)
         with self.threads():
             if f.part[0] == 0:
