@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 import biomass_kit
 from .data import atomic_path, copy_file, file_digest, json_text, write_text
-from .features import Backbone, build_backbone
+from .features import Backbone, build_backbone, tensor_shapes
 from .model import BiomassModel, member_state
 from .physics import METHODS
 from .targets import QUADRAT_CM, TARGETS, BiomassError, combine as join_members, quadrat_area, quadrat_text
@@ -320,8 +320,7 @@ def refuse_pickles(folder):
 # %% ../nbs/10_bundle.ipynb #b877684e
 def _shapes(path) -> dict:
     "Tensor name -> shape, from a file's header alone."
-    try:
-        with safe_open(path, framework="pt") as f: return {name: f.get_slice(name).get_shape() for name in f.keys()}
+    try: return tensor_shapes(path)
     except (SafetensorError, OSError) as e: raise BiomassError(f"{path}: not a safetensors file ({e}); copy the bundle again") from None
 
 
@@ -372,14 +371,26 @@ def _check_whole(folder: Path, data: bytes, manifest):
         raise BiomassError(f"{folder / MANIFEST}: its reference of training photos names a file or a member that it does not list; copy the bundle again")
 
 # %% ../nbs/10_bundle.ipynb #45f75f98
+def _refuse_twice(bundles: list):
+    "Refuse two members of one name: one file cannot hold both, and what is the same would count twice."
+    held = {}
+    for bundle, member in ((b, m) for b in bundles for m in b.members): held.setdefault(member["name"], []).append((bundle, member["file"]))
+    for name, found in sorted(held.items()):
+        if len(found) == 1: continue
+        both = " and ".join(str(bundle.folder) for bundle, _ in found[:2])
+        if len({bundle.manifest["files"][file]["sha256"] for bundle, file in found}) == 1:
+            raise BiomassError(f"{both} hold the same member {name}: joining a run with itself would only count it twice; drop one of them")
+        raise BiomassError(
+            f"{both} hold different members called {name}: either one recipe was trained twice (train one of them with another --seed), "
+            "or a biomass_kit before 0.2.0 named them, without teacher, precision and the weights' content (train one of them again)")
+
+
 def copy_members(
     bundles: list,  # checked Bundles
     out,  # the new bundle's folder
 ) -> list:  # descriptions of all members
     "Copy the members and backbones of several bundles into one folder; refuses two members of one name."
-    names = [m["name"] for b in bundles for m in b.members]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice: raise BiomassError(f"member {twice[0]} is in two of the bundles; joining a run with itself would only count it twice")
+    _refuse_twice(bundles)
     for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
         for name in sorted({f for m in bundle.members for f in member_files(m)}):

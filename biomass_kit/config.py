@@ -85,7 +85,8 @@ class AugmentConfig:
     swap_prob: float = 0.5  # probability that a training photo's halves are exchanged
     use_mixup: bool = True  # mix photos (or stored features) and their grams, Beta(0.4, 0.4)
     mixup_prob: float = 1.0  # share of the batches that are mixed
-    use_cutmix: bool = True  # replace one box in both halves by another photo's, grams mixed by area; tiles on stored features
+    # replace one box in both halves by another photo's, grams mixed by area; on stored features whole tiles, or MixUp where a half is one
+    use_cutmix: bool = True
     cutmix_prob: float = 0.5  # share of the batches with such a box; the others may be mixed by MixUp
 
 # %% ../nbs/11b_config.ipynb #c0f16002

@@ -16,7 +16,7 @@ from typing import Callable
 
 import biomass_kit
 from .bundle import MANIFEST, read_bundle, refuse_pickles, version_key
-from .data import copy_file, write_json, write_text
+from .data import copy_file, remove_abandoned, write_json, write_text
 from .kaggle import PREDICT_REQUIREMENTS, REFERENCE, SAME, inference_notebook, write_reference
 from .targets import BiomassError
 
@@ -203,7 +203,8 @@ kaggle competitions submit {competition} -k {user}/{kernel} -v 1 -f submission.c
 kaggle competitions submissions {competition}
 ```
 
-**Your own photos** instead of the competition: upload them as a dataset (all in one folder), open the notebook on Kaggle, and
+**Your own photos** instead of the competition: upload them as a dataset (subfolders are searched too),
+open the notebook on Kaggle, and
 under *Input* remove the competition and add that dataset. It then writes `grams.csv`.
 
 What travels: the library's wheel and the weights. Kaggle's image already has the rest ({image}); wheels beside them, if any,
@@ -288,8 +289,10 @@ def pack(
         if source.resolve().is_relative_to(out.resolve()):
             raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
     for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
-        for old in (p for pattern in (*patterns, ".tmp-*") for p in (out / slug).glob(pattern)): old.unlink()  # half a file too, from a packing that was killed
-    for left in out.glob(".tmp-*"): left.unlink()
+        for old in (p for pattern in patterns for p in (out / slug).glob(pattern)):
+            if old.is_file(): old.unlink()
+        remove_abandoned(out / slug)  # half a file, from a packing that was killed
+    remove_abandoned(out)
     shutil.rmtree(out / WEIGHTS / REFERENCE, ignore_errors=True)
     write_tracked(out, user)
     say(f"packing into {out}: the library's wheel")

@@ -110,6 +110,9 @@ def _care(predicted, facts) -> str:
                      "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
     if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
+    elif facts.get("shared_dates"):
+        text += paragraph(f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than meant may lie inside.")
+    text += "".join(map(paragraph, facts.get("said of photos", [])))
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
 
@@ -132,7 +135,7 @@ def _score(facts) -> str:
     "How good the bundle was on its own data, made consistent in its own way and, where that is another, as here."
     score = facts.get("score")
     if not score: return "The bundle tells no score."
-    text = (f"On photos held out in training, the bundle had a weighted R² of {number(score['weighted_r2'])} "
+    text = (f"In training, on {facts['held_out']}, the bundle had a weighted R² of {number(score['weighted_r2'])} "
             f"(90 % interval {interval(score['interval_90'])} over dates) with --physics {score['physics']}")
     here = score["by_method"].get(facts["physics"])
     if facts["physics"] == score["physics"]: return f"{text}, as here."
@@ -155,7 +158,8 @@ def _quadrats(facts) -> str:
 
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
-    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions")}
+    told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
+    rest = {k: v for k, v in facts.items() if k not in told}
     return (paragraph(_score(facts)) + paragraph(_sums(facts["physics"])) + paragraph(_quadrats(facts))
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
@@ -164,7 +168,8 @@ def _made(facts) -> str:
 def page(
     predicted,  # the table of `ensemble.predict_folder`
     # command, versions, quadrat_cm of the grams, trained_cm of the bundle, physics (the method), and what else is known:
-    facts: dict,  # score (with physics and by_method: method -> weighted R2) and level of the bundle, seconds, ...
+    # score (with physics and by_method: method -> weighted R2) and level of the bundle, "said of photos", ...
+    facts: dict,
     photos: dict,  # photo -> Seen of `shown_photos`; empty where they were left out
     title=TITLE,
 ) -> str:

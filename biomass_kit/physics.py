@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SUMS', 'SLACK', 'METHODS', 'NEEDS_COVARIANCE', 'ADD_UP', 'training_bounds', 'clamp', 'inconsistency',
-           'reconcile', 'error_covariance', 'apply_physics', 'clamp_folds', 'nested_physics']
+           'reconcile', 'error_covariance', 'apply_physics', 'clamp_folds', 'crossfit_physics']
 
 # %% ../nbs/06_physics.ipynb #6a246bd9
 import itertools
@@ -165,7 +165,7 @@ def clamp_folds(
     return out
 
 # %% ../nbs/06_physics.ipynb #0bed791a
-def nested_physics(
+def crossfit_physics(
     raw,  # [N, 5] grams, out of fold
     measured,  # [N, 5] grams
     fold: np.ndarray,  # [N]
@@ -173,7 +173,9 @@ def nested_physics(
     method: str = "derive_dead",  # a key of METHODS
     threshold: float = 0.15,
 ) -> np.ndarray:  # float32 [N, 5]
-    "Out-of-fold predictions made consistent, each fold by what the other folds' errors say."
+    """Out-of-fold predictions made consistent, cross-fitted: each fold by what the other folds' errors say.
+
+    The models behind those errors trained on this fold, so a score of it is no nested one."""
     fold, out = np.asarray(fold), np.empty((len(raw), len(TARGETS)), np.float32)
     clamped, measured, covariance = clamp_folds(raw, fold, bounds_by_fold), as_grams(measured, "measured"), None
     for k in np.unique(fold):

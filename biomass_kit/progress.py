@@ -24,14 +24,22 @@ def counted(n: int, unit: str) -> str:
 class Lines(tqdm):
     "A tqdm that prints whole lines: what, how far, how long it took and how long it will take."
 
+    told = None  # how far it was when the last line was printed
+    due = 0.0  # seconds from the start, before which no other line is printed
+
     def __init__(self, *args, **options):
         super().__init__(*args, **{**options, "mininterval": LINE_SECONDS, "miniters": 1, "dynamic_ncols": False})
 
     def display(self, msg=None, pos=None):
-        "Print the state once it has something to tell."
+        "Print the state where a line is due; tqdm asks every `mininterval`, which must stay as it was."
         d = self.format_dict
-        if not d["n"] or d["n"] == getattr(self, "told", None): return
-        self.told, self.mininterval = d["n"], max(LINE_SECONDS, LINE_SHARE * d["elapsed"])
+        if d["elapsed"] >= self.due: self.tell(d)
+
+    def tell(self, d: dict):
+        "Print the state unless there is nothing new in it."
+        if not d["n"] or d["n"] == self.told: return
+        self.told = d["n"]
+        self.due = d["elapsed"] + max(LINE_SECONDS, LINE_SHARE * d["elapsed"])
         print(self.line(d), file=self.fp, flush=True)
 
     def line(self, d: dict) -> str:
@@ -47,8 +55,9 @@ class Lines(tqdm):
     def close(self):
         "Say how long the step took, without the empty line that a bar needs; with `leave=False`, only if it said something before."
         if self.disable: return
-        if self.leave or hasattr(self, "told"): self.display()
-        self.leave, self.told = False, self.n  # nothing is left to tell
+        if self.leave or self.told is not None: self.tell(self.format_dict)
+        self.leave = False  # or tqdm would end the line once more
+        self.due = float("inf")
         super().close()
 
 # %% ../nbs/00b_progress.ipynb #a0b10009

@@ -17,10 +17,10 @@ import torch
 import biomass_kit
 from .data import write_csv, write_json
 from .ensemble import INTERVAL_LEVEL, bound_intervals
-from .folds import FLOORS, FOLD_COLUMNS, floor_predictions, score_beside_floors
-from .physics import METHODS, NEEDS_COVARIANCE, clamp_folds, error_covariance, nested_physics
+from .folds import FLOORS, FOLD_COLUMNS, floor_predictions, score_beside_floors, shared_dates
+from .physics import METHODS, NEEDS_COVARIANCE, clamp_folds, error_covariance, crossfit_physics
 from .targets import ENDS, OWN_ENDS, TARGETS, weighted_r2
-from .trust import conformal_margin, coverage, nested_intervals
+from .trust import conformal_margin, coverage, crossfit_intervals
 
 # %% ../nbs/11f_results.ipynb #46a27e0d
 def fold_scores(
@@ -90,11 +90,11 @@ def oof_intervals(
     fold: np.ndarray,  # [S]
 ) -> tuple:  # (lower and upper ends [S, 5], what results.json says of them); ([], None) where dates are too few to promise and to measure
     "Each fold's intervals by the errors of the other folds."
-    nested = nested_intervals(y, *(own or [final, final]), final, dates, fold, INTERVAL_LEVEL)
-    if nested is None: return [], None
-    width = np.median(nested[1] - nested[0], 0)
-    return list(nested), {"level": INTERVAL_LEVEL, "of": "heads" if own else "figures", "dates": len(set(dates)),
-                          "coverage": coverage(y, *nested), "median_width_g": dict(zip(TARGETS, width.tolist()))}
+    fitted = crossfit_intervals(y, *(own or [final, final]), final, dates, fold, INTERVAL_LEVEL)
+    if fitted is None: return [], None
+    width = np.median(fitted[1] - fitted[0], 0)
+    return list(fitted), {"level": INTERVAL_LEVEL, "of": "heads" if own else "figures", "dates": len(set(dates)),
+                          "coverage": coverage(y, *fitted), "median_width_g": dict(zip(TARGETS, width.tolist()))}
 
 # %% ../nbs/11f_results.ipynb #e77c1ecf
 def write_results(
@@ -113,7 +113,7 @@ def write_results(
     oof = oof.set_index("image_path").loc[table.loc[scored, "image_path"]].reset_index()
     columns = lambda suffix: oof[[t + suffix for t in TARGETS]].to_numpy()
     y, raw, of = columns(""), columns("_raw"), oof["fold"].to_numpy()
-    corrected = {m: nested_physics(raw, y, of, bounds, m, physics["threshold"]) for m in METHODS if m not in NEEDS_COVARIANCE or len(set(of)) > 1}
+    corrected = {m: crossfit_physics(raw, y, of, bounds, m, physics["threshold"]) for m in METHODS if m not in NEEDS_COVARIANCE or len(set(of)) > 1}
     oof[[t + "_pred" for t in TARGETS]] = corrected[physics["method"]]
     said = [columns(s) for s in OWN_ENDS] if TARGETS[0] + OWN_ENDS[0] in oof else []
     own = {m: heads_ends(said, p, of, bounds) for m, p in corrected.items()}
@@ -128,6 +128,7 @@ def write_results(
     floors = {kind: floor_predictions(table, fold, kind)[scored] for kind in FLOORS}
     results = {
         "photos": int(scored.sum()), "train_folds": sorted(map(int, set(oof["fold"]))), "n_folds": int(fold.max()) + 1,
+        "shared_dates": shared_dates(table, fold),
         "scores": score_beside_floors(table, fold, predictions, scored),
         "per_fold": fold_scores(table, fold, {**predictions, **floors}, scored),
         "physics": {m: weighted_r2(y, p) for m, p in corrected.items()}, "covariance": error_covariance(y, clamp_folds(raw, of, bounds)).tolist(), **facts,
@@ -145,6 +146,8 @@ def manifest_physics(results: dict, physics: dict) -> dict:
 
 
 def manifest_trust(results: dict, reference: dict) -> dict:
-    "What a bundle says of its intervals and of the training photos, whichever is known."
-    known = {"intervals": results.get("intervals") and {k: results["intervals"][k] for k in ("level", "of", "margins")}, "reference": reference}
-    return {k: v for k, v in known.items() if v}
+    "What a bundle says of its intervals, of what they were measured on, and of the training photos, whichever is known."
+    intervals = results.get("intervals")
+    known = {"intervals": intervals and {k: intervals[k] for k in ("level", "of", "margins")},
+             "shared_dates": results["shared_dates"], "reference": reference}
+    return {k: v for k, v in known.items() if v is not None}

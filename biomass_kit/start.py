@@ -6,9 +6,9 @@
 __all__ = ['ROOMS', 'load']
 
 # %% ../nbs/18_start.ipynb #d1800003
-import gc, importlib, sys
+import gc, importlib, os
 
-from .progress import progress
+from .ends import INTERRUPTED, on_interrupt
 
 # %% ../nbs/18_start.ipynb #d1800005
 ROOMS = ("features", "store", "train", "evidence", "search", "cli")  # each brings libraries that the one before it lacked; the last one is what was called for
@@ -16,10 +16,14 @@ ROOMS = ("features", "store", "train", "evidence", "search", "cli")  # each brin
 
 def load():  # the module `cli`
     "Load the rooms with a bar that goes; a log holds a line only where it takes more than ten seconds."
+    from biomass_kit.progress import progress
+
+    collects = gc.isenabled()
     gc.disable()
     try:
         for room in progress(ROOMS, desc="loading", unit="room", leave=False): loaded = importlib.import_module(f"biomass_kit.{room}")
-    finally: gc.enable()
+    finally:
+        if collects: gc.enable()
     return loaded
 
 # %% ../nbs/18_start.ipynb #d1800008
@@ -30,7 +34,12 @@ def __getattr__(
     if name.startswith("_"): raise AttributeError(f"module {__name__} has no attribute {name}")
 
     def entry():
-        try: loaded = load()
-        except KeyboardInterrupt: sys.exit("interrupted while loading")
+        with on_interrupt(_interrupted): loaded = load()
         return getattr(loaded, name)()
     return entry
+
+
+def _interrupted(*_):
+    "Ends a process that has only begun to load."
+    os.write(2, b"interrupted while loading\n")
+    os._exit(INTERRUPTED)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
-           'LOG_TARGETS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'as_grams', 'identity_residuals', 'weighted_r2',
-           'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_log', 'from_log', 'trimmed_mean',
-           'combine']
+           'LOG_TARGETS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'in_one_line', 'as_grams', 'identity_residuals',
+           'weighted_r2', 'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_log', 'from_log',
+           'trimmed_mean', 'combine']
 
 # %% ../nbs/00_targets.ipynb #df77b44d
 import numpy as np
@@ -20,6 +20,13 @@ ENDS, OWN_ENDS = ("_low", "_high"), ("_low_raw", "_high_raw")  # behind a target
 # %% ../nbs/00_targets.ipynb #9f772cb9
 class BiomassError(ValueError):
     "Something that the user can mend; its message names the file, the row or the option, and the fix."
+
+# %% ../nbs/00_targets.ipynb #e0d50012
+def in_one_line(e: BaseException) -> str:
+    "The first line of what an exception says, with its kind where the line alone may not tell."
+    said = str(e).strip().partition("\n")[0]
+    if said and isinstance(e, (BiomassError, RuntimeError, OSError)): return said
+    return ": ".join([type(e).__name__, *([said] if said else [])])
 
 # %% ../nbs/00_targets.ipynb #741cd593
 def as_grams(

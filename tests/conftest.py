@@ -1,9 +1,11 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,14 +22,20 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the long forms too (minutes each)")
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="where tests marked cuda run; on the CPU they test themselves")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
+    config.addinivalue_line("markers", "cuda: needs a GPU; run by pytest -m cuda")
+    if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests compare with the CPU
 
 
 def pytest_collection_modifyitems(config, items):
+    without_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"): item.add_marker(pytest.mark.skip(reason="a long form: make test-long"))
-
-
-def pytest_configure(config): config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
+        if "cuda" in item.keywords and without_gpu: item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m cuda tests"))
 
 
 def run(*command, **options):
@@ -38,6 +46,15 @@ def run(*command, **options):
 def python(*arguments, **options):
     "Run this Python."
     return run(sys.executable, *arguments, **options)
+
+
+def assert_close(found, due):
+    """The same but for the last bits, in grams: what other shapes may change.
+
+    A product of other shapes adds up in another order, so nothing that differs in batch size, number of threads or
+    device is compared for equality; which shapes differ, and by how much, depends on the processor.
+    """
+    np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-4)
 
 
 def launch(processes, module, *arguments, **options):
@@ -62,6 +79,12 @@ def imported_names(tree):
 def data(tmp_path_factory):
     "Thirty drawn photos in the competition's layout."
     return write_dataset(tmp_path_factory.mktemp("drawn") / "data", n_photos=30, n_test=4, seed=3, height=96)
+
+
+@pytest.fixture
+def device(request):
+    "Where a test marked cuda runs."
+    return request.config.getoption("--device")
 
 
 @pytest.fixture(scope="session")

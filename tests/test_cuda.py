@@ -1,0 +1,213 @@
+"""What the CPU does, a GPU does too: `pytest -m cuda tests`. Without a GPU, `pytest -m cuda --device cpu tests` tries the tests themselves."""
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_numbers import killed_after_two
+from untrained import untrained_bundle
+
+from biomass_kit import loop
+from biomass_kit.bundle import read_bundle
+from biomass_kit.config import TrainConfig
+from biomass_kit.data import list_photos, read_json
+from biomass_kit.ensemble import Ensemble, predict_competition, some_members
+from biomass_kit.features import Backbone, TileSpec, build_backbone, cut_tiles, pick_device, pick_precision
+from biomass_kit.store import FeatureRequest, feature_batches
+from biomass_kit.synthetic import write_dataset
+from biomass_kit.targets import TARGETS
+from biomass_kit.train import train
+from biomass_kit.tta import STORED_VIEWS
+
+pytestmark = pytest.mark.cuda
+RAW = [t + "_raw" for t in TARGETS]
+# How far a prediction may lie from the CPU's in fp32, as a share of the spread of predictions over photos. On the CPU, with tiles rounded as a
+# GPU rounds them, tiny transformers were off by at most 0.003 in fp32 and fp16 and 0.015 in bf16; an H100 by 0.0007, 0.0008 and 0.003 g.
+SHARE = {"fp32": 0.03, "fp16": 0.03, "bf16": 0.1}
+
+
+def assert_close(found, expected, precision="fp32"):
+    "Of [n, 5] grams by two devices or in two precisions."
+    spread = np.std(expected, axis=0).max()
+    assert spread > 0.01 and np.abs(found - expected).max() < SHARE[precision] * spread
+
+
+def assert_as_on_the_same_device(found, expected): np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    "Twelve synthetic photos, eight test photos, random weights of a tiny transformer."
+    room = tmp_path_factory.mktemp("cuda")
+    write_dataset(room / "data", n_photos=12, n_test=8, seed=6, height=64)
+    torch.manual_seed(0)
+    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    return room
+
+
+@pytest.fixture
+def base(room, tmp_path, device):
+    "One fold in fp32, to be completed with one of RECIPES."
+    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
+                       tile_size=32, batch_size=4, epochs=3, lr=0.01, cache_dir=tmp_path / "cache", device_type=device, precision="fp32")
+
+
+def by_photo(table):
+    "A submission as [photos, 5] grams."
+    return table.target.to_numpy().reshape(-1, len(TARGETS))
+
+
+def trained(config):
+    "A run's raw out-of-fold grams, as its device gave them, beside the paths of their photos."
+    train(config, log=lambda line: None)
+    oof = pd.read_csv(config.out / "oof.csv")
+    return oof[RAW].to_numpy(), [config.data / p for p in oof.image_path]
+
+
+RECIPES = {
+    "frozen": dict(freeze_backbone=True, use_aux_heads=True),
+    "fine-tuned": dict(backbone_lr=1e-3),
+    "checkpointed": dict(backbone_lr=1e-3, grad_checkpointing=True),
+    "two stages, LoRA": dict(backbone_lr=1e-2, two_stage=True, freeze_epochs=1, lora_rank=2),
+    "averaged": dict(backbone_lr=1e-3, average="ema"),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_was_trained_here_predicts_the_same_on_the_cpu(base, device, recipe, precision):
+    config = dataclasses.replace(base, precision=precision, **RECIPES[recipe])
+    there, photos = trained(config)
+    used = pick_precision(pick_device(device), precision)
+    assert read_json(config.out / "results.json")["device"] == f"{device}, {used}" and np.isfinite(there).all()
+    assert_close(there, Ensemble(read_bundle(config.out), device_type="cpu").predict(photos), used)
+
+
+@pytest.mark.parametrize("recipe", ["frozen", "fine-tuned"])
+def test_the_same_seed_twice_on_one_device(base, tmp_path, recipe):
+    first, again = (trained(dataclasses.replace(base, out=tmp_path / name / "run", **RECIPES[recipe]))[0] for name in ("first", "again"))
+    assert_as_on_the_same_device(again, first)
+    scores = [read_json(tmp_path / name / "run/results.json")["scores"]["model"]["weighted_r2"] for name in ("first", "again")]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["frozen", "fine-tuned"])
+def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
+    "From its second epoch, with the device's own random state."
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    config = dataclasses.replace(base, **RECIPES[recipe])
+    killed_after_two(config, monkeypatch)
+    rest, epochs = [], loop.run_epoch
+    monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
+    found, _ = trained(config)
+    assert len(rest) == 1
+    assert_as_on_the_same_device(found, trained(dataclasses.replace(config, out=tmp_path / "whole/run"))[0])
+
+
+@pytest.fixture
+def learned(base):
+    "A run trained on the CPU, frozen, for long enough to tell photos apart."
+    config = dataclasses.replace(base, device_type="cpu", epochs=6, lr=0.03, **RECIPES["frozen"])
+    trained(config)
+    return config.out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
+def test_predictions_in_each_precision(learned, room, tmp_path, device, precision):
+    if device == "cuda" and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0): pytest.skip("this GPU emulates bf16")
+    here = predict_competition(learned, room / "data", tmp_path / "here.csv", device_type="cpu", precision="fp32")
+    there = predict_competition(learned, room / "data", tmp_path / "there.csv", device_type=device, precision=precision)
+    outcome, used = there.attrs["outcome"], pick_precision(pick_device(device), precision)
+    assert not outcome.issues and outcome.devices[0].startswith(device) and outcome.devices[0].endswith(f"in {used}")
+    assert_close(by_photo(there), by_photo(here), used)
+
+
+def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
+    "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is stored; all of them on the device."
+    passes, plain = [], Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda self, tiles: passes.append((tiles.device.type, len(tiles))) or plain(self, tiles))
+    photos = list_photos(room / "data/test")
+    frozen = Ensemble(read_bundle(untrained_bundle(tmp_path / "frozen")), device_type=device, cache_dir=tmp_path / "cache")
+    first = frozen.predict(photos, batch_size=8)
+    assert passes == [(device, 8)] * 6
+    passes.clear()
+    assert_as_on_the_same_device(frozen.predict(photos, batch_size=3), first)
+    assert passes == []
+    tuned = Ensemble(read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type=device)
+    tuned.predict(photos, batch_size=8)
+    assert passes == [(device, 8)] * 3 * 5
+
+
+def test_tiles_cut_on_the_device(device):
+    "They differ from the CPU's by rounding alone."
+    pair = torch.randint(0, 256, (2, 97, 97, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for spec in (TileSpec(1, 1, 32), TileSpec(2, 2, 64), TileSpec(3, 2, 28)):
+        there, here = cut_tiles(pair.to(device), spec), cut_tiles(pair, spec)
+        assert there.device.type == device and there.dtype == torch.uint8
+        off = there.cpu().int() - here.int()
+        assert off.abs().max() <= 1 and off.float().mean().abs() < 0.01
+
+
+def test_features_made_on_the_device(room, device):
+    "Tiles cut and seen there, in every view."
+    photos, found = list_photos(room / "data/test"), {}
+    for where in (device, "cpu"):
+        backbone, size = build_backbone("test_vit", room / "vit.safetensors", 32)
+        request = FeatureRequest(backbone.to(where).eval(), TileSpec(2, 2, size), tuple(STORED_VIEWS))
+        batches = [features for (features,), _ in feature_batches(photos, [request], batch_size=8)]
+        found[where] = torch.cat([batches[0][v] for v in STORED_VIEWS]).cpu()
+        assert batches[0][STORED_VIEWS[0]].device.type == where
+    assert (found[device] - found["cpu"]).norm() < 0.01 * found["cpu"].norm()
+
+
+def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch):
+    "The error is played, all else is the device's: it remembers, and says so."
+    folder, plain, tried = untrained_bundle(tmp_path / "bundle"), Backbone.forward, []
+    whole = predict_competition(folder, room / "data", tmp_path / "whole.csv", device_type=device, precision="fp32")
+
+    def forward(self, tiles):
+        tried.append(len(tiles))
+        if len(tiles) > 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(self, tiles)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    parts = predict_competition(folder, room / "data", tmp_path / "parts.csv", device_type=device, precision="fp32", batch_size=4)
+    assert tried[:2] == [4, 2] and max(tried[1:]) == 2 and not parts.attrs["outcome"].issues
+    assert any("ran out of memory with 4 photos at once; 2 at once from here on" in line for line in parts.attrs["outcome"].notes)
+    assert_close(by_photo(parts), by_photo(whole))
+
+
+def test_memory_that_is_short_indeed(room, tmp_path, device):
+    "A limit between what one photo takes and what eight take."
+    if device == "cpu": pytest.skip("torch sets no limit on the CPU's memory")
+    bundle = read_bundle(untrained_bundle(tmp_path / "bundle", ((2, 2),), 1, tile_size=512))
+    photos, said = list_photos(room / "data/test"), []
+    ensemble = Ensemble(bundle, device_type=device, precision="fp32", say=said.append)
+
+    def taken(batch_size):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return ensemble.predict(photos, batch_size), torch.cuda.max_memory_reserved()
+
+    whole, one = taken(1)
+    _, eight = taken(8)
+    assert eight > 2 * one and not said, "too small a model for this test"
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((one + eight) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try: parts, _ = taken(8)
+    finally: torch.cuda.set_per_process_memory_fraction(1.0)
+    assert ensemble.fits in (1, 2, 4) and len(said) == 1 and "ran out of memory with 8 photos at once" in said[0]
+    assert_close(parts, whole)
+
+
+def test_a_member_alone_and_among_others(room, tmp_path, device):
+    "Backbones that share the device's memory stay apart."
+    bundle = read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), 3, fine_tuned=True))
+    photos = list_photos(room / "data/test")
+    together = Ensemble(bundle, device_type=device, precision="fp32").predict(photos, batch_size=8)
+    alone = [Ensemble(some_members(bundle, lambda m, k=k: m["fold"] == k), device_type=device, precision="fp32").predict(photos, batch_size=8)
+             for k in range(3)]
+    assert_as_on_the_same_device(np.mean(alone, 0), together)
+    assert np.abs(alone[0] - alone[2]).max() > 1e-3
