@@ -32,7 +32,7 @@ LOGGED = tuple(name for name, columns in LOG_TARGETS.items() if columns)
 
 @dataclass(frozen=True)
 class DataConfig:
-    "Where the photos are and where the run goes."
+    "Where the photos are, what was weighed on them, and where the run goes."
 
     data: Path  # folder with train.csv and its photos
     out: Path  # folder of this run; the same command on it goes on where it stopped
