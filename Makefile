@@ -5,7 +5,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test test-long prepare readme
+.PHONY: demo test test-long test-last-bits prepare
 
 demo: .venv/installed
 	$(BIN)/biomass_demo
@@ -18,6 +18,11 @@ test: .venv/installed
 # tests/ with its long forms, which take minutes each.
 test-long: .venv/installed
 	$(BIN)/pytest -q tests --long
+
+# Everything once more on a processor, played, where other shapes give other last bits.
+test-last-bits: .venv/installed
+	PYTHONPATH=tests/last_bits $(BIN)/nbdev_test --n_workers 2 --do_print
+	PYTHONPATH=tests/last_bits $(BIN)/pytest -q tests
 
 # After editing notebooks: export the library, clean the notebooks, render the README.
 prepare: .venv/installed

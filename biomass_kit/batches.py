@@ -30,10 +30,14 @@ class Batches:
         "What names every draw of this epoch."
         return self.config.seed, self.fold, self.epoch
 
-    def batch(self, photos: list) -> dict:
+    def batch(
+        self,
+        photos: list,
+        cells: tuple,  # (rows, columns) of what CutMix replaces in a half
+    ) -> dict:
         "Photo indices and how this batch is mixed, named by its first photo: by a box, or else by MixUp."
         c, n, named = self.config, len(photos), (*self.named, photos[0])
-        box, partner = draw_cutmix(draw_rng("cutmix", *named), n, c.cutmix_prob) if c.use_cutmix else (Box(), None)
+        box, partner = draw_cutmix(draw_rng("cutmix", *named), n, c.cutmix_prob, cells) if c.use_cutmix else (Box(), None)
         share = 1.0
         if box == Box(): share, partner = draw_mixup(draw_rng("mixup", *named), n, c.mixup_prob if c.use_mixup else 0)
         return {"photo": torch.tensor(photos), "share": share, "partner": torch.from_numpy(partner), "box": box}
@@ -54,7 +58,7 @@ class StoredBatches(Batches):
 
     def __getitem__(self, photos: list) -> dict:
         variants, views = map(list, zip(*map(self._draw, photos)))
-        batch, features = self.batch(photos), arrange_each(self.stored.gather(photos, variants), views, self.config.grid)
+        batch, features = self.batch(photos, self.config.grid), arrange_each(self.stored.gather(photos, variants), views, self.config.grid)
         if batch["box"] == Box(): return {**batch, "features": mix(features, batch["share"], batch["partner"])}
         features, share = cutmix_tiles(features, self.config.grid, batch["box"], batch["partner"])
         return {**batch, "features": features, "share": share}
@@ -85,7 +89,8 @@ class PixelBatches(Batches):
         return arrange(flip_pixels(cut_tiles(pair, self.spec), view)[None], view, self.spec.grid)[0]
 
     def __getitem__(self, photos: list) -> dict:
-        batch, pairs = self.batch(photos), [self._pair(i) for i in photos]
+        pairs = [self._pair(i) for i in photos]
+        batch = self.batch(photos, min(p.shape[1:3] for p in pairs))  # by the smallest photo's pixels; its share is each photo's own
         box = batch["box"]
         if box != Box():
             batch["share"] = torch.tensor([box.share(*p.shape[1:3]) for p in pairs])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMAS', 'MANIFEST', 'HEADER', 'SINCE_LATER', 'FIELDS', 'UNSIGNED', 'PICKLES', 'tensor_bytes', 'write_tensors',
            'save_backbone', 'save_lora', 'save_reference', 'merge_lora', 'save_member', 'read_member_info',
-           'member_files', 'manifest_digest', 'sign_manifest', 'write_manifest', 'Bundle', 'version_key', 'is_pickle',
-           'refuse_pickles', 'read_bundle', 'copy_members']
+           'member_files', 'member_quadrat', 'manifest_digest', 'sign_manifest', 'write_manifest', 'Bundle',
+           'version_key', 'is_pickle', 'refuse_pickles', 'read_bundle', 'copy_members']
 
 # %% ../nbs/10_bundle.ipynb #6b7d85f8
 import hashlib, json, re
@@ -24,7 +24,7 @@ from .data import atomic_path, copy_file, file_digest, json_text, write_text
 from .features import Backbone, build_backbone, tensor_shapes
 from .model import BiomassModel, member_state
 from .physics import METHODS
-from .targets import TARGETS, BiomassError, combine as join_members
+from .targets import QUADRAT_CM, TARGETS, BiomassError, combine as join_members, quadrat_area, quadrat_text
 from .tta import parse_view
 
 # %% ../nbs/10_bundle.ipynb #3862a884
@@ -118,6 +118,11 @@ def member_files(member: dict) -> list:
     ref = member["backbone"]
     return [member["file"], ref["file"], *([ref["lora"]["file"]] if "lora" in ref else [])]
 
+
+def member_quadrat(member: dict) -> tuple:  # two sides in centimetres
+    "The quadrat whose grams a member predicts; members of an earlier library know one alone."
+    return tuple(member["config"].get("quadrat_cm", QUADRAT_CM))
+
 # %% ../nbs/10_bundle.ipynb #ae099ad9
 def manifest_digest(
     data: bytes,  # of a manifest
@@ -167,9 +172,18 @@ class Bundle(NamedTuple):
     def members(self) -> list: return self.manifest["members"]
 
     @property
+    def quadrat_cm(self) -> tuple: return member_quadrat(self.members[0])
+
+    @property
     def trust(self) -> dict:
         "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
         return self.manifest.get("trust", {})
+
+    @property
+    def margins(self) -> dict:
+        "Method of physics -> [5] roots of grams by which intervals of its predictions are widened; earlier libraries measured one method."
+        known = self.trust.get("intervals", {})
+        return known.get("margins") or ({self.manifest["physics"]["method"]: known["margin"]} if known else {})
 
     def load_reference(self) -> dict:
         "What is remembered of the training photos, by name; empty where nothing is."
@@ -242,14 +256,25 @@ def _check_settings(path, manifest: dict):
     "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
     physics, figures = manifest["physics"], np.empty(0)
     with suppress(ValueError, TypeError): figures = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
-    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all():
-        raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams; pack the bundle again")
+    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all() or figures.min() < 0:
+        raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams, none negative; pack the bundle again")
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this library; pack the bundle again")
     try:
         if not isinstance(manifest["views"], list) or not [parse_view(v) for v in manifest["views"]]: raise BiomassError("names no views")
         join_members(np.zeros((len(manifest["members"]), 1, len(TARGETS))), **manifest.get("combine", {}))
     except BiomassError as e: raise BiomassError(f"{path}: {e}; pack the bundle again") from None
+
+# %% ../nbs/10_bundle.ipynb #b0de1005
+def _check_quadrats(path, member: dict, others: list):
+    "Refuse a member whose grams are those of no quadrat, or of another area than those of others."
+    try: area = quadrat_area(member_quadrat(member))
+    except BiomassError as e: raise BiomassError(f"{path}: member {member['name']}: {e}; train or download it again") from None
+    for other in others:
+        if quadrat_area(member_quadrat(other)) == area: continue
+        sides = " and ".join(quadrat_text(member_quadrat(m)) for m in (member, other))
+        raise BiomassError(f"{path}: members {member['name']} and {other['name']} predict grams in quadrats of {sides}; "
+                           "train one of them again with the other's --quadrat-cm")
 
 # %% ../nbs/10_bundle.ipynb #b0de1004
 def _check_member(folder: Path, manifest: dict, member: dict):
@@ -264,6 +289,7 @@ def _check_member(folder: Path, manifest: dict, member: dict):
         raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles of {member['tile_size']} pixels; train or download it again")
     if list(grid) != list(member["grid"]):
         raise BiomassError(f"{path}: member {name} reads {member['grid']} tiles, but its own config says {grid}; train or download it again")
+    _check_quadrats(path, member, manifest["members"])
     for other in manifest["members"]:
         (a, b), dims = (m["backbone"] for m in (member, other)), (member["model"]["dim"], other["model"]["dim"])
         alike = a["file"] != b["file"] or a["name"] == b["name"] and ((a["pooling"], a.get("blocks")) != (b["pooling"], b.get("blocks")) or dims[0] == dims[1])
@@ -345,14 +371,26 @@ def _check_whole(folder: Path, data: bytes, manifest):
         raise BiomassError(f"{folder / MANIFEST}: its reference of training photos names a file or a member that it does not list; copy the bundle again")
 
 # %% ../nbs/10_bundle.ipynb #45f75f98
+def _refuse_twice(bundles: list):
+    "Refuse two members of one name: one file cannot hold both, and what is the same would count twice."
+    held = {}
+    for bundle, member in ((b, m) for b in bundles for m in b.members): held.setdefault(member["name"], []).append((bundle, member["file"]))
+    for name, found in sorted(held.items()):
+        if len(found) == 1: continue
+        both = " and ".join(str(bundle.folder) for bundle, _ in found[:2])
+        if len({bundle.manifest["files"][file]["sha256"] for bundle, file in found}) == 1:
+            raise BiomassError(f"{both} hold the same member {name}: joining a run with itself would only count it twice; drop one of them")
+        raise BiomassError(
+            f"{both} hold different members called {name}: either one recipe was trained twice (train one of them with another --seed), "
+            "or a biomass_kit before 0.2.0 named them, without teacher, precision and the weights' content (train one of them again)")
+
+
 def copy_members(
     bundles: list,  # checked Bundles
     out,  # the new bundle's folder
 ) -> list:  # descriptions of all members
     "Copy the members and backbones of several bundles into one folder; refuses two members of one name."
-    names = [m["name"] for b in bundles for m in b.members]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice: raise BiomassError(f"member {twice[0]} is in two of the bundles; joining a run with itself would only count it twice")
+    _refuse_twice(bundles)
     for stale in set(p.name for p in Path(out).glob("member-*.safetensors")) - {m["file"] for b in bundles for m in b.members}: (Path(out) / stale).unlink()
     for bundle in bundles:
         for name in sorted({f for m in bundle.members for f in member_files(m)}):

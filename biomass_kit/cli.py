@@ -24,16 +24,17 @@ from . import ensemble, evidence, gallery, packing, paddock, report, sealed, syn
 from . import train as training
 from .bundle import read_bundle
 from .config import TrainConfig
-from .data import check_submission, list_photos, read_json, read_photo, read_test, read_train, split_pair, write_csv, write_json, write_text
+from .data import check_submission, list_photos, photo_names, read_json, read_photo, read_test
+from .data import read_train, split_pair, write_csv, write_json, write_text
 from .features import DEVICE_TYPES, PRECISIONS
-from .folds import CV_STRATEGIES, read_table
+from .folds import CV_STRATEGIES, held_out_text, read_table
 from .joining import join_runs
 from .outcome import summary_lines
 from .physics import METHODS
 from .progress import counted, progress, say
 from .results import run_facts
 from .store import CACHE_GB, default_cache_dir, trim_cache, trim_text
-from .targets import COMBINATIONS, ENDS, QUADRAT_CM, TARGETS, TRIM, BiomassError, weighted_r2
+from .targets import COMBINATIONS, ENDS, TARGETS, TRIM, BiomassError, weighted_r2
 
 # %% ../nbs/17_cli.ipynb #538b194c
 def command(run):
@@ -120,7 +121,7 @@ def write_run_report(
 # %% ../nbs/17_cli.ipynb #bce88ff5
 def _join(folders: list, out: Path, say=print, how: str = "mean", trim: float = TRIM, photos: bool = True) -> dict:
     "Join finished runs and say how each and all of them score."
-    results = join_runs(folders, out, how, trim, (evidence.stack_weights, evidence.nested_stack))
+    results = join_runs(folders, out, how, trim, (evidence.stack_weights, evidence.crossfit_stack))
     for m in results["members"]: say(f"  {m['run']}: weighted R2 {m['weighted_r2']:.3f}" + (f", weight {m['weight']:.2f}" if "weight" in m else ""))
     say(f"joint out-of-fold scores of {results['photos']} photos:")
     _print_scores(results, say)
@@ -199,11 +200,13 @@ class StudyArgs:
 
 @dataclass(frozen=True)
 class SearchArgs(StudyArgs, TrainConfig):
-    """Search the settings of the head: grid, head_lr_stage1, dropout, hidden_ratio, the aux weights, target_weights, grad_clip.
+    """Search the settings of the head.
 
-    One of these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial.
-    Start the same command in several processes or on several hosts to share one study; start it again to go on. The best of
-    many trials on the same folds flatters itself, so best and default are trained again on another deal of the folds.
+    Searched are grid, head_lr_stage1, dropout, hidden_ratio, use_aux_heads and the aux weights, target_weights, grad_clip. One of
+    these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial. The
+    first trial is what biomass_train would make of the same options: the default, with which the best is compared. Start the
+    same command in several processes or on several hosts to share one study; start it again to go on. The score of the best of
+    many trials is optimistically biased, so best and default are trained again on another assignment of the folds.
     """
 
 
@@ -284,7 +287,7 @@ class PhotosArgs:
 
     weights: Path  # bundle folder, or a run folder
     data: Optional[Path] = None  # competition folder with test.csv
-    photos: Optional[Path] = None  # folder of photos, no table needed
+    photos: Optional[Path] = None  # folder of photos, its subfolders too; no table needed
     out: Path = Path("submission.csv")  # CSV to write
 
 
@@ -303,8 +306,9 @@ class EnsembleArgs:
 class PhysicsArgs:
     "How figures are made consistent."
 
-    physics: Optional[Literal[tuple(METHODS)]] = None  # how predictions are made consistent; the bundle's by default
-    correction_threshold: Optional[float] = None  # the bundle's by default
+    # how predictions are made consistent; with --data the bundle's by default, with --photos project, whose values add up
+    physics: Optional[Literal[tuple(METHODS)]] = None
+    correction_threshold: Optional[float] = None  # of derive_dead; the bundle's by default
 
 # %% ../nbs/17_cli.ipynb #82370e4c
 @dataclass(frozen=True)
@@ -329,7 +333,9 @@ class PlanArgs:
 class PaddockArgs:
     "Your own photos."
 
-    quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides of the quadrat on the ground, for kg DM/ha; with --photos
+    # sides of your own quadrat, in cm: grams are those in it, with --photos; by default those in the quadrat that was trained on.
+    # kg DM/ha come from that one's area (biomass_train --quadrat-cm) and stay the same
+    quadrat_cm: Optional[tuple[float, float]] = None
     report: bool = True  # with --photos, also write a report as one HTML file
 
 # %% ../nbs/17_cli.ipynb #c11a0003
@@ -337,11 +343,14 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (file name); the five targets in grams of dry matter in the quadrat (..._g) and
-    in kg DM/ha (..._kg_ha), each with the ends of its 90 % interval (..._low, ..._high) where the bundle knows them; likeness (0 to 1),
-    the share of training photos that lie as far from those of other dates as this photo from all of them; flag, empty or why a figure
-    should not be believed: unlike the training photos (likeness of 0.05 or less), fewer members, or the training means of a photo
-    that was not read. Beside grams.csv lies grams_report.html.
+    The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in
+    the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
+    (..._kg_ha), which add up unless --physics says otherwise, each with the ends of its 90 % interval
+    (..._low, ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie
+    as far from those of other dates as this photo from all of them; flag, empty or why a value should not
+    be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of
+    a photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than
+    wide is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html.
     """
 
 # %% ../nbs/17_cli.ipynb #c11a0004
@@ -355,6 +364,12 @@ def _dry_run(a: PredictArgs):
           "peak memory so far {1:.2f} GB".format(counted(found["photos"], "photo"), found["peak_bytes"] / 1e9, **found))
 
 # %% ../nbs/17_cli.ipynb #5e170001
+def _folder_score(bundle) -> dict:  # None where the bundle tells none
+    "A bundle's score, by which method of physics, and what is known of the others."
+    score, physics = bundle.manifest["scores"].get("model"), bundle.manifest["physics"]
+    return score and {**score, "physics": physics["method"], "by_method": physics.get("weighted_r2", {})}
+
+
 def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table; maps only where nothing ran late."
     bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]
@@ -364,9 +379,13 @@ def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
         seen = look_at(paths, bundle, **({"maps": False} if late else {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}))
     intervals = bundle.trust.get("intervals", {})
     level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
+    shared = bundle.trust.get("shared_dates")
     facts = run_facts() | {
+        "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
         "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
-        "notes": outcome.notes, "quadrat_cm": a.quadrat_cm, "score": bundle.manifest["scores"].get("model"), "level": level}
+        "notes": outcome.notes, "said of photos": outcome.said_of_photos(),
+        "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
+        "physics": a.physics or ensemble.FOLDER_PHYSICS, "score": _folder_score(bundle), "level": level}
     shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
     return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
 
@@ -384,11 +403,11 @@ def predict(args=None):
     a = parse(PredictArgs, "biomass_predict", args)
     if (a.data is None) == (a.photos is None): raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB): raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
-    if a.data and (a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos):
+    if a.data and (a.quadrat_cm or not a.report or not a.report_photos):
         raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
     if not a.report and not a.report_photos: raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     if a.dry_run:
-        if a.quadrat_cm != QUADRAT_CM or not a.report or not a.report_photos:
+        if a.quadrat_cm or not a.report or not a.report_photos:
             raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
         if a.cache_dir or a.cache_gb != CACHE_GB:
             raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
@@ -451,7 +470,8 @@ def compare(args=None):
     photos = [list_photos(a.first), list_photos(a.second)]
     seen = [evidence.bundle_features(a.weights, p, device_type=a.device_type, cache_dir=default_cache_dir(), progress=progress) for p in photos]
     dates = evidence.dates_of(photos[0], a.data) if a.data else None
-    found = evidence.adversarial_validation(*seen, *([p.name for p in side] for side in photos), first_dates=dates)
+    names = [photo_names(folder, side) for folder, side in zip((a.first, a.second), photos)]
+    found = evidence.adversarial_validation(*seen, *names, first_dates=dates)
     trim_cache(default_cache_dir(), CACHE_GB * 1e9)
     print("AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(*found["photos"], *found["chance"], **found))
     if found["other_dates"]: print("two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))

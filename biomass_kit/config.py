@@ -21,7 +21,7 @@ from .loss import LOSS_KINDS, TARGET_WEIGHTS
 from .model import FUSIONS
 from .physics import METHODS, NEEDS_COVARIANCE
 from .store import CACHE_DTYPES, CACHE_GB
-from .targets import LOG_TARGETS, BiomassError
+from .targets import LOG_TARGETS, QUADRAT_CM, BiomassError, quadrat_area
 from .tta import DEFAULT_VIEWS, parse_view
 
 # %% ../nbs/11b_config.ipynb #ffdc672f
@@ -36,6 +36,7 @@ class DataConfig:
 
     data: Path  # folder with train.csv and its photos
     out: Path  # folder of this run; the same command on it goes on where it stopped
+    quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides in cm of the quadrat whose grams train.csv holds; kg DM/ha are made from its area
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class AugmentConfig:
     swap_prob: float = 0.5  # probability that a training photo's halves are exchanged
     use_mixup: bool = True  # mix photos (or stored features) and their grams, Beta(0.4, 0.4)
     mixup_prob: float = 1.0  # share of the batches that are mixed
-    use_cutmix: bool = True  # replace one box in both halves by another photo's, grams mixed by area; tiles on stored features
+    # replace one box in both halves by another photo's, grams mixed by area; on stored features whole tiles, or MixUp where a half is one
+    use_cutmix: bool = True
     cutmix_prob: float = 0.5  # share of the batches with such a box; the others may be mixed by MixUp
 
 # %% ../nbs/11b_config.ipynb #c0f16002
@@ -205,6 +207,7 @@ def _unread(c) -> list:
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     stored = c.freeze_backbone and c.cache
+    quadrat_area(c.quadrat_cm)
     not_negative = ("seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight",
                     "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight", "distill_weight", "lora_rank")
     refuse = [

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROBE_ALPHAS', 'choose_alpha', 'linear_probe', 'bundle_features', 'paired_difference', 'difference_text', 'verdict',
-           'difference_table', 'strategy_table', 'strategy_text', 'stack_weights', 'nested_stack',
+           'difference_table', 'strategy_table', 'strategy_text', 'stack_weights', 'crossfit_stack',
            'adversarial_validation', 'dates_of']
 
 # %% ../nbs/13_evidence.ipynb #7be38776
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .bundle import read_bundle
-from .data import read_train
+from .data import crop_lines, photo_crops, read_train
 from .ensemble import Ensemble
 from .folds import CV_STRATEGIES, LEAVE_ONE, bootstrap_scores, make_folds, score_beside_floors, shared_dates
 from .store import feature_batches
@@ -38,10 +39,10 @@ def _fit_probe(x, y, alpha):
 def choose_alpha(
     x: np.ndarray,  # [n, F] features of the training part
     y: np.ndarray,  # [n, 5] grams
-    groups,  # [n] sampling dates
+    groups,  # [n] what stays together: sampling dates, or what `--cv` groups by
     alphas=PROBE_ALPHAS,
 ) -> float:
-    "The ridge strength with the best score over an inner grouped cross-validation; the middle one where there is one date."
+    "The ridge strength with the best score over an inner grouped cross-validation; the middle one where there is one group."
     if len(set(groups)) < 2: return alphas[len(alphas) // 2]
     splits = list(GroupKFold(min(5, len(set(groups)))).split(x, groups=groups))
 
@@ -61,7 +62,7 @@ def linear_probe(
 ) -> np.ndarray:  # [N, 5] grams, out of fold, not negative
     "Out-of-fold ridge predictions from each photo's mean tile feature."
     x, y = features.mean((1, 2)), table[list(TARGETS)].to_numpy()
-    groups = CV_STRATEGIES[within][0](table).to_numpy()
+    groups = CV_STRATEGIES[within].groups(table).to_numpy()
     out = np.empty_like(y)
     for k in np.unique(fold):
         train = fold != k
@@ -81,6 +82,7 @@ def bundle_features(
     bundle = read_bundle(weights)
     if not bundle.members[0]["config"].get("freeze_backbone"):
         raise BiomassError(f"{weights}: its backbone was trained on labels, which its features would give away; give a bundle trained with --freeze-backbone")
+    for line in crop_lines(photo_crops({str(path): path for path in paths})): warnings.warn(line)
     ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
     return np.concatenate([f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])
@@ -179,12 +181,12 @@ def stack_weights(
     return u / u.sum()
 
 # %% ../nbs/13_evidence.ipynb #6647ea28
-def nested_stack(
+def crossfit_stack(
     predictions,  # [M, N, 5] grams, out of fold
     measured,  # [N, 5] grams
     fold: np.ndarray,  # [N]
 ) -> np.ndarray:  # [N, 5] grams
-    "Out-of-fold predictions of the weighted mean, each fold with weights from the other folds."
+    "Out-of-fold predictions of the weighted mean, cross-fitted: each fold with weights from the other folds."
     p, y, fold = np.asarray(predictions, dtype=np.float64), as_grams(measured, "measured"), np.asarray(fold)
     if len(np.unique(fold)) < 2: raise BiomassError("weighted: one fold has no other folds to find weights on; train two folds or more, or combine by mean")
     out = np.empty(p.shape[1:])

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BACKBONE', 'POOLINGS', 'DEVICE_TYPES', 'PRECISIONS', 'TileSpec', 'tile_edges', 'cut_tiles', 'Backbone',
-           'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'launches', 'working_gpus', 'pick_devices',
-           'pick_device', 'pick_precision', 'autocast', 'backbone_digest']
+           'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'cublas_workspace', 'launches',
+           'working_gpus', 'pick_devices', 'pick_device', 'pick_precision', 'autocast', 'backbone_digest']
 
 # %% ../nbs/07_features.ipynb #21afbbac
-import difflib, hashlib, json, logging, re, warnings
+import difflib, hashlib, json, logging, os, re, warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -333,6 +334,17 @@ def build_backbone(
     return backbone, tile_size
 
 
+# %% ../nbs/07_features.ipynb #18c00001
+@contextmanager
+def cublas_workspace():
+    "The environment in which torch finds cuBLAS deterministic. It looks once, at a process's first product on a GPU."
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, ":4096:8")
+    try: yield
+    finally:
+        if before is None: del os.environ[name]
+
 # %% ../nbs/07_features.ipynb #daf59b91
 DEVICE_TYPES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -340,7 +352,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 def launches(device: torch.device) -> bool:
     "Whether a GPU computes a small product rightly; raises RuntimeError where it cannot launch a kernel."
-    return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
+    with cublas_workspace(): return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
 
 
 def working_gpus(

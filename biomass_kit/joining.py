@@ -16,7 +16,7 @@ from .bundle import copy_members, read_bundle, save_reference, write_manifest
 from .data import read_json
 from .folds import read_folds, read_table, write_folds
 from .results import manifest_physics, manifest_trust, run_facts, write_results
-from .targets import ENDS, OWN_ENDS, TARGETS, TRIM, BiomassError, combine
+from .targets import ENDS, OWN_ENDS, TARGETS, TRIM, BiomassError, combine, quadrat_area, quadrat_text
 
 # %% ../nbs/12b_joining.ipynb #fdfd8487
 def _read_run(folder) -> dict:
@@ -40,6 +40,10 @@ def _check_joinable(runs: list):
         if assigned[0] != assigned[1]:
             raise BiomassError(f"{pair} were scored on different folds; train them with the same --data, --cv, --n-folds and --fold-seed")
         if set(a["oof"].index) != set(b["oof"].index): raise BiomassError(f"{pair} trained different --train-folds; finish both")
+        mine, other = (r["bundle"].quadrat_cm for r in (a, b))
+        if quadrat_area(mine) != quadrat_area(other):
+            raise BiomassError(f"{pair} predict grams in quadrats of {quadrat_text(mine)} and {quadrat_text(other)}; "
+                               "train one of them again with the other's --quadrat-cm")
         same = np.abs(a["oof"][list(TARGETS)] - b["oof"].loc[a["oof"].index, list(TARGETS)]).to_numpy().max() < 1e-6
         if not same: raise BiomassError(f"{pair} have different targets for the same photos; train both on one train.csv")
         for what, key in (("physics", "method"), ("physics", "threshold"), ("views", slice(None))):
@@ -60,6 +64,12 @@ def _score(results: dict) -> float:
     return math.nan if score is None else score
 
 
+def _shared_digests(runs: list) -> dict:
+    "What all runs were trained on alike, by digest."
+    first, *others = [r["results"].get("digests", {}) for r in runs]
+    return {name: digest for name, digest in first.items() if all(o.get(name) == digest for o in others)}
+
+
 def copy_reference(bundle, out) -> dict:  # "reference" of the manifest, or None
     "Copy what a bundle remembers of the training photos to another that holds its members."
     known, tensors = bundle.trust.get("reference"), bundle.load_reference()
@@ -71,7 +81,7 @@ def join_runs(
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
-    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.nested_stack`), for `weighted`
+    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.crossfit_stack`), for `weighted`
 ) -> dict:  # the content of results.json
     "Join finished runs into one bundle and score their joint out-of-fold prediction."
     runs, out = [_read_run(f) for f in folders], Path(out)
@@ -90,9 +100,10 @@ def join_runs(
     physics = {k: first.manifest["physics"][k] for k in ("method", "threshold")}
     table, fold = runs[0]["folds"]
     facts = {
-        "config": {f"run {i}": r["results"]["config"] for i, r in enumerate(runs)}, "cv": runs[0]["results"]["cv"], "device": runs[0]["results"]["device"],
+        "config": {f"run {i}": r["results"]["config"] for i, r in enumerate(runs)}, "cv": runs[0]["results"]["cv"],
+        "device": " and ".join(dict.fromkeys(r["results"]["device"] for r in runs)), "digests": _shared_digests(runs),
         "seconds": round(sum(r["results"]["seconds"] for r in runs), 1), **run_facts(), "combine": how,
-        **{k: runs[0]["results"][k] for k in ("digests", "unlike") if k in runs[0]["results"]},
+        **{k: runs[0]["results"][k] for k in ("unlike",) if k in runs[0]["results"]},
         "members": [{"run": str(r["folder"]), "weighted_r2": _score(r["results"]), **({"weight": weights[i]} if weights else {})} for i, r in enumerate(runs)],
     }
     write_folds(out / "folds.csv", table, fold)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .data import write_csv
+from .data import crop_lines, missing_decoders, photo_crops, write_csv
 from .progress import counted
 
 # %% ../nbs/10c_outcome.ipynb #5b500056
@@ -27,7 +27,7 @@ class Issue(NamedTuple):
     reason: str
     fallback: str
 
-
+# %% ../nbs/10c_outcome.ipynb #a13d0103
 @dataclass
 class Outcome:
     "What happened while photos were predicted."
@@ -37,6 +37,19 @@ class Outcome:
     devices: list = field(default_factory=list)  # that predicted photos, in words
     seconds: float = 0.0
     issues_path: Path = None  # where all issues are listed, if there are any
+    crops: dict = field(default_factory=dict)  # row -> data.Crop, of photos that were predicted
+    left_out: str = ""  # what lies among the photos and is none that can be read
+
+    def see_crops(self, paths: list):
+        "Ask the headers of photos that were predicted, once each, what `split_pair` does to them."
+        known = {row for row, issue in self.issues.items() if issue.fallback == MEANS} | self.crops.keys()
+        self.crops |= photo_crops({row: path for row, path in enumerate(paths) if row not in known})
+
+    def said_of_photos(self) -> list:
+        "Lines on photos that lack a decoder, were turned or lost much area, and on what was left out."
+        lines = missing_decoders([issue.reason for issue in self.issues.values()])
+        lines += crop_lines({self.names[row]: self.crops[row] for row in sorted(self.crops)})
+        return lines + [self.left_out] * (self.left_out != "")
 
     def note(self, line: str):
         "Say something once, and remember it for the closing lines."
@@ -44,14 +57,14 @@ class Outcome:
         self.notes.append(line)
         warnings.warn(line)
 
-
+# %% ../nbs/10c_outcome.ipynb #a13d0104
 def issues_path(
     out,  # the table or submission
 ) -> Path:
     "Where its issues are listed."
     return Path(out).with_name(f"{Path(out).stem}_issues.csv")
 
-# %% ../nbs/10c_outcome.ipynb #03a937d1
+
 def write_issues(
     out,  # the table or submission
     names: list,  # of all photos
@@ -63,11 +76,11 @@ def write_issues(
     else: write_csv(path, pd.DataFrame([(names[i], *issues[i]) for i in sorted(issues)], columns=["photo", *Issue._fields]))
     return path if issues else None
 
-
+# %% ../nbs/10c_outcome.ipynb #03a937d1
 def summary_lines(
     outcome,  # an Outcome, or a table from `predict_competition` or `predict_folder`, which carries one
 ) -> list:  # of text
-    "The closing lines of a run: photos, fallbacks with names, devices, seconds, and what befell the machine."
+    "The closing lines of a run: photos, devices, seconds, fallbacks, what was cut, what befell the machine."
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
     lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
              f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]
@@ -76,4 +89,4 @@ def summary_lines(
         named = "; ".join(f"{o.names[r]} ({o.issues[r].reason})" for r in rows[:SHOWN])
         lines.append(f"{n} got {fallback}: {named}" + (f"; and {n - SHOWN} more" if n > SHOWN else ""))
     if o.issues_path: lines.append(f"all of these photos: {o.issues_path}")
-    return lines + o.notes
+    return lines + o.said_of_photos() + o.notes

@@ -203,7 +203,8 @@ kaggle competitions submit {competition} -k {user}/{kernel} -v 1 -f submission.c
 kaggle competitions submissions {competition}
 ```
 
-**Your own photos** instead of the competition: upload them as a dataset (all in one folder), open the notebook on Kaggle, and
+**Your own photos** instead of the competition: upload them as a dataset (subfolders are searched too),
+open the notebook on Kaggle, and
 under *Input* remove the competition and add that dataset. It then writes `grams.csv`.
 
 What travels: the library's wheel and the weights. Kaggle's image already has the rest ({image}); wheels beside them, if any,

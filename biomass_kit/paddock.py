@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
 from .page import COLORS, document, figure, interval, number, pairs_table, paragraph, table, write_document
+from .physics import ADD_UP
 from .progress import counted
-from .targets import ENDS, KG_HA, TARGETS, TOTAL
+from .targets import ENDS, KG_HA, TARGETS, TOTAL, quadrat_text
 
 # %% ../nbs/15b_paddock.ipynb #f04ac061
 HECTARE = "kg DM/ha"
@@ -46,7 +47,7 @@ def summary_table(
     "Mean, median and range of each target."
     rows = [[SHORT[t], predicted[t].mean(), *(getattr(predicted[k], f)() for f in ("mean", "median", "min", "max"))] for t, k in zip(TARGETS, KG_HA)]
     columns = [("Dry matter", 0), ("mean, g", 1), ("mean", 0), ("median", 0), ("lowest", 0), ("highest", 0)]
-    return table(columns, rows, "Over all photos. GDM is green and clover together.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
+    return table(columns, rows, "Over all photos. GDM is green and clover together, total GDM and dead.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
 
 # %% ../nbs/15b_paddock.ipynb #52d511d9
 def plot_totals(
@@ -109,6 +110,9 @@ def _care(predicted, facts) -> str:
                      "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
     if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
+    elif facts.get("shared_dates"):
+        text += paragraph(f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than meant may lie inside.")
+    text += "".join(map(paragraph, facts.get("said of photos", [])))
     return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
 
@@ -127,22 +131,45 @@ def _photos(predicted, facts, photos) -> str:
     return paragraph(f"{which}, by predicted total.{maps}") + map_switch(kinds) + bar_key(False, facts.get("level")) + cards(made)
 
 # %% ../nbs/15b_paddock.ipynb #3a4709d2
+def _score(facts) -> str:
+    "How good the bundle was on its own data, made consistent in its own way and, where that is another, as here."
+    score = facts.get("score")
+    if not score: return "The bundle tells no score."
+    text = (f"In training, on {facts['held_out']}, the bundle had a weighted R² of {number(score['weighted_r2'])} "
+            f"(90 % interval {interval(score['interval_90'])} over dates) with --physics {score['physics']}")
+    here = score["by_method"].get(facts["physics"])
+    if facts["physics"] == score["physics"]: return f"{text}, as here."
+    return f"{text}; with {facts['physics']}, as here, {number(here) if here is not None else 'it was not measured'}."
+
+
+def _sums(method) -> str:
+    "Whether the values add up."
+    if method in ADD_UP:
+        return (f"The five values of a photo add up: --physics {method} takes those nearest to what was predicted "
+                "that do, none negative or above what was weighed in training.")
+    return f"The five values of a photo need not add up: --physics {method} was asked for; project, the default, makes them."
+
+
+def _quadrats(facts) -> str:
+    "Which quadrat the grams are in, and which one the kilograms come from."
+    return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. {HECTARE} come from the area of the quadrat "
+            f"that the bundle was trained on, {quadrat_text(facts['trained_cm'])}.")
+
+
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
-    score = facts.get("score") or {}
-    known = (f"On photos held out in training, the bundle had a weighted R² of {number(score.get('weighted_r2'))} "
-             f"(90 % interval {interval(score.get('interval_90'))} over dates).")
-    a, b = facts["quadrat_cm"]
-    area = f"{HECTARE} are grams in a quadrat of {a:g} x {b:g} cm, scaled to a hectare."
-    rest = {k: v for k, v in facts.items() if k not in ("score", "quadrat_cm", "command", "versions")}
-    return (paragraph(known if score else "The bundle tells no score.") + paragraph(area)
+    told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
+    rest = {k: v for k, v in facts.items() if k not in told}
+    return (paragraph(_score(facts)) + paragraph(_sums(facts["physics"])) + paragraph(_quadrats(facts))
             + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
 
 # %% ../nbs/15b_paddock.ipynb #5e15bb04
 def page(
     predicted,  # the table of `ensemble.predict_folder`
-    facts: dict,  # command, versions, quadrat_cm, and what else is known: score and level of the bundle, seconds, ...
+    # command, versions, quadrat_cm of the grams, trained_cm of the bundle, physics (the method), and what else is known:
+    # score (with physics and by_method: method -> weighted R2) and level of the bundle, "said of photos", ...
+    facts: dict,
     photos: dict,  # photo -> Seen of `shown_photos`; empty where they were left out
     title=TITLE,
 ) -> str:

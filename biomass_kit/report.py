@@ -21,6 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .folds import held_out_text
 from .gallery import SHORT, Seen, bar_key, bars, card, cards, gallery_style, map_switch
 from .page import COLORS, as_text, document, duration, figure, interval, number, pairs_table, paragraph, table, write_document
 from .targets import ENDS, TARGETS, TOTAL, WEIGHTS, BiomassError, as_grams, identity_residuals, per_target_scores
@@ -285,7 +286,7 @@ def interval_table(
     rows = [[t, *(100 * c[t] if c else None for c in (given.get("coverage"), own)), (given.get("median_width_g") or {}).get(t)] for t in TARGETS]
     level = number(100 * (given or own)["level"], 0)
     return table([("Target", 0), ("given, %", 0), ("heads alone, %", 0), ("median width, g", 1)], rows,
-                 f"Share of the photos of held-out dates whose measured figure lies in the interval; {level} % is meant.")
+                 f"Share of the held-out photos whose measured value lies in the interval; {level} % is meant.")
 
 # %% ../nbs/15_report.ipynb #0e0279e7
 def error_shares(
@@ -332,11 +333,13 @@ def worst_table(
 def scores_section(results, oof, history, photos):
     "The score table and the sentences needed to read it."
     folds, made = results.get("train_folds") or [], results.get("n_folds")
-    text = f"{number(results.get('photos', len(oof)))} photos scored, {number(made)} folds ({results.get('cv', '–')})."
+    held_out = held_out_text(results.get("cv"), results.get("shared_dates"))
+    text = f"{number(results.get('photos', len(oof)))} photos scored, {number(made)} folds ({results.get('cv', '–')}): {held_out}."
     if folds and made and len(folds) < made:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
         text += f" Only {which} trained: the scores cover no other photos."
-    return paragraph(text) + score_table(results["scores"])
+    cropped = "".join(map(paragraph, results.get("photos_cropped") or []))
+    return paragraph(text) + cropped + score_table(results["scores"])
 
 
 def folds_section(results, oof, history, photos):
@@ -377,10 +380,13 @@ def intervals_section(results, oof, history, photos):
     if not given: return interval_table(results) + paragraph("What the heads say of themselves; too few dates to widen it by measured errors.")
     unlike = results.get("unlike")
     strange = paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {number(100 * unlike['flagged'], 0)} % of the photos; "
-                        f"about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
-    said = paragraph(f"Intervals come from the errors on held-out photos of {number(given['dates'])} dates, " + (
-        "added to what the uncertainty heads say." if given["of"] == "heads" else "around each prediction."
-    ) + " The margin for each fold comes from the other folds.")
+                        f"of a new date about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
+    shared = results.get("shared_dates")
+    held_out = held_out_text(results.get("cv"), shared)
+    around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
+    said = paragraph(f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
+                     "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted)."
+                     + (" On a date that was not trained on, errors are larger and fewer values may lie inside." if shared else ""))
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
     return said + interval_table(results) + figure(plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
                                                    "Crosses are photos whose measured total lies outside its interval.") + strange

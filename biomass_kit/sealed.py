@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from .data import check_submission, list_photos, read_test
+from .data import check_submission, list_photos, photo_names, read_test
 from .kaggle import GRAMS, PREDICT_REQUIREMENTS, SAME, SUBMISSION
 from .packing import COMPETITION, KAGGLE_IMAGE, KERNEL, LIB, NOTEBOOK, WEIGHTS, check_packed
 from .progress import counted
@@ -365,7 +365,7 @@ def check_run(
     if (Path(data) / "test.csv").is_file(): rows = len(check_submission(done["submission"], data))
     else:
         table, path = pd.read_csv(done["submission"].with_name(GRAMS)), done["submission"].with_name(GRAMS)
-        due = [p.name for p in list_photos(data)]
+        due = photo_names(data, list_photos(data))
         if list(table["photo"]) != due or not (np.isfinite(table[list(TARGETS)]) & (table[list(TARGETS)] >= 0)).all(axis=None):
             raise BiomassError(f"{path}: not one row of grams for each of the {len(due)} photos; see {done['notebook']}")
         rows = len(table)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
            'LOG_TARGETS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'as_grams', 'identity_residuals', 'weighted_r2',
-           'per_target_scores', 'kg_per_ha', 'to_log', 'from_log', 'trimmed_mean', 'combine']
+           'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_log', 'from_log', 'trimmed_mean',
+           'combine']
 
 # %% ../nbs/00_targets.ipynb #df77b44d
 import numpy as np
@@ -73,14 +74,30 @@ QUADRAT_CM = (70.0, 30.0)  # of the competition's photos
 KG_HA = tuple(t.removesuffix("g") + "kg_ha" for t in TARGETS)  # names of the targets in kg DM/ha
 
 
+def quadrat_area(
+    quadrat_cm,  # its two sides in centimetres
+) -> float:  # square centimetres
+    "Area of a quadrat; raises `BiomassError` for sides that none can have."
+    a, b = quadrat_cm
+    area = a * b
+    if not (min(a, b) > 0 and 0 < area < float("inf")):
+        raise BiomassError(f"--quadrat-cm {a:g} {b:g}: both sides must be positive and finite, in centimetres")
+    return area
+
+
+def quadrat_text(
+    quadrat_cm,  # its two sides in centimetres
+) -> str:  # such as "70 x 30 cm"
+    "A quadrat in words."
+    return "{:g} x {:g} cm".format(*quadrat_cm)
+
+
 def kg_per_ha(
     grams,  # of dry matter in the quadrat
     quadrat_cm=QUADRAT_CM,  # its sides in centimetres
 ):
     "Grams in a quadrat as kilograms of dry matter a hectare."
-    a, b = quadrat_cm
-    if not (a > 0 and b > 0): raise BiomassError(f"quadrat of {a:g} x {b:g} cm: both sides must be positive")
-    return grams * (1e5 / (a * b))
+    return grams * (1e5 / quadrat_area(quadrat_cm))
 
 # %% ../nbs/00_targets.ipynb #033b9a12
 LOG_TARGETS = {"none": (), "dead_clover": (DEAD, CLOVER), "all": tuple(range(len(TARGETS)))}  # name -> columns in log space

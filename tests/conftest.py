@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -47,6 +48,15 @@ def run(*command, **options):
 def python(*arguments, **options):
     "Run this Python."
     return run(sys.executable, *arguments, **options)
+
+
+def assert_close(found, due):
+    """The same but for the last bits, in grams: what other shapes may change.
+
+    A product of other shapes adds up in another order, so nothing that differs in batch size, number of threads or
+    device is compared for equality; which shapes differ, and by how much, depends on the processor.
+    """
+    np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-4)
 
 
 def launch(processes, module, *arguments, **options):

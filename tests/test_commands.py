@@ -69,7 +69,7 @@ def test_draw_train_join_predict(tmp_path):
     ok("biomass_bundle", "run2", "run3", "--out", "both")
     ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv", "--device-type", "cpu")
     submission = check_submission(tmp_path / "submission.csv", tmp_path / "data")
-    ok("biomass_predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--device-type", "cpu")
+    ok("biomass_predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu")
     table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
     for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
     assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)

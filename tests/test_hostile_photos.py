@@ -14,7 +14,7 @@ import pytest
 from conftest import python
 from PIL import Image
 
-from biomass_kit.data import MAX_PIXELS, photo_size, read_photo
+from biomass_kit.data import MAX_PIXELS, _has_decoder, photo_size, read_photo
 from biomass_kit.targets import BiomassError
 
 MEMORY = 1.3e9  # bytes beyond what the process has before: a photo of MAX_PIXELS in Pillow's four bytes a pixel, twice, and its three as an array
@@ -36,7 +36,10 @@ def seeds():
     turned, image = Image.Exif(), Image.fromarray(rgb)
     turned[0x0112] = 6
     turned[0x010F] = "a camera"
-    return {
+    rare = {"AVIF": ("a.avif", "AVIF"), "JPEG 2000": ("a.jp2", "JPEG2000"), "HEIC": ("a.heic", "HEIF")}
+    here = [of for kind, of in rare.items() if _has_decoder(kind)]
+    return {name: encoded(rgb, form, quality=95) for name, form in here} | {
+        "unended.jpg": encoded(rgb, "JPEG")[:-2], "a.jfif": encoded(rgb, "JPEG"),
         "baseline.jpg": encoded(rgb, "JPEG", quality=90), "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
         "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2), "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned),
         "grey.jpg": encoded(image.convert("L"), "JPEG"), "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
@@ -66,6 +69,9 @@ def bomb(width, height, extra=b"", data=b"\0" * 1000, depth=8, colour=2):
             + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
 
 
+SIZE = {"a.jp2": (64, 128), "a.avif": (128, 64)}  # in the order in which each form writes it
+
+
 def bombs(plain):
     "Small files that ask for much: (name, bytes)."
     jpeg = bytearray(plain["baseline.jpg"])
@@ -73,6 +79,10 @@ def bombs(plain):
     for side in (20_000, 65_500):
         jpeg[size : size + 4] = struct.pack(">HH", side, side)
         yield f"claims-{side}.jpg", bytes(jpeg)
+    for name in SIZE.keys() & plain.keys():
+        lying = plain[name].replace(struct.pack(">II", *SIZE[name]), struct.pack(">II", 40_000, 40_000))
+        assert lying != plain[name]
+        yield f"claims-{name}", lying
     yield "one-pixel.png", encoded(np.zeros((1, 1, 3), np.uint8), "PNG")
     yield "one-pixel.jpg", encoded(np.zeros((1, 1, 3), np.uint8), "JPEG")
     for width, height in ((8000, 8000), (12_000, 9000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (0, 0), (2**31 - 1, 1)):

@@ -39,17 +39,26 @@ def meant(records):  # the header and rows of a sound train.csv
     rows = [dict(zip(records[0], r)) for r in records[1:]]
     photos = {}
     for r in rows:
-        p = photos.setdefault(r["image_path"],
-                              {k: r[k] for k in ("State", "Species")} | {"Sampling_Date": date(*map(int, re.split("[/-]", r["Sampling_Date"])))})
+        day = date(*map(int, day_of(r["Sampling_Date"])))
+        known = {"State": r["State"], "Species": r["Species"], "Sampling_Date": day}
+        p = photos.setdefault(r["image_path"], known)
         p[r["target_name"]] = float(r["target"])
     return photos
 
 
+def lies(folder, written):
+    "Where a photo lies, written rightly or as another machine would; all names in the folder differ."
+    if (folder / written).is_file(): return folder / written
+    name = re.split(r"[/\\]", written)[-1].casefold()
+    return next(p for p in sorted(folder.rglob("*.jpg")) if p.name.casefold() == name)
+
+
 def check_train(table, photos, folder):
     "The table says what the photos' dicts say, to the last bit, in their order; and folds.csv gives it back."
-    assert list(table["image_path"]) == list(photos)
+    inside = [p if (folder / p).is_file() else str(lies(folder, p).relative_to(folder)) for p in photos]
+    assert list(table["image_path"]) == inside
     for row, path, p in zip(table.to_dict("records"), photos, photos.values()):
-        assert row["path"] == str(folder / path) and row["Sampling_Date"].date() == p["Sampling_Date"]
+        assert row["path"] == str(lies(folder, path)) and row["Sampling_Date"].date() == p["Sampling_Date"]
         assert {k: row[k] for k in ("State", "Species", *TARGETS)} == {k: p[k] for k in ("State", "Species", *TARGETS)}
     write_folds(folder / "folds.csv", table, np.arange(len(table)))
     again = read_folds(folder / "folds.csv")[0]
@@ -60,7 +69,7 @@ def check_test(rows, photos, records, folder):
     "One row a line, in order, and where each photo lies."
     lines = [dict(zip(records[0], r)) for r in records[1:]]
     assert [[r[c] for c in TEST_COLUMNS] for r in lines] == rows[list(TEST_COLUMNS)].to_numpy().tolist()
-    assert {p: str(f) for p, f in photos.items()} == {r["image_path"]: str(folder / r["image_path"]) for r in lines}
+    assert photos == {r["image_path"]: lies(folder, r["image_path"]) for r in lines}
 
 
 def as_text(records, mark=",", newline="\n", quoting=csv.QUOTE_MINIMAL):
@@ -114,7 +123,17 @@ def for_photo(column, value):
 def other_number(text):
     "The same grams or others, as programs write them."
     return st.sampled_from([f"{float(text):.3f}", f"{float(text):e}", repr(float(text)), f"+{float(text):.2f}", f"{float(text):.0f}.",
-                            "0", "0.0", "1E+2", ".5", "158", "1000", "1e-300", "-0.0"])
+                            "0", "0.0", "1E+2", ".5", "158", "1000", "1000.0001", "25000", "1e-300", "-0.0"])
+
+
+TIMES = ("T00:00:00", " 00:00:00", "T23:59:59Z", " 08:30+10:00", "T08:30:15.25-03:30")
+
+
+def with_time(time):
+    return lambda text: "-".join(f"{int(part):02d}" for part in day_of(text)) + time
+
+
+def day_of(text): return re.split("[/T -]", text)[:3]
 
 
 def numbers(records, draw):
@@ -128,7 +147,12 @@ HARMLESS = {
     "columns reordered": reorder_columns, "rows reordered": reorder_rows, "a column of one's own": own_column,
     "a photo less": drop_a_photo, "one photo": one_photo,
     "a date with dashes": for_photo("Sampling_Date", st.just(lambda d: d.replace("/", "-"))),
-    "a date with zeros": for_photo("Sampling_Date", st.just(lambda d: "/".join(f"{int(p):02d}" for p in re.split("[/-]", d)))),
+    "a date with zeros": for_photo("Sampling_Date", st.just(lambda d: with_time("")(d).replace("-", "/"))),
+    "an ISO date with a time": for_photo("Sampling_Date", st.sampled_from([with_time(t) for t in TIMES])),
+    "Windows separators": for_photo("image_path", st.just(lambda p: p.replace("/", "\\"))),
+    "another case of letters": for_photo("image_path", st.sampled_from([str.upper, str.swapcase])),
+    "no folder": for_photo("image_path", st.just(lambda p: re.split(r"[/\\]", p)[-1])),
+    "another folder": for_photo("image_path", st.sampled_from([r"C:\me\{}".format, "gone/{}".format])),
     "another state": for_photo("State", text), "no state": for_photo("State", st.just("")),
     "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
     "numbers": numbers,
@@ -232,8 +256,10 @@ def second_name(records, draw):
     return [*records, *more], "is the same photo as", len(records)
 
 
-OUT = ("../../etc/passwd", "/etc/passwd", "..", "train/../../x.jpg", "", "../data/train/../../x.jpg", "..\\..\\etc\\passwd")
-LINKS = ("train/linked.jpg", "train/attic/outside.jpg", "elsewhere/linked.jpg", "train/../elsewhere/attic/outside.jpg")
+OUT = ("../../etc/passwd", "/etc/passwd", "..", "train/../../x.jpg", "", "../data/train/../../x.jpg",
+       "..\\..\\etc\\passwd", "train\\..\\..\\x.jpg", "\\etc\\passwd")
+LINKS = ("train/linked.jpg", "train/attic/outside.jpg", "elsewhere/linked.jpg",
+         "train/../elsewhere/attic/outside.jpg", "TRAIN\\Linked.JPG", "linked.jpg")
 GONE = ("train/gone.jpg", "train", "C:\\train\\x.jpg", "train/\0.jpg", "train/" + "x" * 5000, "train/\u202eGPJ.jpg", "~/x.jpg", "https://example.org/x.jpg")
 ANYWHERE = {
     "a column twice": double_column(TEST_COLUMNS), "a column gone": drop_column(TEST_COLUMNS), "a column renamed": rename_column(TEST_COLUMNS),
@@ -250,11 +276,13 @@ IN_TRAINING = ANYWHERE | {
     "a column twice": double_column(TRAIN_COLUMNS), "a column gone": drop_column(TRAIN_COLUMNS), "a column renamed": rename_column(TRAIN_COLUMNS),
     "no number": cell("target", "", "NaN", "nan", "n/a", "-", "inf", "0x1F", "1_0", "１２", "1 000", "12g", "1e", "2\0", "True",
                       words="is not a number; write grams with a decimal point"),
-    "too much": cell("target", "1e308", "1e400", "1000.0001", "25000", words=f"is over {PLAUSIBLE_GRAMS:g} g"),
+    "too much": cell("target", "1e308", "1e400", "3.5e38", words="is more than can be counted"),
     "negative": cell("target", "-1", "-1e308", "-0.001", words="is negative"),
     "decimal comma": decimal_comma, "decimal comma without quotes": bare_comma,
     "no date": cell("Sampling_Date", "4/9/2015", "9/15/2015", "15/9/4", "2015/13/1", "2015/2/30", "spring", "", "20150904", "42251", "2015/9",
-                    "2015/9/4 12:00", "2015.9.4", words="is not a date; write year/month/day"),
+                    "2015/9/4 12:00", "2015.9.4", "2015-09-04T", "2015-09-04T25:00:00",
+                    "2015-9-4T10:00", "2015-02-30T10:00", "2015-09-04 noon",
+                    words="is not a date; write year/month/day"),
     "metadata that differ": lambda r, draw: (
         lambda c: cell(c, lambda v: {"Sampling_Date": "1999/1/1"}.get(c, v + "x"), words=f"{c} '")(r, draw)[:2] + (None,))(draw(st.sampled_from(METADATA))),
     "a photo that is not there": cell("image_path", *GONE, words="is not in"), "a row twice": double_row("appears a second time; keep one row"),
@@ -344,6 +372,89 @@ def test_whatever_is_read_is_what_another_reader_reads(room, examples):
 
     case()
     assert min(seen.values()) > examples / 8, seen
+
+
+HEADER = "sample_id,image_path,target_name\n"
+
+
+def lines_of(*paths): return HEADER + "".join(f"{p}__{t},{p},{t}\n" for p in paths for t in TARGETS)
+
+
+SEVERAL = [  # what is written, and the file that is meant, or None where several fit alike
+    ("one.jpg", None), ("c/one.jpg", None), ("B\\ONE.jpg", "b/one.jpg"), ("x/b/one.jpg", "b/one.jpg"),
+    ("c/two.jpg", "a/two.jpg"),
+]
+
+
+@pytest.mark.parametrize("written, meant", SEVERAL)
+def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
+    "The file that agrees with most of the path is taken, with a warning where a folder is ignored."
+    for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(room[0], tmp_path / name)
+    (tmp_path / "test.csv").write_text(lines_of("a/three.jpg", written))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        photos = read_test(tmp_path)[1]
+    said = [str(w.message) for w in caught]
+    assert photos[written] == tmp_path / (meant or written)
+    ignored = written[0] in "xc"
+    words = f"found in another folder than is written: 1 photo, first '{written}' at {meant}" if ignored else ""
+    if meant is None: words = f"cannot be told from others, first: '{written}' fits several files (a/one.jpg, b/one.jpg)"
+    assert len(said) == bool(words) and all(words in line for line in said), said
+
+
+def test_a_lost_photo_gets_no_other_photos_file(room, tmp_path):
+    "Neither one that the table names rightly, whatever way, nor one that fits two lost photos alike."
+    for name in ("a/one.jpg", "a/two.jpg", "b/x"): copied(room[0], tmp_path / name)
+    alike = ("a/one.jpg", "c/two.jpg", "d/two.jpg")
+    for named, *lost in (("a/two.jpg", "c/two.jpg"), ("b/../a/two.jpg", "c/two.jpg"), alike):
+        (tmp_path / "test.csv").write_text(lines_of(named, *lost))
+        assert read_test(tmp_path)[1] == {p: tmp_path / p for p in (named, *lost)}
+
+
+def test_training_refuses_a_path_that_fits_several_files(room, tmp_path):
+    "And reads it when one of them is gone, under the path where it lies."
+    for name in ("a/one.jpg", "b/one.jpg"): copied(room[0], tmp_path / name)
+    rows = "".join(f"x__{t},one.jpg,2015/9/4,Tas,,{t},{g}\n" for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
+    (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
+    words = r"line 2: image_path 'one.jpg' fits several files \(a/one.jpg, b/one.jpg\); write the path"
+    with pytest.raises(BiomassError, match=words): read_train(tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    table = read_train(tmp_path)
+    assert table.image_path[0] == "a/one.jpg" and table.Species[0] == ""
+
+
+def copied(folder, path):
+    "Some photo under another name."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return shutil.copy(next((folder / "train").glob("ID*.jpg")), path)
+
+
+def test_photos_of_equal_names_are_told_apart(room, tmp_path):
+    "What a photo is called says which it is."
+    folder, _ = room
+    for name in ("north/1.jpg", "south/1.jpg"): copied(folder, tmp_path / name)
+    rows = "".join(f"{p}__{t},{p},2015/9/4,Tas,,{t},{g}\n" for p in ("north/1.jpg", "south/1.jpg")
+                   for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
+    (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
+    assert list(read_train(tmp_path).photo) == ["north/1", "south/1"]
+
+
+def test_heavy_quadrats_are_warned_of_once_and_missing_columns_explained(room):
+    "A square metre of tall grass trains; State and Species must be there, and may be empty."
+    folder, plain = room
+    i = plain["train.csv"][0].index("target")
+    header, *rows = plain["train.csv"]
+    heavy = [[*r[:i], f"{100 * float(r[i]) + 2000}", *r[i + 1 :]] for r in rows]
+    (folder / "train.csv").write_text(as_text([header, *heavy]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert (read_train(folder)[list(TARGETS)] > PLAUSIBLE_GRAMS).all(axis=None)
+    assert len([w for w in caught if "20 targets over 1000 g, first line 2" in str(w.message)]) == 1
+    for gone, also in (("State", True), ("Species", True), ("target", False)):
+        j = plain["train.csv"][0].index(gone)
+        (folder / "train.csv").write_text(as_text([[*r[:j], *r[j + 1 :]] for r in plain["train.csv"]]))
+        with pytest.raises(BiomassError, match=f"missing column {gone}; found ") as e: read_train(folder)
+        assert (f"values of {gone} may be empty, the column must be there" in str(e.value)) == also
 
 
 def check_words(said, folder): assert said.startswith(f"{folder / 'train.csv'}") and re.search("[;,] \\w", said), said

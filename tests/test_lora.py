@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import launch, options
+from conftest import assert_close, launch, options
 from safetensors.torch import load_file, save_file
 
 from biomass_kit import loop
@@ -203,4 +203,4 @@ def test_two_processes_share_photos_with_intervals(config, data, tmp_path):
     shared = pd.read_csv(tmp_path / "shared.csv")
     grams = [c for c in alone if c.startswith(TARGETS)]
     assert [*shared] == [*alone] and len(grams) == 15
-    assert np.abs(shared[grams].to_numpy() - alone[grams].to_numpy()).max() < 1e-3
+    assert_close(shared[grams], alone[grams])

@@ -23,7 +23,7 @@ LONGER = {  # why a cell stays in one piece -> notebook -> its longest definitio
         "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"], "17_cli": ["predict"],
     },
     "a list or a text that is read as one": {
-        "11b_config": ["_unread", "check_config"], "12_train": ["import dataclasses, hashlib, itertools, json, os, socket, sys, time"],
+        "11b_config": ["_unread", "check_config"], "12_train": ["import dataclasses, hashlib, itertools, json, math, os, socket, sys, time"],
         "14b_page": ['STYLE = """'], "16_kaggle": ["inference_notebook"], "16b_packing": ["upload_readme"],
     },
     "an example whose steps need what came before them": {

@@ -1,14 +1,16 @@
 """Numbers that must not depend on how they were made: workers, kills, the cache; and data too small or too flat to learn from."""
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import options
+from conftest import ROOT, assert_close, options, python
 from safetensors.torch import save_file
+from untrained import untrained_bundle
 
 from biomass_kit import cli, loop
 from biomass_kit.config import TrainConfig
@@ -69,7 +71,7 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
 
 
 def test_threads_change_no_bit(base, tmp_path):
-    "Heads on stored features, on a machine with one core or with four: sums of many threads end in other bits."
+    "Heads on stored features learn on one thread, whatever the machine has: sums of many threads end in other bits."
     wide = dataclasses.replace(base, freeze_backbone=True, batch_size=12, hidden_ratio=4.0, cache_dir=tmp_path / "cache")
     before, runs = torch.get_num_threads(), {n: dataclasses.replace(wide, out=tmp_path / f"{n}/run") for n in (4, 1)}
     try:
@@ -78,6 +80,30 @@ def test_threads_change_no_bit(base, tmp_path):
             train(config, **quiet)
     finally: torch.set_num_threads(before)
     assert left(runs[1].out) == left(runs[4].out)
+
+
+SHAPES = """
+import sys, numpy as np, torch
+from biomass_kit.bundle import read_bundle; from biomass_kit.data import list_photos; from biomass_kit.ensemble import Ensemble
+ensemble, photos, found = Ensemble(read_bundle(sys.argv[1]), device_type="cpu"), list_photos(sys.argv[2]), []
+for threads, size in ((2, 4), (2, 1), (2, 3), (1, 4), (2, 4)):
+    torch.set_num_threads(threads)
+    found.append(ensemble.predict(photos, batch_size=size))
+np.save(sys.argv[3], found)
+"""
+
+
+def test_batch_size_and_threads_change_last_bits_alone(base, tmp_path):
+    "On a processor, played, where every other shape rounds in another way: within the promise, and alike when asked alike."
+    bundle, out = untrained_bundle(tmp_path / "bundle"), tmp_path / "found.npy"
+    rounding = {"PYTHONPATH": f"{ROOT / 'tests/last_bits'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = python("-c", SHAPES, bundle, base.data / "train", out, env={**os.environ, **rounding})
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *others, again = np.load(out)
+    assert np.array_equal(first, again)
+    for other in others:
+        assert not np.array_equal(other, first), "the rounding was not played"
+        assert_close(other, first)
 
 
 def oof(config):
@@ -97,7 +123,8 @@ def test_cached_as_not_cached(base, tmp_path):
     assert off["fp32"] < 1e-3 and 0 < off["fp16"] < 0.05
     photos = list_photos(base.data / "test")
     fresh, first, again = (predict_photos(tmp_path / "fp32/run", photos, device_type="cpu", cache_dir=c) for c in (None, tmp_path / "c", tmp_path / "c"))
-    assert np.abs(first - fresh).max() < 1e-3 and np.abs(again - fresh).max() < 1e-3
+    assert_close(first, fresh)
+    assert_close(again, fresh)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -8,11 +8,10 @@ import time
 import venv
 import zipfile
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHARED, run
+from conftest import ROOT, SHARED, assert_close, run
 from safetensors.torch import save_file
 
 from biomass_kit import cli, kaggle, sealed
@@ -38,7 +37,8 @@ def check(done, bundle, data, tmp_path):
     "What must hold after the notebook ran: a valid submission, equal to ours, and the reference photos as at packing."
     here = predict_competition(bundle, data, tmp_path / "here.csv", device_type="cpu")
     there = check_submission(done["submission"], data)
-    assert (here.sample_id == there.sample_id).all() and np.abs(here.target - there.target).max() <= 1e-4
+    assert (here.sample_id == there.sample_id).all()
+    assert_close(there.target, here.target)
     assert "as at packing" in printed(done["notebook"]) and "NOT as at packing" not in printed(done["notebook"])
 
 
@@ -83,16 +83,18 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     out = tmp_path / "kaggle_datasets"
     cli.pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify", "--wheels", "quadrat-ruler==1.0"])
     assert "quadrat_ruler-1.0-py3-none-any.whl: asked for with --wheels" in capsys.readouterr().out
-    photos = shutil.copytree(data / "test", tmp_path / "quadrats")
-    (photos / "broken.jpg").write_bytes(b"no photo")
+    photos = tmp_path / "quadrats"
+    for part in ("north", "south"): shutil.copytree(data / "test", photos / part)
+    (photos / "south/broken.jpg").write_bytes(b"no photo")
     cells = [*kaggle.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
     monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
     write_tracked(out, "grass")
     cli.verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
-    assert "5 rows, valid" in capsys.readouterr().out
+    assert "9 rows, valid" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
-    assert list(table.photo) == sorted(p.name for p in photos.iterdir()) and "ruler 70" in printed(tmp_path / "kept/kind/inference-executed.ipynb")
-    assert pd.read_csv(tmp_path / "kept/kind/grams_issues.csv")["photo"].tolist() == ["broken.jpg"]
+    assert list(table.photo) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
+    assert "ruler 70" in printed(tmp_path / "kept/kind/inference-executed.ipynb")
+    assert pd.read_csv(tmp_path / "kept/kind/grams_issues.csv")["photo"].tolist() == ["south/broken.jpg"]
     with pytest.raises(SystemExit): cli.pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
     assert "Kaggle's image lacks nothing" in capsys.readouterr().err
 

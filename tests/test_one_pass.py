@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import launch, python
+from conftest import assert_close, launch, python
 from untrained import untrained_bundle
 
 from biomass_kit.bundle import read_bundle
@@ -32,7 +32,8 @@ def test_passes_are_the_distinct_ones(data, tmp_path, passes):
     first = frozen.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 6
     passes.clear()
-    assert np.abs(frozen.predict(photos, batch_size=3) - first).max() < 1e-4 and passes == []
+    assert_close(frozen.predict(photos, batch_size=3), first)
+    assert passes == []
     tuned = Ensemble(read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type="cpu")
     tuned.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 3 * 5
@@ -96,7 +97,7 @@ def test_two_processes_share_the_photos(data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     shared = pd.read_csv(tmp_path / "shared.csv")
     assert shared.photo.tolist() == alone.photo.tolist()
-    assert np.abs(shared[list(TARGETS)].to_numpy() - alone[list(TARGETS)].to_numpy()).max() < 1e-3
+    assert_close(shared[list(TARGETS)], alone[list(TARGETS)])
     assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and done.stdout.count("shared.csv: 7 rows") == 1
 
 

@@ -38,10 +38,10 @@ from biomass_kit.cli import command
 from biomass_kit.config import TrainConfig, config_record
 from biomass_kit.data import file_digest, read_train, write_csv, write_json
 from biomass_kit.ensemble import is_main_process
-from biomass_kit.evidence import difference_table, difference_text, linear_probe, nested_stack, paired_difference
+from biomass_kit.evidence import difference_table, difference_text, linear_probe, crossfit_stack, paired_difference
 from biomass_kit.features import TileSpec, build_backbone
 from biomass_kit.folds import FLOORS, floor_predictions, make_folds, read_table
-from biomass_kit.physics import METHODS, nested_physics, training_bounds
+from biomass_kit.physics import METHODS, crossfit_physics, training_bounds
 from biomass_kit.store import FeatureCache, FeatureRequest, store_features
 from biomass_kit.targets import TARGETS, BiomassError, combine, weighted_r2
 from biomass_kit.train import expand, train_runs
@@ -111,7 +111,7 @@ SWITCHES = {
 }
 MADE = {  # rows that are made of trained ones: row -> rows that must be there
     "raw + log blend": (GRAMS, "log targets, all"),
-    "all heads, mean": (PLAN, GRAMS), "all heads, trimmed": (PLAN, GRAMS), "all heads, weighted (nested)": (PLAN, GRAMS),
+    "all heads, mean": (PLAN, GRAMS), "all heads, trimmed": (PLAN, GRAMS), "all heads, weighted (cross-fitted)": (PLAN, GRAMS),
 }
 
 
@@ -208,7 +208,7 @@ class Ledger:
 
     def corrected(self, raw: dict, method: str = "derive_dead") -> dict:
         "(seed, deal) -> consistent grams."
-        return {(s, d): nested_physics(p, self.y, self.folds[d], self.bounds[d], method) for (s, d), p in raw.items()}
+        return {(s, d): crossfit_physics(p, self.y, self.folds[d], self.bounds[d], method) for (s, d), p in raw.items()}
 
     def difference(self, first: dict, second: dict) -> dict:
         "The paired difference over the (seed, deal) pairs that both have."
@@ -299,10 +299,10 @@ def tell(a: Args, ledger: Ledger, raw: dict, mixed: dict):
         "raw + log blend": lambda pair: stacked(pair, MADE["raw + log blend"]).mean(0),
         "all heads, mean": lambda pair: stacked(pair, heads).mean(0),
         "all heads, trimmed": lambda pair: combine(stacked(pair, heads), "trimmed"),
-        "all heads, weighted (nested)": lambda pair: nested_stack(stacked(pair, heads), ledger.y, ledger.folds[pair[1]]),
+        "all heads, weighted (cross-fitted)": lambda pair: crossfit_stack(stacked(pair, heads), ledger.y, ledger.folds[pair[1]]),
     }
     for row, made in combined.items():
-        against = "all heads, mean" if row in ("all heads, trimmed", "all heads, weighted (nested)") else PLAN
+        against = "all heads, mean" if row in ("all heads, trimmed", "all heads, weighted (cross-fitted)") else PLAN
         if set(MADE[row]) <= set(joint): ledger.say(row, ledger.corrected({pair: made(pair) for pair in diagonal}), against, probes[PROBE])
 
 

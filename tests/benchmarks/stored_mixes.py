@@ -35,7 +35,7 @@ class Mix:
         rng = draw_rng("mixup", i, j)
         self.photo, self.partner = i, int((i + rng.integers(1, photos)) % photos)
         self.views = [draw_view(rng, swap_prob=0) for _ in range(2)]
-        self.box = draw_cutmix(rng, 1, 1.0)[0] if box else Box()
+        self.box = draw_cutmix(rng, 1, 1.0, (1000, 1000))[0] if box else Box()
         self.share = self.box.share(1000, 1000) if box else float(rng.beta(0.4, 0.4))
 
     def pixels(self, pair: np.ndarray, other: np.ndarray) -> np.ndarray:
