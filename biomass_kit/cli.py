@@ -53,7 +53,7 @@ def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, e
         return traceback.format_exc().rstrip(), 1
     return "", 0
 
-
+# %% ../nbs/17_cli.ipynb #e0d50063
 def _one_line(message, *_, **__): print(f"warning: {message}", file=sys.stderr)
 
 

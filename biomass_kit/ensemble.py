@@ -575,8 +575,7 @@ def predict_competition(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means}
-        own["save"] = save if is_main_process() else None
+        own = dict(deadline=deadline, outcome=outcome, keep_means=keep_means, save=is_main_process() and save)
         grams = predict_photos(weights, list(photos.values()), **own, **options)
         if not is_main_process(): return None
         table = save(grams)
@@ -703,8 +702,7 @@ def predict_folder(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means}
-        own["save"] = save if is_main_process() else None
+        own = dict(deadline=deadline, outcome=outcome, keep_means=keep_means, save=is_main_process() and save)
         grams = predict_photos(bundle, paths, intervals=heads, **own, **options)
         if not is_main_process(): return None
         table = save(grams)

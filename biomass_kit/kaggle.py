@@ -36,7 +36,7 @@ def _input_files(root, pattern: str) -> list:
 
     return [p for p in sorted(Path(root).rglob(pattern)) if p.is_file() and shown(p)]
 
-
+# %% ../nbs/16_kaggle.ipynb #e0d50061
 def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
     "The one folder found, or an error that says what to add or remove."
     distinct = {content: folder for folder, content in sorted(found.items(), reverse=True)}
@@ -118,7 +118,7 @@ def _reference_again(weights, options: dict):
     difference = np.abs(now - saved[list(TARGETS)].to_numpy()).max(1)
     return saved.assign(**dict(zip(TARGETS, now.T)), difference=difference)
 
-
+# %% ../nbs/16_kaggle.ipynb #e0d50062
 def check_reference(
     weights,  # the packed weights
     seconds: float = AFTERWARDS_SECONDS,  # that it may take
