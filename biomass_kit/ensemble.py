@@ -375,7 +375,8 @@ def serve_all(
         later = lambda: max(0, deal.left - batch_size) / max(1, len(working))
         for i, d in enumerate(devices):
             job = partial(make, d), partial(run, deal=deal, later=later)
-            begin(partial(_serve, i, *job, deal, results), "device")
+            try: begin(partial(_serve, i, *job, deal, results), "device")
+            except RuntimeError as e: results.put((i, None, e))
         try:
             while working and left and deadline.left() > 0:
                 try: i, got, error = results.get(timeout=max(0.01, min(0.5, deadline.left())))
@@ -530,7 +531,7 @@ def _put_back(path: Path, data):
     "Give a file the content that it had; None removes it."
     try:
         if _bytes(path) == data: return
-        path.unlink()  # first, since a full disk may have no space for both
+        path.unlink(missing_ok=True)  # first, since a full disk may have no space for both
         if data is None: return
         with atomic_path(path) as tmp: tmp.write_bytes(data)
     except (BiomassError, OSError) as e:
