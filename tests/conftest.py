@@ -1,6 +1,7 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
     config.addinivalue_line("markers", "cuda: needs a GPU; run by pytest -m cuda")
     if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with the CPU
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, would ignore Ctrl-C
 
 
 def pytest_collection_modifyitems(config, items):
