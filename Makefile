@@ -10,9 +10,9 @@ export MPLBACKEND ?= Agg
 demo: .venv/installed
 	$(BIN)/biomass_demo
 
-# Notebooks are tests, and tests/ holds what a notebook cannot show.
+# Notebooks are tests, on the CPU, and tests/ holds what a notebook cannot show.
 test: .venv/installed
-	$(BIN)/nbdev_test --n_workers 2 --do_print
+	CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/pytest -q tests
 
 # tests/ with its long forms, which take minutes each.
@@ -21,7 +21,7 @@ test-long: .venv/installed
 
 # Everything once more on a processor, played, where other shapes give other last bits.
 test-last-bits: .venv/installed
-	PYTHONPATH=tests/last_bits $(BIN)/nbdev_test --n_workers 2 --do_print
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests/last_bits $(BIN)/nbdev_test --n_workers 2 --do_print
 	PYTHONPATH=tests/last_bits $(BIN)/pytest -q tests
 
 # After editing notebooks: export the library, clean the notebooks, render the README.

@@ -17,14 +17,13 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import numpy as np
 import optuna
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import TrialState
 
 from .data import read_json, read_train, write_csv, write_json
 from .evidence import difference_text, paired_difference
-from .features import pick_device, pick_precision
+from .features import pick_device, pick_precision, ran_out
 from .folds import FLOORS, LEAVE_ONE, make_folds, read_table
 from .targets import TARGETS, BiomassError
 from .config import READ_ONLY_WHEN, TrainConfig, check_config, config_record
@@ -288,7 +287,8 @@ def run_trial(s: Search, study: optuna.Study, number: int, values: dict, progres
     "Train and score a trial, tell the study, drop the weights of those that are not the best."
     config = trial_config(s, values)
     try: found = score_runs(config, s.seeds, progress, s.built)
-    except (BiomassError, torch.OutOfMemoryError) as e:
+    except (BiomassError, RuntimeError, MemoryError) as e:
+        if not (isinstance(e, BiomassError) or ran_out(e)): raise
         if not any((c.out / "config.json").is_file() for c in expand(config, (), s.seeds)): raise
         found = {"weighted_r2": None, "why": f"{type(e).__name__}: {e}"}
         write_json(config.out / "score.json", found)

@@ -87,7 +87,8 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
         (["--weights", finished], "give either --data"),
     ):
         done = run(BIN / "biomass_predict", *args)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        said = [line for line in done.stderr.splitlines() if not line.startswith("loading: ")]  # a slow machine tells that too
+        assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: ") and words in said[0], done.stderr
 
 
 def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path):
