@@ -160,7 +160,7 @@ def _quadrats(facts) -> str:
             f"{HECTARE} come from the area of the quadrat that the bundle was trained on, "
             f"{quadrat_text(facts['trained_cm'])}.")
 
-
+# %% ../nbs/15b_paddock.ipynb #3a4709d3
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
