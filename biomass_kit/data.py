@@ -167,7 +167,7 @@ def class_labels(
     return labels
 
 # %% ../nbs/01_data.ipynb #a13d0002
-HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini")
+HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
 WEIGHTS_SUFFIX = ".safetensors"  # a subfolder with such a file is a bundle, photos in it are its reference
 
 
@@ -201,7 +201,9 @@ def visible_files(
     "All that lies in a folder and its subfolders, but for what is hidden and the kit's own bundles."
     root = Path(folder)
     if not root.is_dir(): raise BiomassError(f"{root}: no such folder")
-    own, found = _own_links(root), []
+    found = []
+    try: own = _own_links(root)
+    except OSError as e: _refuse_closed(e)
     for start in (root, *own):
         for here, folders, names in os.walk(start, onerror=_refuse_closed):
             if Path(here) != root and any(n.endswith(WEIGHTS_SUFFIX) for n in names):

@@ -376,7 +376,8 @@ def serve_all(
         later = lambda: max(0, deal.left - batch_size) / max(1, len(working))
         for i, d in enumerate(devices):
             job = partial(make, d), partial(run, deal=deal, later=later)
-            begin(partial(_serve, i, *job, deal, results), "device")
+            try: begin(partial(_serve, i, *job, deal, results), "device")
+            except RuntimeError as e: results.put((i, None, e))
         try:
             while working and left and deadline.left() > 0:
                 try: i, got, error = results.get(timeout=max(0.01, min(0.5, deadline.left())))
@@ -532,7 +533,7 @@ def _put_back(path: Path, data):
     "Give a file the content that it had; None removes it."
     try:
         if _bytes(path) == data: return
-        path.unlink()  # first, since a full disk may have no space for both
+        path.unlink(missing_ok=True)  # first, since a full disk may have no space for both
         if data is None: return
         with atomic_path(path) as tmp: tmp.write_bytes(data)
     except (BiomassError, OSError) as e:
@@ -577,8 +578,7 @@ def predict_competition(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means}
-        own["save"] = save if is_main_process() else None
+        own = dict(deadline=deadline, outcome=outcome, keep_means=keep_means, save=is_main_process() and save)
         grams = predict_photos(weights, list(photos.values()), **own, **options)
         if not is_main_process(): return None
         table = save(grams)
@@ -725,8 +725,8 @@ def predict_folder(
         return table
 
     with _left_well(out, outcome, keep_means):
-        own = {"deadline": deadline, "outcome": outcome, "keep_means": keep_means, "physics": method}
-        own["save"] = save if is_main_process() else None
+        own = dict(deadline=deadline, outcome=outcome, keep_means=keep_means, save=is_main_process() and save)
+        own["physics"] = method
         grams = predict_photos(bundle, paths, intervals=heads, **own, **options)
         if not is_main_process(): return None
         if bundle.margins and method not in bundle.margins:

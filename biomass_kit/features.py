@@ -390,6 +390,7 @@ def working_gpus(
     ask = partial(in_time, seconds=ANSWER_SECONDS, kind="device")
     try: count = ask(_count_gpus)
     except TimeoutError: return say(f"CUDA does not answer within {ANSWER_SECONDS:g} s; no GPU is used")
+    except RuntimeError as e: return say(f"CUDA cannot be used ({in_one_line(e)}); no GPU is used")
     current = torch.cuda.current_device() if count else 0  # of this thread
     for i in sorted(range(count), key=lambda i: i != current):
         device = torch.device("cuda", i)

@@ -43,7 +43,7 @@ def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells 
     listed = ", ".join(map(str, sorted(distinct.values()))) or "none"
     raise BiomassError(f"{root}: expected one {what}, found {listed}; {'add it' if not distinct else 'remove all but one'} under Input of the notebook")
 
-
+# %% ../nbs/16_kaggle.ipynb #e0d50061
 MOUNTED_BELOW = {"datasets": 3, "competitions": 2}  # folder of `root` -> folders down to one input; else one
 
 
@@ -126,7 +126,7 @@ def _reference_again(weights, options: dict):
     difference = np.abs(now - saved[list(TARGETS)].to_numpy()).max(1)
     return saved.assign(**dict(zip(TARGETS, now.T)), difference=difference)
 
-
+# %% ../nbs/16_kaggle.ipynb #e0d50062
 def check_reference(
     weights,  # the packed weights
     seconds: float = AFTERWARDS_SECONDS,  # that it may take

@@ -269,7 +269,7 @@ def load_photo(
         return faulty_photo(in_one_line(e), requests)
     return LoadedPhoto(digest, found, tiles)
 
-
+# %% ../nbs/07b_store.ipynb #e0d50060
 def _stored(request, digest) -> dict:
     "What the cache holds of a photo, by variant."
     if not request.cache: return {}

@@ -155,7 +155,7 @@ def deterministic(
     cudnn = torch.backends.cudnn
     mode, ordered, benchmark = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
     if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         cudnn.deterministic = True
         cudnn.benchmark = False
     try: yield
@@ -340,17 +340,18 @@ class Run:
             cache_dir = (c.cache_dir or True) if self.stored else None
             return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, cache_dir)
         if not c.distill_aux: return None
-        first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
         with self.threads():
+            first = self.new_fold(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
             run_fold(first, progress)
             return class_teacher(first)
 
     def fit_member(self, k: int, progress) -> tuple:  # (Fold, its history)
         "Train one fold from the starting weights, or from its checkpoint."
         teacher = self.soft_targets(k, progress)
-        f = self.new_fold(k, self.config)
-        f.teacher = teacher
-        with self.threads(): return f, run_fold(f, progress)
+        with self.threads():
+            f = self.new_fold(k, self.config)
+            f.teacher = teacher
+            return f, run_fold(f, progress)
 
     def train_member(self, k: int, progress, log):
         "Train one fold and leave it finished on disk; with deterministic algorithms wherever there are such."
@@ -358,7 +359,7 @@ class Run:
         except RuntimeError as e:
             if "use_deterministic_algorithms" not in str(e): raise
             log(f"{self.config.out.name} fold {k}: {str(e).split('. ')[0]}; it is trained without, so another run may end in other bits")
-            torch.use_deterministic_algorithms(True, warn_only=True)  # until `deterministic` ends
+            torch.set_deterministic_debug_mode("warn")  # until `deterministic` ends
             f, history = self.fit_member(k, progress)
         with self.threads():
             if f.part[0] == 0:
@@ -471,7 +472,8 @@ def remember_photos(
 ) -> tuple:  # ("reference" of the manifest or None, {"unlike": {"limit", "flagged"}} of the results or {})
     "Store the features of the photos that members were trained on, and count how many would be flagged, each beside the other folds."
     if not run.stored: return None, {}
-    features, dates = run.stored.gather(range(len(run.table)), View()).mean((1, 2)).numpy(), run.table["Sampling_Date"].to_numpy()
+    with run.threads(): features = run.stored.gather(range(len(run.table)), View()).mean((1, 2)).numpy()
+    dates = run.table["Sampling_Date"].to_numpy()
     trained = np.ones(len(dates), bool) if len(run.folds) > 1 else run.fold != run.folds[0]
     reference = make_reference(features[trained], dates[trained])
     if reference is None: return None, {}

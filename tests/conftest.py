@@ -1,6 +1,7 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,20 +23,23 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the long forms too (minutes each)")
-    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="where tests marked cuda run; on the CPU they test themselves")
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"),
+                     help="where tests marked cuda run; on the CPU they test themselves")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
     config.addinivalue_line("markers", "cuda: needs a GPU; run by pytest -m cuda")
-    if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests compare with the CPU
+    if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with the CPU
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, would ignore Ctrl-C
 
 
 def pytest_collection_modifyitems(config, items):
     without_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"): item.add_marker(pytest.mark.skip(reason="a long form: make test-long"))
-        if "cuda" in item.keywords and without_gpu: item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m cuda tests"))
+        if "cuda" in item.keywords and without_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m cuda tests"))
 
 
 def run(*command, **options):

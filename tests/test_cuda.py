@@ -1,4 +1,7 @@
-"""What the CPU does, a GPU does too: `pytest -m cuda tests`. Without a GPU, `pytest -m cuda --device cpu tests` tries the tests themselves."""
+"""What the CPU does, a GPU does too: `pytest -m cuda tests`.
+
+Without a GPU, `pytest -m cuda --device cpu tests` tries the tests themselves.
+"""
 import dataclasses
 
 import numpy as np
@@ -23,8 +26,9 @@ from biomass_kit.tta import STORED_VIEWS
 
 pytestmark = pytest.mark.cuda
 RAW = [t + "_raw" for t in TARGETS]
-# How far a prediction may lie from the CPU's in fp32, as a share of the spread of predictions over photos. On the CPU, with tiles rounded as a
-# GPU rounds them, tiny transformers were off by at most 0.003 in fp32 and fp16 and 0.015 in bf16; an H100 by 0.0007, 0.0008 and 0.003 g.
+# How far a prediction may lie from the CPU's in fp32, as a share of the spread of predictions over photos. On the
+# CPU, with tiles rounded as a GPU rounds them, tiny transformers were off by at most 0.003 in fp32 and fp16 and 0.015
+# in bf16 of that spread; an H100 by 0.0007 g, 0.0008 g and 0.003 g.
 SHARE = {"fp32": 0.03, "fp16": 0.03, "bf16": 0.1}
 
 
@@ -34,7 +38,9 @@ def assert_close(found, expected, precision="fp32"):
     assert spread > 0.01 and np.abs(found - expected).max() < SHARE[precision] * spread
 
 
-def assert_as_on_the_same_device(found, expected): np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+def assert_as_on_the_same_device(found, expected):
+    "Of grams by one device, in batches of whatever size."
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +49,18 @@ def room(tmp_path_factory):
     room = tmp_path_factory.mktemp("cuda")
     write_dataset(room / "data", n_photos=12, n_test=8, seed=6, height=64)
     torch.manual_seed(0)
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    backbone, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
+    save_file(backbone.model.state_dict(), room / "vit.safetensors")
     return room
 
 
 @pytest.fixture
 def base(room, tmp_path, device):
     "One fold in fp32, to be completed with one of RECIPES."
-    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
-                       tile_size=32, batch_size=4, epochs=3, lr=0.01, cache_dir=tmp_path / "cache", device_type=device, precision="fp32")
+    return TrainConfig(
+        data=room / "data", out=tmp_path / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
+        backbone_weights=room / "vit.safetensors", tile_size=32, batch_size=4, epochs=3, lr=0.01,
+        cache_dir=tmp_path / "cache", device_type=device, precision="fp32")
 
 
 def by_photo(table):
@@ -81,16 +90,17 @@ def test_what_was_trained_here_predicts_the_same_on_the_cpu(base, device, recipe
     config = dataclasses.replace(base, precision=precision, **RECIPES[recipe])
     there, photos = trained(config)
     used = pick_precision(pick_device(device), precision)
-    assert read_json(config.out / "results.json")["device"] == f"{device}, {used}" and np.isfinite(there).all()
+    assert read_json(config.out / "results.json")["device"] == f"{device}, {used}"
     assert_close(there, Ensemble(read_bundle(config.out), device_type="cpu").predict(photos), used)
 
 
 @pytest.mark.parametrize("recipe", ["frozen", "fine-tuned"])
 def test_the_same_seed_twice_on_one_device(base, tmp_path, recipe):
-    first, again = (trained(dataclasses.replace(base, out=tmp_path / name / "run", **RECIPES[recipe]))[0] for name in ("first", "again"))
+    runs = [dataclasses.replace(base, out=tmp_path / name / "run", **RECIPES[recipe]) for name in ("first", "again")]
+    first, again = (trained(run)[0] for run in runs)
     assert_as_on_the_same_device(again, first)
-    scores = [read_json(tmp_path / name / "run/results.json")["scores"]["model"]["weighted_r2"] for name in ("first", "again")]
-    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+    first, again = (read_json(run.out / "results.json")["scores"]["model"]["weighted_r2"] for run in runs)
+    assert again == pytest.approx(first, abs=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["frozen", "fine-tuned"])
@@ -116,27 +126,40 @@ def learned(base):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
 def test_predictions_in_each_precision(learned, room, tmp_path, device, precision):
-    if device == "cuda" and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0): pytest.skip("this GPU emulates bf16")
-    here = predict_competition(learned, room / "data", tmp_path / "here.csv", device_type="cpu", precision="fp32")
-    there = predict_competition(learned, room / "data", tmp_path / "there.csv", device_type=device, precision=precision)
-    outcome, used = there.attrs["outcome"], pick_precision(pick_device(device), precision)
+    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)
+    if old and precision == "bf16": pytest.skip("this GPU emulates bf16")
+    def table(name, *how):
+        return predict_competition(learned, room / "data", tmp_path / name, device_type=how[0], precision=how[1])
+
+    here, there = table("here.csv", "cpu", "fp32"), table("there.csv", device, precision)
+    outcome = there.attrs["outcome"]
+    used = pick_precision(pick_device(device), precision)
     assert not outcome.issues and outcome.devices[0].startswith(device) and outcome.devices[0].endswith(f"in {used}")
     assert_close(by_photo(there), by_photo(here), used)
 
 
 def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
-    "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is stored; all of them on the device."
+    """5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is stored.
+
+    All of them on the device.
+    """
     passes, plain = [], Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda self, tiles: passes.append((tiles.device.type, len(tiles))) or plain(self, tiles))
+
+    def forward(self, tiles):
+        passes.append((tiles.device.type, len(tiles)))
+        return plain(self, tiles)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
     photos = list_photos(room / "data/test")
-    frozen = Ensemble(read_bundle(untrained_bundle(tmp_path / "frozen")), device_type=device, cache_dir=tmp_path / "cache")
+    bundles = [read_bundle(untrained_bundle(tmp_path / "frozen")),
+               read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True))]
+    frozen = Ensemble(bundles[0], device_type=device, cache_dir=tmp_path / "cache")
     first = frozen.predict(photos, batch_size=8)
     assert passes == [(device, 8)] * 6
     passes.clear()
     assert_as_on_the_same_device(frozen.predict(photos, batch_size=3), first)
     assert passes == []
-    tuned = Ensemble(read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type=device)
-    tuned.predict(photos, batch_size=8)
+    Ensemble(bundles[1], device_type=device).predict(photos, batch_size=8)
     assert passes == [(device, 8)] * 3 * 5
 
 
@@ -165,7 +188,8 @@ def test_features_made_on_the_device(room, device):
 def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch):
     "The error is played, all else is the device's: it remembers, and says so."
     folder, plain, tried = untrained_bundle(tmp_path / "bundle"), Backbone.forward, []
-    whole = predict_competition(folder, room / "data", tmp_path / "whole.csv", device_type=device, precision="fp32")
+    options = dict(device_type=device, precision="fp32", batch_size=4)
+    whole = predict_competition(folder, room / "data", tmp_path / "whole.csv", **options)
 
     def forward(self, tiles):
         tried.append(len(tiles))
@@ -173,9 +197,10 @@ def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch)
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    parts = predict_competition(folder, room / "data", tmp_path / "parts.csv", device_type=device, precision="fp32", batch_size=4)
+    parts = predict_competition(folder, room / "data", tmp_path / "parts.csv", **options)
     assert tried[:2] == [4, 2] and max(tried[1:]) == 2 and not parts.attrs["outcome"].issues
-    assert any("ran out of memory with 4 photos at once; 2 at once from here on" in line for line in parts.attrs["outcome"].notes)
+    said = "ran out of memory with 4 photos at once; 2 at once from here on"
+    assert any(said in line for line in parts.attrs["outcome"].notes)
     assert_close(by_photo(parts), by_photo(whole))
 
 
@@ -195,7 +220,8 @@ def test_memory_that_is_short_indeed(room, tmp_path, device):
     _, eight = taken(8)
     assert eight > 2 * one and not said, "too small a model for this test"
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((one + eight) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    there = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((one + eight) / 2 / there)
     try: parts, _ = taken(8)
     finally: torch.cuda.set_per_process_memory_fraction(1.0)
     assert ensemble.fits in (1, 2, 4) and len(said) == 1 and "ran out of memory with 8 photos at once" in said[0]
@@ -206,8 +232,11 @@ def test_a_member_alone_and_among_others(room, tmp_path, device):
     "Backbones that share the device's memory stay apart."
     bundle = read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), 3, fine_tuned=True))
     photos = list_photos(room / "data/test")
-    together = Ensemble(bundle, device_type=device, precision="fp32").predict(photos, batch_size=8)
-    alone = [Ensemble(some_members(bundle, lambda m, k=k: m["fold"] == k), device_type=device, precision="fp32").predict(photos, batch_size=8)
-             for k in range(3)]
+
+    def predicted(of):
+        return Ensemble(of, device_type=device, precision="fp32").predict(photos, batch_size=8)
+
+    together = predicted(bundle)
+    alone = [predicted(some_members(bundle, lambda m, k=k: m["fold"] == k)) for k in range(3)]
     assert_as_on_the_same_device(np.mean(alone, 0), together)
     assert np.abs(alone[0] - alone[2]).max() > 1e-3

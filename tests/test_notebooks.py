@@ -17,13 +17,14 @@ MOST_BYTES = 150_000  # of a stored picture
 LONGER = {  # why a cell stays in one piece -> notebook -> its longest definition, or its first line where it has none
     "one class or function; no cell boundary can part it": {
         "00b_progress": ["Lines"], "05_augment": ["GreenJitter"], "07_features": ["Backbone"], "07b_store": ["FeatureCache"],
-        "08_model": ["Trunk", "BiomassModel"], "09_loss": ["total_loss"], "10_bundle": ["Bundle"],
-        "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_folder"], "11c_batches": ["PixelBatches"],
+        "08_model": ["Trunk", "BiomassModel"], "09_loss": ["total_loss"], "10_bundle": ["Bundle"], "10c_outcome": ["Outcome"],
+        "11_ensemble": ["Ensemble", "serve_all", "predict_photos", "predict_competition", "predict_folder"], "11c_batches": ["PixelBatches"],
         "11e_loop": ["Fold", "train_step", "Loop"], "11f_results": ["write_results"], "12_train": ["Run"], "12b_joining": ["join_runs"],
         "15_report": ["plot_predicted", "plot_learning"], "16b_packing": ["pack"], "16c_sealed": ["run_offline", "verify"], "17_cli": ["predict"],
     },
     "a list or a text that is read as one": {
-        "11b_config": ["_unread", "check_config"], "12_train": ["import dataclasses, hashlib, itertools, json, math, os, socket, sys, time"],
+        "11b_config": ["_unread", "check_config"], "11_ensemble": ["import math, os, sys, threading, time, warnings"],
+        "12_train": ["import dataclasses, hashlib, itertools, json, math, os, socket, sys, time"],
         "14b_page": ['STYLE = """'], "16_kaggle": ["inference_notebook"], "16b_packing": ["upload_readme"],
     },
     "an example whose steps need what came before them": {

@@ -209,12 +209,15 @@ def test_a_backbone_with_rotary_positions(size, learns, tmp_path):
     Frozen, and fine-tuned with all that names or counts a backbone's layers.
     """
     name, file = "vit_small_patch16_dinov3", tmp_path / "weights.safetensors"
-    data = write_dataset(tmp_path / "data", n_photos=8, n_test=2, seed=3, height=96)
+    data = write_dataset(tmp_path / "data", n_photos=4, n_test=1, seed=3, height=96)
     torch.manual_seed(0)
     save_file(build_backbone(name, pretrained=False)[0].model.state_dict(), file)
+    frozen = dict(freeze_backbone=True)
     tuned = dict(freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
-    config = TrainConfig(data=data, out=tmp_path / "run", backbone=name, backbone_weights=file, grid=(1, 1), tile_size=size, n_folds=2, train_folds=(0,),
-                         epochs=2, batch_size=4, cache_dir=tmp_path / "cache", device_type="cpu", **tuned if learns else dict(freeze_backbone=True))
+    config = TrainConfig(
+        data=data, out=tmp_path / "run", backbone=name, backbone_weights=file, grid=(1, 1), tile_size=size,
+        n_folds=2, train_folds=(0,), epochs=2, batch_size=4, tta=("plain", "h"), cache_dir=tmp_path / "cache",
+        device_type="cpu", **(tuned if learns else frozen))
     train(config, log=lambda line: None)
     files = [p.name.partition("-")[0] for p in (config.out / "bundle").glob("*.safetensors")]
     assert files.count("backbone") == 1 and files.count("lora") == learns

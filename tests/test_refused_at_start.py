@@ -48,9 +48,10 @@ WRONG = {  # name -> (options, what must be said)
     "two stages of a frozen backbone": (dict(two_stage=True), "--two-stage trains the backbone in its second stage; drop it or --freeze-backbone"),
     "a grid finer than patches": (dict(grid=(5, 5)), "whose halves are 64 pixels, would be smaller than a patch of 16; use at most 4 rows and columns"),
     "one side alone too fine": (dict(grid=(1, 9)), "use at most 4 rows and columns"),
-    "a tile of broken patches": (dict(tile_size=40), "use --tile-size 32, or leave the option out for the model's own 160"),
+    "a tile of broken patches": (dict(tile_size=40), "use --tile-size 32, or leave the option out for the model's own"),
     "a tile of a size that no patch explains": (
-        dict(backbone="xcit_nano_12_p16_224", backbone_weights=None, pretrained=False, freeze_backbone=False, tile_size=252),
+        dict(backbone="xcit_nano_12_p16_224", backbone_weights=None, pretrained=False, freeze_backbone=False,
+             tile_size=252),
         "use --tile-size 256, or leave the option out for the model's own 224"),
     "a name as the hub writes it": (dict(backbone="hf_hub:timm/test_vit"), "write --backbone test_vit;"),
     "more folds than groups": (dict(n_folds=200), "use 2 to "),

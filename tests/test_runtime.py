@@ -253,22 +253,26 @@ def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
 
 # Devices
 
-def small_memory(monkeypatch, photos):
+MEMORY = {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "python": MemoryError(),
+          "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")}
+
+
+def small_memory(monkeypatch, photos, whose="gpu"):
     "A device that holds so many photos; returns the sizes that were tried."
     tried, plain = [], Backbone.forward
 
     def forward(self, tiles):
         tried.append(tiles.shape[0])
-        if tiles.shape[0] > photos: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if tiles.shape[0] > photos: raise MEMORY[whose]
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
     return tried
 
 
-@pytest.mark.parametrize("photos, tried_sizes", [(2, [4, 2]), (1, [4, 2, 1])])
-def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, tried_sizes):
-    tried = small_memory(monkeypatch, photos)
+@pytest.mark.parametrize("photos, tried_sizes, whose", [(2, [4, 2], "gpu"), (2, [4, 2], "python"), (1, [4, 2, 1], "cpu")])
+def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, tried_sizes, whose):
+    tried = small_memory(monkeypatch, photos, whose)
     table = predict_competition(room / "frozen", room / "data", room / "i.csv", device_type="cpu")
     assert_close(by_photo(table), by_photo(whole))
     assert not table.attrs["outcome"].issues
@@ -280,7 +284,7 @@ def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, t
 def test_what_does_not_fit_one_by_one_is_an_error(room, monkeypatch):
     small_memory(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError): predict_competition(room / "frozen", room / "data", room / "j.csv", device_type="cpu")
-    assert is_means(check_submission(room / "j.csv", room / "data")).all() and set(pd.read_csv(room / "j_issues.csv").reason) == {"not predicted yet"}
+    assert not (room / "j.csv").exists() and not (room / "j_issues.csv").exists(), "no table of means that looks like predictions"
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
