@@ -181,9 +181,10 @@ class Bundle(NamedTuple):
 
     @property
     def margins(self) -> dict:
-        "Method of physics -> [5] roots of grams by which intervals of its predictions are widened; earlier libraries measured one method."
+        "Method of physics -> [5] roots of grams that widen intervals of its predictions; earlier libraries measured one."
         known = self.trust.get("intervals", {})
-        return known.get("margins") or ({self.manifest["physics"]["method"]: known["margin"]} if known else {})
+        if "margin" in known: return {self.manifest["physics"]["method"]: known["margin"]}
+        return known.get("margins", {})
 
     def load_reference(self) -> dict:
         "What is remembered of the training photos, by name; empty where nothing is."
@@ -257,7 +258,8 @@ def _check_settings(path, manifest: dict):
     physics, figures = manifest["physics"], np.empty(0)
     with suppress(ValueError, TypeError): figures = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
     if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all() or figures.min() < 0:
-        raise BiomassError(f"{path}: bounds and means must be [2, {len(TARGETS)}] and [{len(TARGETS)}] grams, none negative; pack the bundle again")
+        shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
+        raise BiomassError(f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this library; pack the bundle again")
     try:
@@ -269,11 +271,13 @@ def _check_settings(path, manifest: dict):
 def _check_quadrats(path, member: dict, others: list):
     "Refuse a member whose grams are those of no quadrat, or of another area than those of others."
     try: area = quadrat_area(member_quadrat(member))
-    except BiomassError as e: raise BiomassError(f"{path}: member {member['name']}: {e}; train or download it again") from None
+    except BiomassError as e:
+        raise BiomassError(f"{path}: member {member['name']}: {e}; train or download it again") from None
     for other in others:
         if quadrat_area(member_quadrat(other)) == area: continue
         sides = " and ".join(quadrat_text(member_quadrat(m)) for m in (member, other))
-        raise BiomassError(f"{path}: members {member['name']} and {other['name']} predict grams in quadrats of {sides}; "
+        names = f"{member['name']} and {other['name']}"
+        raise BiomassError(f"{path}: members {names} predict grams in quadrats of {sides}; "
                            "train one of them again with the other's --quadrat-cm")
 
 # %% ../nbs/10_bundle.ipynb #b0de1004

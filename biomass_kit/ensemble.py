@@ -472,7 +472,8 @@ def predict_photos(
     chosen = bundle.manifest["physics"]
     method = physics or chosen["method"]
     if threshold is not None and method != "derive_dead":
-        raise BiomassError(f"--correction-threshold is read by --physics derive_dead alone, and this is {method}; give that or drop it")
+        raise BiomassError("--correction-threshold is read by --physics derive_dead alone, "
+                           f"and this is {method}; give that or drop it")
     check_intervals(bundle, intervals)
     for view in views or (): parse_view(view)
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -635,11 +636,13 @@ def folder_intervals(
     final: np.ndarray,  # [N, 5] grams
     ends: list,  # lower and upper ends [N, 5] from the members; empty where they give none
     unknown: list,  # rows of photos that nothing is known of
-    method: str,  # of physics that made them consistent; one whose errors were not measured takes the bundle's own margin
+    method: str,  # of physics; one whose errors were not measured takes the margin of the bundle's own
 ) -> list:  # of two [N, 5]; empty where the bundle knows no intervals
     "Intervals widened by what training measured on photos held out; for a photo that was not read, all that was ever seen."
     margins = bundle.margins
-    if margins: ends = widen(*(ends or (final, final)), margins.get(method, margins[bundle.manifest["physics"]["method"]]), final)
+    if margins:
+        own = margins[bundle.manifest["physics"]["method"]]
+        ends = widen(*(ends or (final, final)), margins.get(method, own), final)
     ends = [np.array(end) for end in ends]
     for end, bound in zip(ends, bundle.manifest["bounds"]): end[unknown] = bound
     return ends
@@ -692,7 +695,7 @@ def predict_folder(
     folder,  # photos in it and in its subfolders
     out,  # CSV to write
     deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
-    quadrat_cm: tuple = None,  # sides of the quadrat whose grams are given; None takes the one that the bundle was trained on
+    quadrat_cm: tuple = None,  # sides of the quadrat whose grams are given; None takes the one trained on
     physics: str = None,  # a method of `physics.METHODS`; None takes FOLDER_PHYSICS
     keep_means: bool = False,  # leave the table of training means even where no photo is predicted
     **options,  # of `predict_photos`

@@ -42,7 +42,8 @@ def _check_joinable(runs: list):
         if set(a["oof"].index) != set(b["oof"].index): raise BiomassError(f"{pair} trained different --train-folds; finish both")
         mine, other = (r["bundle"].quadrat_cm for r in (a, b))
         if quadrat_area(mine) != quadrat_area(other):
-            raise BiomassError(f"{pair} predict grams in quadrats of {quadrat_text(mine)} and {quadrat_text(other)}; "
+            sides = f"{quadrat_text(mine)} and {quadrat_text(other)}"
+            raise BiomassError(f"{pair} predict grams in quadrats of {sides}; "
                                "train one of them again with the other's --quadrat-cm")
         same = np.abs(a["oof"][list(TARGETS)] - b["oof"].loc[a["oof"].index, list(TARGETS)]).to_numpy().max() < 1e-6
         if not same: raise BiomassError(f"{pair} have different targets for the same photos; train both on one train.csv")

@@ -47,7 +47,8 @@ def summary_table(
     "Mean, median and range of each target."
     rows = [[SHORT[t], predicted[t].mean(), *(getattr(predicted[k], f)() for f in ("mean", "median", "min", "max"))] for t, k in zip(TARGETS, KG_HA)]
     columns = [("Dry matter", 0), ("mean, g", 1), ("mean", 0), ("median", 0), ("lowest", 0), ("highest", 0)]
-    return table(columns, rows, "Over all photos. GDM is green and clover together, total GDM and dead.", [("", 1), ("quadrat", 1), (HECTARE, 4)])
+    caption = "Over all photos. GDM is green and clover together, total GDM and dead."
+    return table(columns, rows, caption, [("", 1), ("quadrat", 1), (HECTARE, 4)])
 
 # %% ../nbs/15b_paddock.ipynb #52d511d9
 def plot_totals(
@@ -132,28 +133,32 @@ def _photos(predicted, facts, photos) -> str:
 
 # %% ../nbs/15b_paddock.ipynb #3a4709d2
 def _score(facts) -> str:
-    "How good the bundle was on its own data, made consistent in its own way and, where that is another, as here."
+    "How good the bundle was on its own data, made consistent in its own way and as here."
     score = facts.get("score")
     if not score: return "The bundle tells no score."
-    text = (f"In training, on {facts['held_out']}, the bundle had a weighted R² of {number(score['weighted_r2'])} "
-            f"(90 % interval {interval(score['interval_90'])} over dates) with --physics {score['physics']}")
+    r2, ends = number(score["weighted_r2"]), interval(score["interval_90"])
+    text = (f"In training, on {facts['held_out']}, the bundle had a weighted R² of {r2} "
+            f"(90 % interval {ends} over dates) with --physics {score['physics']}")
     here = score["by_method"].get(facts["physics"])
+    measured = "it was not measured" if here is None else number(here)
     if facts["physics"] == score["physics"]: return f"{text}, as here."
-    return f"{text}; with {facts['physics']}, as here, {number(here) if here is not None else 'it was not measured'}."
+    return f"{text}; with {facts['physics']}, as here, {measured}."
 
 
 def _sums(method) -> str:
     "Whether the values add up."
     if method in ADD_UP:
-        return (f"The five values of a photo add up: --physics {method} takes those nearest to what was predicted "
-                "that do, none negative or above what was weighed in training.")
-    return f"The five values of a photo need not add up: --physics {method} was asked for; project, the default, makes them."
+        return (f"The five values of a photo add up: --physics {method} takes those nearest "
+                "to what was predicted that do, none negative or above what was weighed in training.")
+    return (f"The five values of a photo need not add up: --physics {method} was asked for; "
+            "project, the default, makes them.")
 
 
 def _quadrats(facts) -> str:
     "Which quadrat the grams are in, and which one the kilograms come from."
-    return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. {HECTARE} come from the area of the quadrat "
-            f"that the bundle was trained on, {quadrat_text(facts['trained_cm'])}.")
+    return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. "
+            f"{HECTARE} come from the area of the quadrat that the bundle was trained on, "
+            f"{quadrat_text(facts['trained_cm'])}.")
 
 # %% ../nbs/15b_paddock.ipynb #3a4709d3
 def _made(facts) -> str:

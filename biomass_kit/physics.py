@@ -57,14 +57,14 @@ SLACK = 1e-9  # by how many grams a limit may be missed in the arithmetic
 
 
 def _limits(upper):
-    "`(c, d)` of the limits `c @ b <= d` on the parts `b`: none negative, and each of the five within its upper bound."
+    "`(c, d)` of the limits `c @ b <= d` on the parts `b`: none negative, each of the five within its bound."
     d = np.concatenate([np.zeros(len(PARTS)), upper])
     c = np.concatenate([-np.eye(len(PARTS)), SUMS])
     return c[np.isfinite(d)], d[np.isfinite(d)]
 
 
 def _nearest_on(a, z, c, d):
-    "For each row of `z` `[N, 5]` the `b` `[N, 3]` with `c @ b == d` and the least |z - a b|; None where `c` repeats itself."
+    "For each row of `z` the `b` `[N, 3]` with `c @ b == d` and the least |z - a b|; None where `c` repeats itself."
     if not len(c): return z @ np.linalg.pinv(a).T
     if np.linalg.matrix_rank(c) < len(c): return None
     start = np.linalg.pinv(c) @ d
@@ -129,7 +129,7 @@ def error_covariance(
     return scale[:, None] * correlation * scale
 
 # %% ../nbs/06_physics.ipynb #933f3d20
-METHODS = {  # name -> function of (clamped grams [N, 5], upper bounds [5], threshold, covariance) -> grams [N, 5]
+METHODS = {  # name -> function of (clamped grams [N, 5], bounds [5], threshold, covariance) -> grams [N, 5]
     "none": lambda g, upper, threshold, covariance: g,
     "derive_dead": lambda g, upper, threshold, covariance: _with_derived_dead(g, inconsistency(g) > threshold),
     "always": lambda g, upper, threshold, covariance: _with_derived_dead(g, g[:, TOTAL] > 0),

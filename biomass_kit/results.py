@@ -64,7 +64,7 @@ def heads_ends(
     fold: np.ndarray,  # [S]
     bounds: dict,  # fold -> [2, 5] of its training part
 ) -> list:  # of two [S, 5] grams, or empty
-    "The heads' ends as prediction gives them: each fold's within the bounds of its training part, and around `final`."
+    "The heads' ends as prediction gives them: within the bounds of each fold's training part, around `final`."
     if not ends: return []
     out = np.array(ends, dtype=np.float64)
     for k in set(fold): out[:, fold == k] = bound_intervals(out[:, fold == k], bounds[k], final[fold == k])
