@@ -398,6 +398,26 @@ def _folder_score(bundle) -> dict:  # None where the bundle tells none
     score, physics = bundle.manifest["scores"].get("model"), bundle.manifest["physics"]
     return score and {**score, "physics": physics["method"], "by_method": physics.get("weighted_r2", {})}
 
+# %% ../nbs/17_cli.ipynb #5e170009
+def _report_photos(a: PredictArgs, table, cache_dir) -> Path:
+    "The report of a folder of photos, beside its table; maps only where nothing ran late."
+    bundle, seen, outcome = read_bundle(a.weights), {}, table.attrs["outcome"]
+    if a.report_photos:
+        paths = {name: a.photos / name for name in table["photo"].iloc[paddock.shown_photos(table)]}
+        late = at_work() or a.deadline
+        seen = look_at(paths, bundle, **({"maps": False} if late else {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}))
+    intervals = bundle.trust.get("intervals", {})
+    level = (intervals.get("level") or ensemble.INTERVAL_LEVEL) if TARGETS[0] + ENDS[0] in table else None
+    shared = bundle.trust.get("shared_dates")
+    facts = run_facts() | {
+        "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
+        "weights": str(a.weights), "photos": str(a.photos), "predicted on": outcome.devices, "seconds": round(outcome.seconds, 1),
+        "notes": outcome.notes, "said of photos": outcome.said_of_photos(),
+        "quadrat_cm": a.quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
+        "physics": a.physics or ensemble.FOLDER_PHYSICS, "score": _folder_score(bundle), "level": level}
+    shown = table.assign(flag=table["flag"].str.replace(f"{a.photos}{os.sep}", "", regex=False))  # a report may travel, and its reader has no such folder
+    return paddock.write_paddock(a.out.with_name(f"{a.out.stem}_report.html"), shown, facts, seen)
+
 # %% ../nbs/17_cli.ipynb #26f31a8c
 @command
 def predict(args=None):

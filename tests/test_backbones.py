@@ -1,5 +1,4 @@
 """Any timm backbone: weight files as people have them, names of the hub, tiles of odd sizes, rotary positions."""
-import dataclasses
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from biomass_kit.bundle import Bundle, save_backbone
 from biomass_kit.features import Backbone, autocast, backbone_digest, build_backbone, own_tile_size, timm
 from biomass_kit.lora import lora_layers
 from biomass_kit.targets import BiomassError
-from biomass_kit.train import train
 
 PREFIXES = ("", "module.", "model.", "backbone.", "encoder.", "_orig_mod.",
             "module.backbone.", "student.backbone.", "model.backbone.")

@@ -3,7 +3,6 @@ import dataclasses
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import assert_close, launch, python
