@@ -76,16 +76,16 @@ def on_interrupt(
     if mine: signal.signal(signal.SIGINT, handler)
     try: yield
     finally:
-        if mine: signal.signal(signal.SIGINT, signal.default_int_handler)
+        ours = signal.getsignal(signal.SIGINT) in (handler, _at_once)  # not after `leave`
+        if mine and ours: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # %% ../nbs/00c_ends.ipynb #e0d5000f
 def leave(
     code: int,  # for the shell
 ):
-    "End the process here where a thread of this library is still at work; else do nothing."
-    try: busy = at_work()
-    except KeyboardInterrupt: _at_once()
-    if not busy: return
+    "Ignore Ctrl-C from here on, and end the process where a thread of this library is still at work."
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not at_work(): return
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError): stream.flush()
     os._exit(code)
