@@ -63,7 +63,7 @@ def plot_totals(
     for odd, color, marker in ((False, COLORS[0], "o"), (True, COLORS[1], "X")):
         mine = at[flagged[order] == odd]
         if len(mine): ax.plot(mine, total[order][mine], marker, color=color, ms=5, label="flagged" if odd else "predicted")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("photos, by predicted total", fontsize=12)
     ax.set_ylabel(f"total, {HECTARE}", fontsize=12)
