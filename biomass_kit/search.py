@@ -302,7 +302,7 @@ def run_trial(s: Search, study: optuna.Study, number: int, values: dict, progres
             if best is None or t.number != best.number: drop_weights(trial_config(s, trial_values(s, t.params)).out)
     return found
 
-
+# %% ../nbs/14_search.ipynb #bbb2a4ef
 def trials_table(s: Search, study: optuna.Study) -> pd.DataFrame:
     "One row per trial that ended: number, whether it is the default, values (none where it does not read them), score, floors."
     rows = []
