@@ -10,19 +10,22 @@ export MPLBACKEND ?= Agg
 demo: .venv/installed
 	$(BIN)/biomass_demo
 
+# Tests of small models on two cores: two processes of one thread each take a third of the time of one with two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile tests
+
 # Notebooks are tests, on the CPU, and tests/ holds what a notebook cannot show.
 test: .venv/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/pytest -q tests
+	$(PYTEST)
 
 # tests/ with its long forms, which take minutes each.
 test-long: .venv/installed
-	$(BIN)/pytest -q tests --long
+	$(PYTEST) --long
 
 # Everything once more on a processor, played, where other shapes give other last bits.
 test-last-bits: .venv/installed
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests/last_bits $(BIN)/nbdev_test --n_workers 2 --do_print
-	PYTHONPATH=tests/last_bits $(BIN)/pytest -q tests
+	PYTHONPATH=tests/last_bits $(PYTEST)
 
 # After editing notebooks: export the library, clean the notebooks, render the README.
 prepare: .venv/installed
