@@ -10,7 +10,7 @@ export MPLBACKEND ?= Agg
 demo: .venv/installed
 	$(BIN)/biomass_demo
 
-# Tests of small models on two cores: two processes of one thread each take a third of the time of one with two.
+# Small models: two processes of one thread each are done before one process of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile tests
 
 # Notebooks are tests, on the CPU, and tests/ holds what a notebook cannot show.
