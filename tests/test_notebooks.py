@@ -99,6 +99,12 @@ def test_headings_are_in_order(path):
     assert len(set(texts)) == len(texts), "two headings share a name, so a link to one is a link to the other"
 
 
+@every_notebook
+def test_cells_have_ids_of_their_own(path):
+    ids = [c["id"] for c in cells(path)]
+    assert len(set(ids)) == len(ids), "a merge by id would drop one of them"
+
+
 @pytest.mark.parametrize("path", [*ROOMS, *EXPLORE], ids=lambda p: p.stem)
 def test_lists_its_contents(path):
     sections = [text for level, text in headings(path) if level == 2]
