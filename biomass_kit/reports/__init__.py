@@ -1,0 +1,1 @@
+"""What people read: one HTML file on a run or on a folder of photos."""

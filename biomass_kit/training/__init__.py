@@ -1,0 +1,1 @@
+"""From a competition folder to a bundle: options, the loop, a run and its scores."""
