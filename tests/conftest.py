@@ -12,7 +12,6 @@ from sources import ROOT
 
 from biomass_kit.config import TrainConfig
 from biomass_kit.features import build_backbone
-from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.train import train
 

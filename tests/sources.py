@@ -1,8 +1,9 @@
-"""What the project is made of: its modules, notebooks and tests, at any depth, and which module imports which."""
+"""What the project is made of: its modules, notebooks and tests, at any depth; and who imports whom."""
 import ast
 import functools
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,19 +23,18 @@ def natural(path):
 
 
 def walk(folder, suffix):
-    "Every file of this kind in a folder of the project, at any depth; what tools keep beside them is left out."
+    "Every file of this kind in a folder of the project, at any depth, without what tools leave beside them."
     found = (ROOT / folder).rglob(f"*{suffix}")
     return sorted((p for p in found if not {"__pycache__", ".ipynb_checkpoints"} & {*p.parts}), key=natural)
 
 
 def known_to_git(folder, suffix):
-    "The same files as git has them: tracked, or new and not ignored. `LookupError` where there is no checkout to ask."
+    "The same files as git has them: tracked, or new and not ignored; `LookupError` without a checkout."
     if not (ROOT / ".git").exists(): raise LookupError(f"{ROOT} is no git checkout")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", f"{folder}/*{suffix}"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise LookupError("git is not installed") from None
+    if not shutil.which("git"): raise LookupError("git is not installed")
+    new_too = ["--cached", "--others", "--exclude-standard"]
+    command = ["git", "ls-files", "-z", *new_too, "--", f"{folder}/*{suffix}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode: raise LookupError(f"git ls-files: {done.stderr.strip()}")
     listed = {ROOT / name for name in done.stdout.split("\0") if name}
     return {path for path in listed if path.is_file()}  # not what was moved away since
@@ -42,7 +42,8 @@ def known_to_git(folder, suffix):
 
 def cells(path, kind=None):
     "A notebook's cells, of one kind if asked."
-    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, c["cell_type"])]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [c for c in notebook["cells"] if kind in (None, c["cell_type"])]
 
 
 def source(cell): return "".join(cell["source"])
@@ -56,7 +57,7 @@ def exported_as(path):
 
 
 def module_name(path):
-    "A library file's name below `biomass_kit`, `data.targets`; a package's for its `__init__`, empty for the top one."
+    "A library file's name, as `data.targets`; of an `__init__`, its package's name, empty at the top."
     parts = path.relative_to(ROOT / LIBRARY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -79,16 +80,17 @@ def when_loaded(tree):
 
 
 def parts(tree):
-    "A module's tree in two: what anybody gets, and its `if __name__ == ...` blocks, which `python -m` alone runs."
+    "A module's tree in two: what anybody gets, and its `if __name__` blocks, which `python -m` alone runs."
     as_main = [n for n in tree.body if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
-    return {"library": ast.Module([n for n in tree.body if n not in as_main], []), "as main": ast.Module(as_main, [])}
+    library = [n for n in tree.body if n not in as_main]
+    return {"library": ast.Module(library, []), "as main": ast.Module(as_main, [])}
 
 
 def imported(path, part=None):
     """Names of the modules that a library file imports, in all of it or a part.
 
-    The library's own are absolute, however they are written (nbdev writes them as relative), and a name taken from a
-    package is the module of that name where there is one: `from biomass_kit.data import targets`.
+    The library's own are absolute, though nbdev writes them as relative. A name taken from a package is
+    the module of that name where there is one: `from biomass_kit.data import targets`.
     """
     package = module_name(path if path.stem == "__init__" else path.parent / "__init__.py")
     here = [LIBRARY, *filter(None, package.split("."))]
@@ -110,7 +112,7 @@ def below(name):
 
 
 def own_imports(path, part=None):
-    "The library's modules and packages among what a file imports, without `biomass_kit.`; the top package left out."
+    "The library's modules and packages that a file imports, named as in `MODULES`; the top one is left out."
     return {below(name) for name in imported(path, part)} - {None, ""}
 
 

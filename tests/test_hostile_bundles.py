@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 from sources import CODE, syntax
 
 import biomass_kit
-from biomass_kit.bundle import HEADER, MANIFEST, SINCE_LATER, read_bundle, save_backbone, save_lora, save_member, sign_manifest, write_manifest
+from biomass_kit.bundle import (
+    HEADER,
+    MANIFEST,
+    SINCE_LATER,
+    read_bundle,
+    save_backbone,
+    save_lora,
+    save_member,
+    sign_manifest,
+    write_manifest,
+)
 from biomass_kit.ensemble import Ensemble
 from biomass_kit.features import build_backbone
 from biomass_kit.model import BiomassModel

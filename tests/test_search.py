@@ -147,4 +147,5 @@ def test_only_search_needs_optuna():
     searching = {name for name, path in MODULES.items() if "optuna" in outside_imports(path)}
     assert [name.split(".")[-1] for name in searching] == ["search"], searching
     for path in CODE:
-        assert not own_imports(path, when_loaded(syntax(path))) & searching, f"{inside(path)} loads optuna when it is imported"
+        at_once = own_imports(path, when_loaded(syntax(path))) & searching
+        assert not at_once, f"{inside(path)} loads optuna when it is imported"
