@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import options
 from PIL import Image
 
 from biomass_kit import cli
@@ -16,6 +15,7 @@ from biomass_kit.features import build_backbone
 from biomass_kit.kaggle import predict_inputs
 from biomass_kit.model import BiomassModel
 from biomass_kit.physics import METHODS, PARTS, SUMS, error_covariance, reconcile
+from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import draw_photo
 from biomass_kit.targets import KG_HA, QUADRAT_CM, TARGETS, BiomassError, identity_residuals, kg_per_ha
 from biomass_kit.train import check_teacher

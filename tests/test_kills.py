@@ -10,13 +10,14 @@ import time
 
 import pytest
 import torch
-from conftest import options, run
+from conftest import run
 from safetensors.torch import save_file
 
 from biomass_kit import loop, packing
 from biomass_kit.data import file_digest
 from biomass_kit.features import build_backbone
 from biomass_kit.loop import CHECKPOINT
+from biomass_kit.search import as_options as options
 from biomass_kit.targets import BiomassError
 from biomass_kit.train import train
 

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, options, python
+from conftest import launch, python
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.bundle import read_bundle
 from biomass_kit.data import file_digest
 from biomass_kit.joining import join_runs
+from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import BiomassError
 from biomass_kit.train import train

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_close, launch, options
+from conftest import assert_close, launch
 from safetensors.torch import load_file, save_file
 
 from biomass_kit import loop
@@ -16,6 +16,7 @@ from biomass_kit.ensemble import Ensemble, predict_folder
 from biomass_kit.features import Backbone, build_backbone
 from biomass_kit.loop import set_mode
 from biomass_kit.lora import adapted_layers, add_lora, lora_layers, take_lora
+from biomass_kit.search import as_options as options
 from biomass_kit.targets import TARGETS, BiomassError
 from biomass_kit.train import train
 

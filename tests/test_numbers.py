@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_close, options, python
+from conftest import ROOT, assert_close, python
 from safetensors.torch import save_file
 from untrained import untrained_bundle
 
@@ -19,6 +19,7 @@ from biomass_kit.ensemble import predict_photos
 from biomass_kit.features import build_backbone
 from biomass_kit.folds import read_table
 from biomass_kit.loop import CHECKPOINT
+from biomass_kit.search import as_options as options
 from biomass_kit.synthetic import write_dataset
 from biomass_kit.targets import TARGETS, BiomassError
 from biomass_kit.train import train

@@ -12,8 +12,16 @@ from untrained import untrained_bundle
 
 from biomass_kit import cli, data
 from biomass_kit.config import TrainConfig
-from biomass_kit.data import crop_of, list_photos, photo_names, photo_size, read_photo, read_test, read_train
-from biomass_kit.data import split_pair
+from biomass_kit.data import (
+    crop_of,
+    list_photos,
+    photo_names,
+    photo_size,
+    read_photo,
+    read_test,
+    read_train,
+    split_pair,
+)
 from biomass_kit.ensemble import predict_competition, predict_folder
 from biomass_kit.outcome import MEANS, summary_lines
 from biomass_kit.synthetic import draw_photo, write_dataset

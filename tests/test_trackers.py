@@ -4,8 +4,9 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import launch, options
+from conftest import launch
 
+from biomass_kit.search import as_options as options
 from biomass_kit.targets import BiomassError
 from biomass_kit.train import LOGS, expand, train, train_runs
 

@@ -38,7 +38,13 @@ from biomass_kit.cli import command
 from biomass_kit.config import TrainConfig, config_record
 from biomass_kit.data import file_digest, read_train, write_csv, write_json
 from biomass_kit.ensemble import is_main_process
-from biomass_kit.evidence import difference_table, difference_text, linear_probe, crossfit_stack, paired_difference
+from biomass_kit.evidence import (
+    crossfit_stack,
+    difference_table,
+    difference_text,
+    linear_probe,
+    paired_difference,
+)
 from biomass_kit.features import TileSpec, build_backbone
 from biomass_kit.folds import FLOORS, floor_predictions, make_folds, read_table
 from biomass_kit.physics import METHODS, crossfit_physics, training_bounds
