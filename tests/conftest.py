@@ -1,23 +1,20 @@
 """Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
-import ast
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sources import ROOT
 
-from biomass_kit.config import TrainConfig
-from biomass_kit.features import build_backbone
-from biomass_kit.search import as_options as options
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.train import train
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.training.run import train
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
@@ -67,16 +64,6 @@ def launch(processes, module, *arguments, **options):
     On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it calls for GPUs.
     """
     return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module, *arguments, timeout=300, **options)
-
-
-def imported_names(tree):
-    "Names of the modules that a syntax tree imports; the kit's own as `biomass_kit.room` (nbdev writes them as relative)."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            own = node.level or node.module == "biomass_kit"
-            if own and node.module in (None, "biomass_kit"): yield from (f"biomass_kit.{a.name}" for a in node.names)
-            else: yield f"biomass_kit.{node.module}" if node.level else node.module
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from biomass_kit.bundle import Bundle, save_backbone
-from biomass_kit.features import Backbone, autocast, backbone_digest, build_backbone, own_tile_size, timm
-from biomass_kit.lora import lora_layers
-from biomass_kit.targets import BiomassError
+from biomass_kit.inference.bundle import Bundle, save_backbone
+from biomass_kit.features.backbone import Backbone, backbone_digest, build_backbone, own_tile_size
+from biomass_kit.features.device import autocast
+import timm
+from biomass_kit.features.backbone import lora_layers
+from biomass_kit.data.targets import BiomassError
 
 PREFIXES = ("", "module.", "model.", "backbone.", "encoder.", "_orig_mod.",
             "module.backbone.", "student.backbone.", "model.backbone.")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import python, run
 
-from biomass_kit.bundle import read_bundle
-from biomass_kit.data import check_submission
-from biomass_kit.targets import KG_HA, TARGETS
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.data.table import check_submission
+from biomass_kit.data.targets import KG_HA, TARGETS
 
 BIN = Path(sys.executable).parent
 PLAN = {  # the plan's recommended training commands, word for word but for the device

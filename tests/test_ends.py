@@ -17,15 +17,18 @@ from conftest import ROOT, python
 from untrained import untrained_bundle
 
 from biomass_kit import ensemble, store
-from biomass_kit.data import check_submission, file_digest
-from biomass_kit.ends import at_work
-from biomass_kit.ensemble import Ensemble, predict_competition, predict_folder
-from biomass_kit.features import Backbone
+from biomass_kit.data.files import file_digest
+from biomass_kit.data.table import check_submission
+from biomass_kit.data.interrupts import at_work
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.predict import predict_competition, predict_folder
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.kaggle import predict_inputs
-from biomass_kit.outcome import MEANS, summary_lines
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.train import held_by_me, train
+from biomass_kit.inference.issues import MEANS, summary_lines
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.training.folder import held_by_me
+from biomass_kit.training.run import train
 
 CPU = torch.device("cpu")
 SIMPLE = ("--device-type", "cpu", "--batch-size", "1")
@@ -63,7 +66,7 @@ def is_means(table): return np.isclose(by_photo(table), 20).all(1)
 AT_WORK = """
 import os, sys, time, torch
 from biomass_kit import cli, ends
-from biomass_kit.targets import BiomassError
+from biomass_kit.data.targets import BiomassError
 ends.at_work.__defaults__ = (0.05,)  # seconds of patience
 
 def busy():
@@ -106,7 +109,7 @@ HANGS_IN_TORCH = """
 import sys, torch
 from pathlib import Path
 from biomass_kit import cli
-from biomass_kit.features import Backbone
+from biomass_kit.features.backbone import Backbone
 calls, plain = [], Backbone.forward
 passes, hangs = int(sys.argv[1]), Path(sys.argv[2])
 def forward(self, tiles):
@@ -309,7 +312,7 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
 def test_a_cache_that_nobody_asked_for(room, whole, tmp_path):
     (tmp_path / "file").write_text("no home can lie below a file")
     nowhere = {"HOME": str(tmp_path / "file/home"), "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    predict = "from biomass_kit.cli import predict; predict()"
+    predict = "from biomass_kit.predict import predict; predict()"
     words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", *SIMPLE]
     done = python("-c", predict, *words, env=nowhere)
     assert done.returncode == 0 and done.stderr.count("features are not kept") == 1, done.stderr

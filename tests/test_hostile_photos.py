@@ -15,8 +15,8 @@ import pytest
 from conftest import python
 from PIL import Image
 
-from biomass_kit.data import MAX_PIXELS, _has_decoder, photo_size, read_photo
-from biomass_kit.targets import BiomassError
+from biomass_kit.data.photos import MAX_PIXELS, _has_decoder, photo_size, read_photo
+from biomass_kit.data.targets import BiomassError
 
 MEMORY = 1.3e9  # bytes beyond what the process has before: a photo of MAX_PIXELS in Pillow's four bytes a pixel, twice, and its three as an array
 SECONDS = 10  # of the processor, for one file; the largest that is decoded takes two

@@ -10,15 +10,16 @@ import time
 
 import pytest
 import torch
-from conftest import options, run
+from conftest import run
 from safetensors.torch import save_file
 
 from biomass_kit import loop, packing
-from biomass_kit.data import file_digest
-from biomass_kit.features import build_backbone
-from biomass_kit.loop import CHECKPOINT
-from biomass_kit.targets import BiomassError
-from biomass_kit.train import train
+from biomass_kit.data.files import file_digest
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.training.loop import CHECKPOINT
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
 LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=1e-3)

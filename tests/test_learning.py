@@ -7,15 +7,16 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, options, python
+from conftest import launch, python
 from safetensors.torch import load_file, save_file
 
-from biomass_kit.bundle import read_bundle
-from biomass_kit.data import file_digest
-from biomass_kit.joining import join_runs
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import BiomassError
-from biomass_kit.train import train
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.data.files import file_digest
+from biomass_kit.training.join import join_runs
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
 
@@ -65,7 +66,7 @@ def test_two_processes_share_the_members(config, finished, tmp_path):
 
 
 AVERAGE = """
-import torch; from types import SimpleNamespace; from accelerate import Accelerator; from biomass_kit.loop import average_gradients
+import torch; from types import SimpleNamespace; from accelerate import Accelerator; from biomass_kit.training.loop import average_gradients
 a = Accelerator(cpu=True); p = torch.nn.Parameter(torch.zeros(2)); assert a.num_processes == 2
 p.grad = torch.tensor([1.0, 2.0]) * (1 + 4 * a.process_index)
 average_gradients(a, SimpleNamespace(param_groups=[{"params": [p]}]), (3, 1)[a.process_index])

@@ -6,18 +6,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_close, launch, options
+from conftest import assert_close, launch
 from safetensors.torch import load_file, save_file
 
 from biomass_kit import loop
-from biomass_kit.bundle import Bundle, read_bundle, save_backbone, save_lora
-from biomass_kit.data import file_digest
-from biomass_kit.ensemble import Ensemble, predict_folder
-from biomass_kit.features import Backbone, build_backbone
-from biomass_kit.loop import set_mode
-from biomass_kit.lora import adapted_layers, add_lora, lora_layers, take_lora
-from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.train import train
+from biomass_kit.inference.bundle import Bundle, read_bundle, save_backbone, save_lora
+from biomass_kit.data.files import file_digest
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.predict import predict_folder
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.training.loop import set_mode
+from biomass_kit.features.backbone import adapted_layers, add_lora, lora_layers, take_lora
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
 

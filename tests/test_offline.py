@@ -15,16 +15,17 @@ from conftest import ROOT, SHARED, assert_close, run
 from safetensors.torch import save_file
 
 from biomass_kit import cli, kaggle, sealed
-from biomass_kit.config import TrainConfig
-from biomass_kit.data import check_submission, file_digest
-from biomass_kit.ensemble import predict_competition
-from biomass_kit.features import build_backbone
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.data.files import file_digest
+from biomass_kit.data.table import check_submission
+from biomass_kit.inference.predict import predict_competition
+from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
-from biomass_kit.packing import WEIGHTS, pack, write_tracked
-from biomass_kit.sealed import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import BiomassError
-from biomass_kit.train import train
+from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
+from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.training.run import train
 
 
 def printed(notebook):

@@ -8,12 +8,13 @@ import pytest
 from conftest import assert_close, launch, python
 from untrained import untrained_bundle
 
-from biomass_kit.bundle import read_bundle
-from biomass_kit.data import list_photos
-from biomass_kit.ensemble import Ensemble, predict_folder
-from biomass_kit.features import Backbone
-from biomass_kit.targets import TARGETS
-from biomass_kit.train import train
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.data.photos import list_photos
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.predict import predict_folder
+from biomass_kit.features.backbone import Backbone
+from biomass_kit.data.targets import TARGETS
+from biomass_kit.training.run import train
 
 
 @pytest.fixture
@@ -66,8 +67,8 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
 
 
 WRITER = """
-import sys; from biomass_kit.features import TileSpec, build_backbone; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data import list_photos; from biomass_kit.tta import STORED_VIEWS
+import sys; from biomass_kit.features.backbone import build_backbone; from biomass_kit.features.tiles import TileSpec; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data.photos import list_photos; from biomass_kit.tta import STORED_VIEWS
 b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
 r = FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3]))
 for _ in range(3): stored = store_features(list_photos(sys.argv[2]), r)
@@ -102,8 +103,9 @@ def test_two_processes_share_the_photos(data, tmp_path):
 
 MANY = """
 import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from biomass_kit.features import TileSpec, build_backbone; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data import list_photos; from biomass_kit.tta import STORED_VIEWS
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.tiles import TileSpec; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data.photos import list_photos; from biomass_kit.tta import STORED_VIEWS
 b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
 stored = store_features(list_photos(sys.argv[2]), FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3])))
 print(stored.array.shape)

@@ -11,14 +11,14 @@ from PIL import Image
 from untrained import untrained_bundle
 
 from biomass_kit import cli, data
-from biomass_kit.config import TrainConfig
-from biomass_kit.data import crop_of, list_photos, photo_names, photo_size, read_photo, read_test, read_train
-from biomass_kit.data import split_pair
-from biomass_kit.ensemble import predict_competition, predict_folder
-from biomass_kit.outcome import MEANS, summary_lines
-from biomass_kit.synthetic import draw_photo, write_dataset
-from biomass_kit.targets import TARGETS, BiomassError
-from biomass_kit.train import prepare
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.data.photos import crop_of, list_photos, photo_names, photo_size, read_photo, split_pair
+from biomass_kit.data.table import read_test, read_train
+from biomass_kit.inference.predict import predict_competition, predict_folder
+from biomass_kit.inference.issues import MEANS, summary_lines
+from biomass_kit.data.synthetic import draw_photo, write_dataset
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.training.run import prepare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing
 PHOTO = draw_photo((30, 10, 5), seed=1, height=64)

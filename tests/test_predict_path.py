@@ -1,9 +1,9 @@
 """Prediction asks for little: the imports that Kaggle must satisfy are the listed ones."""
-import ast
 import sys
 
 import pandas as pd
-from conftest import ROOT, imported_names, python
+from conftest import python
+from sources import MODULES, PACKAGES, outside_imports, own_imports, syntax, when_loaded
 
 from biomass_kit.kaggle import PREDICT_REQUIREMENTS
 
@@ -15,28 +15,26 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & {unwanted!r}))
 """
 
 
-def walk(module, seen):
-    "All modules of the kit that `module` imports when it is imported, itself included."
+def loaded_with(module, seen):
+    "All modules of the library that importing `module` loads, the packages it lies in and itself included."
     if module not in seen:
         seen.add(module)
-        for name in top_imports(module):
-            if name.startswith("biomass_kit."): walk(name.removeprefix("biomass_kit."), seen)
+        path = {**MODULES, **PACKAGES}[module]
+        for name in own_imports(path, when_loaded(syntax(path))): loaded_with(name, seen)
+        if module: loaded_with(module.rpartition(".")[0], seen)
     return seen
 
 
-def top_imports(module):
-    "Imports at a module's top level; what a function imports when it is called is its own affair."
-    tree = ast.parse((ROOT / "biomass_kit" / f"{module}.py").read_text(encoding="utf-8"))
-    return imported_names(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))], []))
-
-
 def test_imports_of_the_predict_path_are_the_listed_ones():
-    allowed = {{"pillow": "PIL"}.get(r, r) for r in PREDICT_REQUIREMENTS} | {"torchvision"} | set(sys.stdlib_module_names) | {"biomass_kit"}
-    rooms = walk("kaggle", set())
-    assert {"ensemble", "bundle", "features", "model", "physics"} <= rooms and not rooms & {"train", "augment", "folds", "evidence", "report", "cli"}
-    for room in rooms:
-        strange = {n.split(".")[0] for n in top_imports(room)} - allowed
-        assert not strange, f"{room} is on the predict path and imports {strange}"
+    required = {{"pillow": "PIL"}.get(r, r) for r in PREDICT_REQUIREMENTS}
+    allowed = required | {"torchvision"} | set(sys.stdlib_module_names)
+    modules = loaded_with("kaggle", set())
+    assert {"ensemble", "bundle", "features", "model", "physics"} <= modules
+    assert not modules & {"train", "augment", "folds", "evidence", "report", "cli"}
+    for module in modules:
+        path = {**MODULES, **PACKAGES}[module]
+        strange = outside_imports(path, when_loaded(syntax(path))) - allowed
+        assert not strange, f"{module} is on the predict path and imports {strange}"
 
 
 def test_predicting_loads_nothing_else(finished, data, tmp_path):

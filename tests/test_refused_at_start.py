@@ -10,11 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from biomass_kit import cli
-from biomass_kit.config import TrainConfig
-from biomass_kit.features import Backbone, build_backbone
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import BiomassError
-from biomass_kit.train import train
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.training.run import train
 
 
 @pytest.fixture(scope="module")

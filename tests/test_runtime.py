@@ -13,14 +13,17 @@ from PIL import Image
 from untrained import untrained_bundle
 
 from biomass_kit import ensemble, features, store
-from biomass_kit.bundle import read_bundle
-from biomass_kit.data import atomic_path, check_submission, list_photos, read_test
-from biomass_kit.ensemble import Ensemble, predict_competition, predict_folder, predict_photos
-from biomass_kit.features import Backbone
-from biomass_kit.outcome import MEANS, Outcome, summary_lines
-from biomass_kit.plan import Deadline
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import TARGETS, BiomassError
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.data.files import atomic_path
+from biomass_kit.data.photos import list_photos
+from biomass_kit.data.table import check_submission, read_test
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
+from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference.issues import MEANS, Outcome, summary_lines
+from biomass_kit.inference.plan import Deadline
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import TARGETS, BiomassError
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -139,7 +142,7 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
 BUSY = """
 import sys, torch
 from biomass_kit import cli
-from biomass_kit.features import Backbone
+from biomass_kit.features.backbone import Backbone
 def forward(self, tiles):
     for _ in range(3000): torch.ones(1500, 1500) @ torch.ones(1500, 1500)
 Backbone.forward = forward
@@ -222,7 +225,7 @@ def test_every_kind_of_bad_photo(room, whole, tmp_path, monkeypatch):
 
 HUGE = """
 import resource, sys
-from biomass_kit.data import read_photo
+from biomass_kit.data.photos import read_photo
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 shape = read_photo(sys.argv[1]).shape
 print(shape, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

@@ -1,5 +1,4 @@
 """A search that several processes share, that is killed, and that goes on: every trial once, none lost."""
-import ast
 import collections
 import dataclasses
 import json
@@ -14,15 +13,15 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from conftest import ROOT, imported_names
 from safetensors.torch import save_file
+from sources import CODE, MODULES, ROOT, inside, outside_imports, own_imports, syntax, when_loaded
 
-from biomass_kit.cli import TrainArgs
-from biomass_kit.config import TrainConfig
-from biomass_kit.features import build_backbone
-from biomass_kit.search import SPACE, as_options, check_space
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.targets import TARGETS, weighted_r2
+from biomass_kit.train import TrainArgs
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.evidence.search import SPACE, as_options, check_space
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.targets import TARGETS, weighted_r2
 
 TRIALS = 3
 SEARCHED = [k for k in SPACE if k not in ("grid", "use_aux_heads") and not k.startswith("aux_")]
@@ -145,8 +144,8 @@ def test_the_space_fits_the_config_which_goes_through_the_command_line(tiny):
 
 
 def test_only_search_needs_optuna():
-    for path in (ROOT / "biomass_kit").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert path.stem == "search" or "optuna" not in {n.split(".")[0] for n in imported_names(tree)}, path.name
-        top = ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))], [])
-        assert "biomass_kit.search" not in set(imported_names(top)), f"{path.name} loads optuna when it is imported"
+    searching = {name for name, path in MODULES.items() if "optuna" in outside_imports(path)}
+    assert [name.split(".")[-1] for name in searching] == ["search"], searching
+    for path in CODE:
+        at_once = own_imports(path, when_loaded(syntax(path))) & searching
+        assert not at_once, f"{inside(path)} loads optuna when it is imported"

@@ -4,10 +4,11 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import launch, options
+from conftest import launch
 
-from biomass_kit.targets import BiomassError
-from biomass_kit.train import LOGS, expand, train, train_runs
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.training.run import LOGS, expand, train, train_runs
 
 quiet = dict(log=lambda line: None)
 

@@ -10,7 +10,8 @@ from statistics import median
 import torch
 import tyro
 
-from biomass_kit.features import autocast, build_backbone, pick_device
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.device import autocast, pick_device
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from untrained import untrained_bundle
 
-from biomass_kit.data import list_photos
-from biomass_kit.synthetic import write_dataset
+from biomass_kit.data.photos import list_photos
+from biomass_kit.data.synthetic import write_dataset
 
 PREDICT = """
 import sys, torch
-from biomass_kit.ensemble import peak_memory, predict_folder
+from biomass_kit.inference.ensemble import peak_memory
+from biomass_kit.inference.predict import predict_folder
 table = predict_folder(sys.argv[1], sys.argv[2], sys.argv[3], device_type="cpu", cache_dir=sys.argv[4] or None)
 print(len(table), peak_memory(torch.device("cpu")))
 """

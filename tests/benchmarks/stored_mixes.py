@@ -11,16 +11,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from biomass_kit.augment import Box, cutmix_pairs, draw_cutmix, draw_rng, draw_view, mix
-from biomass_kit.config import check_config
-from biomass_kit.data import file_digest, read_photo, split_pair, write_csv
-from biomass_kit.features import TileSpec, build_backbone
-from biomass_kit.folds import make_folds, read_table
-from biomass_kit.loop import Fold, predict_fold, run_fold
-from biomass_kit.store import Draw, FeatureCache, FeatureRequest, StoredFeatures, store_features
-from biomass_kit.targets import TARGETS
-from biomass_kit.train import make_accelerator
-from biomass_kit.tta import STORED_VIEWS, arrange, parse_view
+from biomass_kit.features.augment import Box, cutmix_pairs, draw_cutmix, draw_rng, draw_view, mix
+from biomass_kit.training.config import check_config
+from biomass_kit.data.files import file_digest, write_csv
+from biomass_kit.data.photos import read_photo, split_pair
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.tiles import TileSpec
+from biomass_kit.data.folds import make_folds, read_table
+from biomass_kit.training.loop import Fold, predict_fold, run_fold
+from biomass_kit.features.store import Draw, FeatureCache, FeatureRequest, StoredFeatures, store_features
+from biomass_kit.data.targets import TARGETS
+from biomass_kit.training.run import make_accelerator
+from biomass_kit.features.tta import STORED_VIEWS, arrange, parse_view
 
 K = 8  # mixes stored a photo
 FEATURES = f"2x2 MixUp of features, {K} stored"

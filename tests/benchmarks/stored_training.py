@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import tyro
 
-from biomass_kit.batches import epoch_batches
-from biomass_kit.config import TrainConfig, check_config
-from biomass_kit.loop import Fold, make_optimizer, predict_fold, stages, train_step
-from biomass_kit.synthetic import write_dataset
-from biomass_kit.train import Run, make_accelerator
-from biomass_kit.tta import View
+from biomass_kit.training.batches import epoch_batches
+from biomass_kit.training.config import TrainConfig, check_config
+from biomass_kit.training.loop import Fold, make_optimizer, predict_fold, stages, train_step
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.training.run import Run, make_accelerator
+from biomass_kit.features.tta import View
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main():
         if a.backbone_weights is None:
             from safetensors.torch import save_file
 
-            from biomass_kit.features import build_backbone
+            from biomass_kit.features.backbone import build_backbone
 
             a = replace(a, backbone_weights=room / "random.safetensors")
             save_file(build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model.state_dict(), a.backbone_weights)
