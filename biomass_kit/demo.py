@@ -19,7 +19,7 @@ from .training.config import TrainConfig
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08004
 @dataclass(frozen=True)
 class SynthArgs:
-    "Draw a pasture data set in the competition's layout."
+    "Make a synthetic pasture data set in the competition's layout."
 
     out: Path  # folder to fill
     photos: int = 60  # labelled photos
@@ -30,7 +30,7 @@ class SynthArgs:
 
 @command
 def synth(args=None):
-    "biomass_synth: draw a data set."
+    "biomass_synth: make a synthetic data set."
     a = parse(SynthArgs, "biomass_synth", args)
     with loading(): from biomass_kit.data.synthetic import write_dataset
     print(write_dataset(a.out, a.photos, a.test, a.seed, a.height, progress=progress))
@@ -42,7 +42,7 @@ DEMO_MARK = ".biomass_demo"
 
 @dataclass(frozen=True)
 class DemoArgs:
-    "Draw, train, bundle, pack and predict offline, on drawn photos."
+    "Make synthetic photos, train, bundle, pack and predict offline."
 
     out: Path = Path("runs/demo")
     photos: int = 72  # labelled photos
@@ -99,7 +99,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08008
 @command
 def main(args=None):
-    "biomass_demo: the whole path on drawn photos."
+    "biomass_demo: the whole path on synthetic photos."
     a = parse(DemoArgs, "biomass_demo", args)
     results = run_demo(a)
     from biomass_kit.training.scores import score_lines

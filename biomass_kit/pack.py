@@ -18,10 +18,10 @@ from .data.targets import BiomassError
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07005
 @dataclass(frozen=True)
 class VerifyArgs:
-    "Prove what was packed in a room like Kaggle's: Kaggle's versions, no network, read-only inputs, little room to write."
+    "Prove what was packed in an environment like Kaggle's: its versions, no network, little space to write."
 
     packed: Path = Path("kaggle_datasets")  # folder that biomass_pack filled
-    data: Optional[Path] = None  # competition folder with test.csv; drawn photos by default
+    data: Optional[Path] = None  # competition folder with test.csv; synthetic photos by default
     photos: Optional[Path] = None  # folder of photos instead, as a user's own dataset
     out: Path = Path("runs/verify")  # takes submission and executed notebook
     share: bool = False  # share this environment's packages: quick, and no proof about Kaggle's versions
@@ -45,7 +45,7 @@ class PackArgs:
     user: Optional[str] = None  # your Kaggle name, for the dataset ids
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
     wheels: Optional[tuple[str, ...]] = None  # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
-    verify: bool = True  # run the packed notebook as Kaggle would, over drawn photos
+    verify: bool = True  # run the packed notebook as Kaggle would, over synthetic photos
     share: bool = False  # of biomass_verify: share this environment's packages
 
 

@@ -112,7 +112,7 @@ def make_folds(
     table: pd.DataFrame,  # one row a photo, as from `read_train`
     cv: str = "group_date",  # a key of CV_STRATEGIES
     n_folds: int = None,  # None is DEFAULT_FOLDS, or the number of groups for LEAVE_ONE
-    seed: int = 0,  # another seed, another deal of groups to folds; 0 with `group_date` is scikit-learn's plain GroupKFold
+    seed: int = 0,  # another seed, other folds; 0 with `group_date` is scikit-learn's GroupKFold
 ) -> np.ndarray:  # int64 [N], the fold in which each photo is scored
     "Assign each photo to a fold such that no group straddles two folds."
     groups = strategy(cv).groups(table).to_numpy()
@@ -168,12 +168,12 @@ def floor_predictions(
 # %% ../../nbs/1_data/8_folds.ipynb #a4ec47f7
 def bootstrap_scores(
     measured,  # [N, 5] grams
-    predictions: list,  # of [N, 5] grams, all scored on the same draws
+    predictions: list,  # of [N, 5] grams, all scored on the same resamples
     dates,  # [N] the sampling date of each photo
     n_draws: int = 2000,
     seed: int = 0,
-) -> np.ndarray:  # [len(predictions), n_draws] weighted R2; nan where the drawn labels do not vary
-    "Weighted R2 on bootstrap draws of whole sampling dates."
+) -> np.ndarray:  # [len(predictions), n_draws] weighted R2; nan where the resampled labels do not vary
+    "Weighted R2 on bootstrap resamples of whole sampling dates."
     y, w = as_grams(measured, "measured"), np.asarray(WEIGHTS)
     names, of = np.unique(np.asarray(dates), return_inverse=True)
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_draws)

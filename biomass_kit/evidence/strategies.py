@@ -21,7 +21,7 @@ def strategy_table(
     table: pd.DataFrame,  # one row a photo
     strategies=tuple(CV_STRATEGIES),
     n_folds: int = None,  # of the strategies that leave a choice; None is their default
-    seed: int = 0,  # of their deal
+    seed: int = 0,  # of their fold assignment
     against: str = "group_date",  # the strategy to which the differences are taken
     **options,  # n_draws of `bootstrap_scores`
 ) -> pd.DataFrame:  # one row a strategy: folds, shared_dates, the weighted R2 of probe and floors with 90 % intervals over dates, the probe's difference

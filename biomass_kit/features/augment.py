@@ -91,7 +91,7 @@ def pixel_transform(
     crop: bool = False,  # also crop, alike in both halves
     green: bool = False,  # also jitter what is green
 ) -> A.Compose:
-    "Flips, affine, noise, blur, light, colour and dropout, drawn once for both halves."
+    "Flips, affine, noise, blur, light, colour and dropout, sampled once for both halves."
     return A.Compose(
         [
             *([SameSizeCrop()] if crop else []),
@@ -113,14 +113,14 @@ DRAWS = ("order", "view", "mixup", "pixels", "stored", "head", "cutmix")  # each
 
 def draw_seed(
     kind: str,  # one of DRAWS
-    *numbers: int,  # what names the draw within its kind (seed, fold, epoch, photo, ...)
+    *numbers: int,  # what names the augmented copy within its kind (seed, fold, epoch, photo, ...)
 ) -> int:  # 64 bits
-    "One well-mixed seed from the name of a draw."
+    "One well-mixed seed from the name of an augmented copy."
     return int(np.random.SeedSequence([len(numbers), DRAWS.index(kind), *numbers]).generate_state(1, np.uint64)[0])
 
 
 def draw_rng(kind: str, *numbers: int) -> np.random.Generator:
-    "A generator of its own for one draw."
+    "A generator of its own for one augmented copy."
     return np.random.default_rng(draw_seed(kind, *numbers))
 
 # %% ../../nbs/2_features/3_augment.ipynb #e1acd540

@@ -246,7 +246,7 @@ class LoadedPhoto(NamedTuple):
 
 # %% ../../nbs/2_features/6_store.ipynb #330a4d2d
 def _digest(path, requests) -> str:
-    "The photo's digest where a cache or a draw needs it."
+    "The photo's digest where a cache or an augmented copy needs it."
     if not any(r.cache or any(isinstance(v, Draw) for v in r.variants) for r in requests): return ""
     try: return file_digest(path)
     except FileNotFoundError: raise BiomassError(f"{path}: no such photo") from None
@@ -287,7 +287,7 @@ def _stored(request, digest) -> dict:
 
 def _all_tiles(pair, requests, missing, digest) -> list:
     "For each request the tiles that it misses."
-    cut = {}  # (tile spec, draw or None for the views) -> tiles, shared by the requests
+    cut = {}  # (tile spec, augmented copy or None for the views) -> tiles, shared by the requests
     return [_tiles(pair, r, wanted, digest, cut) for r, wanted in zip(requests, missing)]
 
 # %% ../../nbs/2_features/6_store.ipynb #99a3030e

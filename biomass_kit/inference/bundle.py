@@ -85,7 +85,7 @@ def save_lora(
 
 def save_reference(
     folder,  # the bundle
-    tensors: dict,  # "features" and "own" of a `trust.Reference`
+    tensors: dict,  # "features" and "own" of an `uncertainty.Reference`
 ) -> str:  # the file's name
     "Write what a bundle remembers of the training photos, named by its content."
     return _save_by_content(folder, "reference", tensors)
@@ -263,7 +263,7 @@ def _check_digest(path, data: bytes, manifest: dict):
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #aa36dbe1
 def _check_settings(path, manifest: dict):
-    "Refuse what prediction could not use: views, physics, how members are joined, figures to fall back on."
+    "Refuse what prediction could not use: views, physics, how members are joined, values to fall back on."
     physics, figures = manifest["physics"], np.empty(0)
     with suppress(ValueError, TypeError): figures = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
     if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all() or figures.min() < 0:

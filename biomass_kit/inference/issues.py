@@ -24,7 +24,7 @@ SHOWN = 5  # photos that are named in one closing line; the issues file names al
 
 
 class Issue(NamedTuple):
-    "Why a photo did not get the whole ensemble's figure, and what it got."
+    "Why a photo did not get the whole ensemble's prediction, and what it got."
     reason: str
     fallback: str
 
@@ -35,7 +35,7 @@ class Outcome:
     names: list = field(default_factory=list)  # of all photos
     issues: dict = field(default_factory=dict)  # row -> Issue
     predicted: int = 0  # photos that got a prediction of their own so far
-    notes: list = field(default_factory=list)  # what befell the machine, each once
+    notes: list = field(default_factory=list)  # what happened to the machine, each once
     devices: list = field(default_factory=list)  # that predicted photos, in words
     seconds: float = 0.0
     issues_path: Path = None  # where all issues are listed, if there are any
@@ -82,7 +82,7 @@ def write_issues(
 def summary_lines(
     outcome,  # an Outcome, or a table from `predict_competition` or `predict_folder`, which carries one
 ) -> list:  # of text
-    "The closing lines of a run: photos, devices, seconds, fallbacks, what was cut, what befell the machine."
+    "The closing lines: photos, devices, seconds, fallbacks, what was cut, what happened to the machine."
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
     lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
              f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]

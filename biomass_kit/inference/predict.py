@@ -93,7 +93,7 @@ def predict_photos(
     intervals: bool = False,  # lower and upper ends too; a bundle for which `has_intervals` is false refuses
     deadline=None,  # a Deadline, or how long it may take: seconds, or text such as "8h30m"; None takes the time it needs
     devices: list = None,  # torch.devices to use instead of those of `device_type`
-    outcome: Outcome = None,  # takes what happened; without it, a photo that gets no figure of its own is an error
+    outcome: Outcome = None,  # takes what happened; without it, a photo without a prediction is an error
     keep_means: bool = False,  # training means will do where all devices fail before any photo is predicted
     save: Callable = None,  # takes what is known so far, as it would be returned: first of all the training means, then every SAVE_EVERY seconds
 ) -> np.ndarray:  # [N, 5] grams in the order of TARGETS, or [3, N, 5] with the ends; training means where `outcome` says so
@@ -244,7 +244,7 @@ def photo_likeness(
     progress: Callable = lambda x, **_: x,
     deadline: Deadline = None,  # None takes the time it needs
     **options,  # device_type, precision and cache_dir of `Ensemble`
-) -> np.ndarray:  # [N] in (0, 1], as `trust.likeness` gives it; nan for photos that cannot be read or came too late
+) -> np.ndarray:  # [N] in (0, 1], as `uncertainty.likeness` gives it; nan where unread or too late
     "How much photos are like those that a bundle's members were trained on."
     reference = Reference(*(bundle.load_reference()[name].numpy() for name in Reference._fields))
     ensemble = Ensemble(some_members(bundle, lambda m: m["name"] == bundle.trust["reference"]["member"]), ["plain"], **options)
@@ -298,8 +298,8 @@ def grams_table(
 def flags(
     outcome: Outcome,
     alike: np.ndarray,  # [N], or None
-) -> list:  # of text, empty where nothing speaks against the figure
-    "What should keep a reader from believing a figure."
+) -> list:  # of text, empty where nothing speaks against the prediction
+    "What should keep a reader from believing a prediction."
     said = lambda i: [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
     strange = lambda i: ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
     cut = lambda i: [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []

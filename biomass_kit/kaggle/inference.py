@@ -196,7 +196,7 @@ def show_predictions(
     table: pd.DataFrame,  # what `predict_inputs` returned
     n_photos: int = 4,
     seconds: float = AFTERWARDS_SECONDS,  # that it may take
-) -> Image.Image:  # None, and the reason printed, where nothing can be drawn
+) -> Image.Image:  # None, and the reason printed, where no picture can be made
     "A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest; raises nothing."
     found, why = _afterwards(partial(_picture, data, table, n_photos), seconds)
     picture, said = found or (None, [f"no picture of the predictions: {why}"])

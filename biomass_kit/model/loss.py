@@ -45,7 +45,7 @@ def regression_loss(
     weights: torch.Tensor,  # [5]
     scale: torch.Tensor,  # one unit of error in that space: [] or [5]
     kind: str = "smooth_l1",  # a key of LOSS_KINDS
-    counted=1.0,  # [B, 5], how much each figure counts
+    counted=1.0,  # [B, 5], how much each prediction counts
 ) -> torch.Tensor:  # scalar
     "Weighted loss over the five targets, mean over photos."
     each = resolve_name(LOSS_KINDS[kind])(predicted / scale, measured / scale)
@@ -115,7 +115,7 @@ def gaussian_loss(
     measured: torch.Tensor,  # [B, 5] in the same space
     weights: torch.Tensor,  # [5]
     scale: torch.Tensor,  # one unit of error: [] or [5]
-    counted=1.0,  # [B, 5], how much each figure counts
+    counted=1.0,  # [B, 5], how much each prediction counts
 ) -> torch.Tensor:  # scalar
     "Gaussian negative log-likelihood, up to a constant, weighted over the five targets, mean over photos."
     error = (predicted - measured) / scale
@@ -126,7 +126,7 @@ def interval_labels(
     grams: torch.Tensor,  # [B, 5], measured, unmixed
     borders: torch.Tensor,  # [5, K - 1] grams
 ) -> torch.Tensor:  # int64 [B, 5], 0 ... K - 1
-    "The quantile interval of each figure; a figure on a border belongs below it."
+    "The quantile interval of each label; a label on a border belongs below it."
     return torch.searchsorted(borders.contiguous(), grams.T.contiguous()).T
 
 
@@ -174,7 +174,7 @@ class LossOptions(NamedTuple):
     "What is in the sum, beside what the model's heads ask for."
     kind: str = "smooth_l1"  # a key of LOSS_KINDS; a variance head has its own instead
     target_weights: str = "total-heavy"  # a key of TARGET_WEIGHTS
-    constraint: float = 0.0  # weight of the identities' break
+    constraint: float = 0.0  # weight of the penalty for violating GDM = green + clover and total = GDM + dead
     interval: float = 0.3  # weight of the quantile intervals, where the model has that head
     distillation: float = 0.0  # weight of the pull to the batch's "teacher"
     aux: Optional[dict] = None  # auxiliary head -> weight, needed where the model has such heads
