@@ -82,7 +82,7 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
 
-    The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in
+    The table has one row per photo: photo (its path in the folder); the five targets in grams of dry matter in
     the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
     (..._kg_ha), which add up unless --physics says otherwise, each with the ends of its 90 % interval
     (..._low, ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie

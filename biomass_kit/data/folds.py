@@ -109,7 +109,7 @@ def _splits(table, groups, cv, n_folds, seed):
 
 # %% ../../nbs/1_data/8_folds.ipynb #f9742059
 def make_folds(
-    table: pd.DataFrame,  # one row a photo, as from `read_train`
+    table: pd.DataFrame,  # one row per photo, as from `read_train`
     cv: str = "group_date",  # a key of CV_STRATEGIES
     n_folds: int = None,  # None is DEFAULT_FOLDS, or the number of groups for LEAVE_ONE
     seed: int = 0,  # another seed, other folds; 0 with `group_date` is scikit-learn's GroupKFold
@@ -127,7 +127,7 @@ def make_folds(
 
 # %% ../../nbs/1_data/8_folds.ipynb #23cfa5e9
 def shared_dates(
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     fold: np.ndarray,  # [N]
 ) -> float:  # 0 for whole dates, near 1 for a random split
     "Share of photos that are scored by a model which trained on photos of the same date."
@@ -156,7 +156,7 @@ FLOORS = {
 
 # %% ../../nbs/1_data/8_folds.ipynb #591789cf
 def floor_predictions(
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     fold: np.ndarray,  # [N] fold of each photo
     kind: str,  # a key of FLOORS
 ) -> np.ndarray:  # [N, 5] grams, each row predicted from the other folds' labels
@@ -213,7 +213,7 @@ def score_beside_floors(
 
 # %% ../../nbs/1_data/8_folds.ipynb #b4e6d8cd
 def inner_split(
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     train: np.ndarray,  # indices of the fold's training photos
     seed: int = 0,
     part: float = 0.2,  # share of the training dates held back
@@ -230,10 +230,10 @@ FOLD_COLUMNS = ("photo", "image_path", "Sampling_Date", "State", "Species", *TAR
 
 def write_folds(
     path,
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     fold: np.ndarray,  # [N]
 ):
-    "Write FOLD_COLUMNS and `fold`, one row a photo."
+    "Write FOLD_COLUMNS and `fold`, one row per photo."
     write_csv(path, table[list(FOLD_COLUMNS)].assign(fold=fold))
 
 # %% ../../nbs/1_data/8_folds.ipynb #65350dfc
@@ -248,7 +248,7 @@ def read_table(path) -> pd.DataFrame:
 # %% ../../nbs/1_data/8_folds.ipynb #3be1fddc
 def read_folds(
     path,  # from `write_folds`
-) -> tuple:  # (table: one row a photo, fold: int64 [N])
+) -> tuple:  # (table: one row per photo, fold: int64 [N])
     "Read what `write_folds` wrote."
     if not Path(path).is_file(): raise BiomassError(f"{path}: no such file; give the --out folder of a finished biomass_train")
     table = read_table(path)

@@ -329,7 +329,7 @@ def name_species(rng, state: str, green: float, clover: float) -> str:
 def make_table(
     n: int,  # photos
     seed,  # an int or a sequence of ints
-) -> pd.DataFrame:  # one row a photo: photo, image_path, the competition's metadata, the five targets in grams
+) -> pd.DataFrame:  # one row per photo: photo, image_path, the competition's metadata, the five targets in grams
     "Labels and metadata of a synthetic data set, sorted by photo; both identities hold to 4 decimals."
     rng = np.random.default_rng(seed)
     photos = [f"ID{k}" for k in np.sort(rng.choice(10**9, n, replace=False) + 10**9)]
@@ -349,7 +349,7 @@ def make_table(
 # %% ../../nbs/1_data/7_synthetic.ipynb #549ad3fb
 def long_rows(
     table: pd.DataFrame,  # from `make_table`
-) -> pd.DataFrame:  # five rows a photo: sample_id, image_path, metadata, target_name, target
+) -> pd.DataFrame:  # five rows per photo: sample_id, image_path, metadata, target_name, target
     "The table in the competition's long form."
     rows = table.melt([c for c in table.columns if c not in TARGETS], list(TARGETS), "target_name", "target")
     rows = rows.sort_values(["photo", "target_name"], ignore_index=True)

@@ -49,7 +49,7 @@ def species_group(
 
 # %% ../../nbs/1_data/6_table.ipynb #95eb8016
 def class_labels(
-    table: pd.DataFrame,  # one row a photo, as from `read_train`
+    table: pd.DataFrame,  # one row per photo, as from `read_train`
 ) -> dict:  # "state", "month", "species" -> int64 [N], -1 where the class is unknown
     "Class numbers for the training-only heads; unknown names are warned about and masked with -1."
     labels = {

@@ -54,7 +54,7 @@ def identity_residuals(
 def weighted_r2(
     measured,  # `[N, 5]` grams
     predicted,  # `[N, 5]` grams
-    weights=WEIGHTS,  # one weight a target
+    weights=WEIGHTS,  # one weight per target
 ) -> float:  # 1 is perfect; nan when the measured values do not vary at all
     "The competition's global weighted R² over all (photo, target) pairs (Kaggle, CSIRO - Image2Biomass Prediction)."
     y, p = as_grams(measured, "measured"), as_grams(predicted, "predicted")

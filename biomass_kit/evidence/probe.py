@@ -51,7 +51,7 @@ def choose_alpha(
 # %% ../../nbs/6_evidence/1_probe.ipynb #c51def27
 def linear_probe(
     features: np.ndarray,  # [N, 2, T, D] tile features of the plain view
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     fold: np.ndarray,  # [N]
     within: str = "group_date",  # the CV strategy whose groups stay together in the inner choice
 ) -> np.ndarray:  # [N, 5] grams, out of fold, not negative

@@ -18,7 +18,7 @@ from .probe import linear_probe
 # %% ../../nbs/6_evidence/3_strategies.ipynb #3bb8d080
 def strategy_table(
     features: np.ndarray,  # [N, 2, T, D] tile features of the plain view
-    table: pd.DataFrame,  # one row a photo
+    table: pd.DataFrame,  # one row per photo
     strategies=tuple(CV_STRATEGIES),
     n_folds: int = None,  # of the strategies that leave a choice; None is their default
     seed: int = 0,  # of their fold assignment

@@ -383,7 +383,7 @@ class StoredFeatures:
     def gather(
         self,
         photos,  # [B] row numbers
-        variants,  # one variant for all, or a list with one a photo
+        variants,  # one variant for all, or a list with one per photo
     ) -> torch.Tensor:  # float32 [B, 2, T, D]
         "The features of some photos, each in its variant."
         each = variants if isinstance(variants, list) else [variants] * len(photos)

@@ -155,7 +155,7 @@ def _grams_by_photo(data, table: pd.DataFrame) -> tuple:
 def draw_predictions(
     shown: list,  # (title, photo uint8 [H, W, 3], [5] grams)
 ) -> Image.Image:
-    "One row a photo: a thumbnail, and a bar for each target."
+    "One row per photo: a thumbnail, and a bar for each target."
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.1 * len(shown)), dpi=80, facecolor="white")

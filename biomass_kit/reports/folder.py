@@ -116,7 +116,7 @@ def shown_photos(
 def photo_table(
     predicted,  # the table
 ) -> str:
-    "A row a photo."
+    "One row per photo."
     ends = ends_of(predicted, KG_HA)
     spans = [interval([low, high], 0) for low, high in zip(*(e[:, TOTAL] for e in ends))] if ends else ["–"] * len(predicted)
     alike = predicted["likeness"] if "likeness" in predicted else [None] * len(predicted)
