@@ -1,6 +1,7 @@
 """Every notebook reads well from top to bottom, and what the exploratory ones store was drawn."""
 import ast
 import csv
+import re
 from textwrap import dedent
 
 import pytest
@@ -142,6 +143,45 @@ def test_lists_its_contents(path):
     links = [f"[{text}](#{text.replace(' ', '-')})" for text in sections]
     opening = " ".join(" ".join(source(c) for c in cells(path)[:2] if c["cell_type"] == "markdown").split())
     if "](#" in opening or len(sections) >= 4: assert " · ".join(links) in opening, f"contents should read {' · '.join(links)}"
+
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+
+def prose(path):
+    "A page's text, or that of a notebook's markdown cells, without blocks of code and words set as code."
+    whole = path.suffix == ".md"
+    text = path.read_text(encoding="utf-8") if whole else "\n\n".join(map(source, cells(path, "markdown")))
+    return re.sub(r"`[^`\n]*`", "", "".join(text.split("```")[::2]))
+
+
+def anchors(path):
+    "What a link into a page or a notebook may name behind its `#`."
+    if path.suffix == ".ipynb": return {text.replace(" ", "-") for _, text in headings(path)}
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in titles}
+
+
+def leads_somewhere(path, link):
+    "Whether a link of this file names a file that is here, and a heading of it."
+    name, _, anchor = link.partition("#")
+    target = path.parent / name if name else path
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=inside)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(path))
+    dead = [link for link in links if ":" not in link.split("#")[0] and not leads_somewhere(path, link)]
+    assert not dead, f"{inside(path)}: nothing is at {dead}"
+
+
+def test_the_readme_has_a_row_for_every_notebook():
+    rows = re.findall(r"^\|.*\]\(([^)]+\.ipynb)\) \|", prose(INDEX), re.M)
+    mapped = [(INDEX.parent / row).resolve() for row in rows]
+    missing = sorted(map(inside, {*EXPORTING, *EXPLORE} - {*mapped}))
+    assert not missing, f"nbs/index.ipynb has no row for {missing}"
+    assert [row for row in mapped if row in EXPORTING] == EXPORTING, "rows are not in the order of the notebooks"
 
 
 @every_notebook
