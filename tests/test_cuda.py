@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_numbers import killed_after_two
 from untrained import untrained_bundle
 
-from biomass_kit import loop
+from biomass_kit.training import loop
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.files import read_json

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sources import CODE, syntax
 
-import biomass_kit
+from biomass_kit.data.files import file_digest
 from biomass_kit.inference.bundle import (
     HEADER,
     MANIFEST,
@@ -118,7 +118,7 @@ def resigned_file(folder, name, data):
     "Another content of a file, with a digest that fits."
     (folder / name).write_bytes(data)
     m = manifest_of(folder)
-    m["files"][name] = {"sha256": biomass_kit.data.file_digest(folder / name), "bytes": len(data)}
+    m["files"][name] = {"sha256": file_digest(folder / name), "bytes": len(data)}
     sign_manifest(folder, m)
 
 

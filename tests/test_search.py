@@ -29,9 +29,10 @@ SEARCHED = [k for k in SPACE if k not in ("grid", "use_aux_heads") and not k.sta
 SEARCH = """
 import os, sys, time
 from pathlib import Path
-from biomass_kit import cli, train
+from biomass_kit.search import main
+from biomass_kit.training.run import Run
 
-plain = train.Run.train_member
+plain = Run.train_member
 lines = lambda: [line.split() for line in open({diary!r})]
 
 
@@ -47,8 +48,8 @@ def train_member(run, k, progress, log):
     write(run, k, "done")
 
 
-train.Run.train_member = train_member
-cli.search(sys.argv[1:])
+Run.train_member = train_member
+main(sys.argv[1:])
 """
 
 
