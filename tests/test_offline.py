@@ -22,7 +22,7 @@ from biomass_kit.data.files import file_digest
 from biomass_kit.data.table import check_submission
 from biomass_kit.inference.predict import predict_competition
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
+from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
 from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
 from biomass_kit.data.synthetic import write_dataset
