@@ -1,5 +1,4 @@
 """However it ends: Ctrl-C, errors, a device that hangs, a home that takes no files: what is the exit code, what is left?"""
-import configparser
 import dataclasses
 import errno
 import signal
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, python
-from sources import MODULES
+from sources import MODULES, commands
 from untrained import untrained_bundle
 
 from biomass_kit.features import store
@@ -102,13 +101,11 @@ print(codes)
 
 def test_every_command_keeps_its_exit_code_while_a_device_is_at_work():
     "Python's own way out would abort the process: 'terminate called', exit code -6."
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT / "settings.ini", encoding="utf-8")
-    commands = [line.partition("=")[2] for line in ini["DEFAULT"]["console_scripts"].split()]
-    done = python("-c", AT_WORK, *commands, timeout=200)
-    assert len(commands) == 11 and "terminate" not in done.stderr, done.stderr
+    entries = commands().values()
+    done = python("-c", AT_WORK, *entries, timeout=200)
+    assert len(entries) == 11 and "terminate" not in done.stderr, done.stderr
     found = dict(eval(done.stdout))
-    assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(commands, 130)
+    assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(entries, 130)
     assert done.stderr.count("Traceback") == 1 and "error: first line" in done.stderr, "only what nobody expected has one"
 
 
