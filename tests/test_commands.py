@@ -14,9 +14,9 @@ import torch
 from conftest import python, run
 from sources import commands
 
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import KG_HA, TARGETS
+from biomass_kit.inference.bundle import read_bundle
 
 HEAVY = ("torch", "timm", "albumentations", "sklearn")
 BIN = Path(sys.executable).parent
@@ -126,7 +126,8 @@ def test_help_and_a_mistyped_option_load_nothing_heavy(name, entry):
     done = python("-c", ASKED.format(heavy=HEAVY), entry)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert [line for line in said if line.startswith("left with")] == ["left with 0", "left with 2"], done.stdout
+    ends = [line for line in said if line.startswith("left with")]
+    assert ends == ["left with 0", "left with 2"], done.stdout
     assert said[-1] == "loaded", f"{name} loads them before it knows what is asked"
     assert f"usage: {name} " in done.stdout and f"{name} --help" in done.stderr
 

@@ -16,18 +16,18 @@ from conftest import ROOT, python
 from sources import MODULES, commands
 from untrained import untrained_bundle
 
-from biomass_kit.features import store
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.table import check_submission
 from biomass_kit.data.interrupts import at_work
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.table import check_submission
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.features import store
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference.bundle import Bundle
 from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
-from biomass_kit.features.backbone import Backbone
-from biomass_kit.kaggle import predict_inputs
 from biomass_kit.inference.issues import MEANS, summary_lines
-from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
+from biomass_kit.kaggle import predict_inputs
 from biomass_kit.training.folder import held_by_me
 from biomass_kit.training.run import train
 

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from sources import CODE, syntax
 
 from biomass_kit.data.files import file_digest
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.tta import DEFAULT_VIEWS
 from biomass_kit.inference.bundle import (
     HEADER,
     MANIFEST,
@@ -24,10 +27,7 @@ from biomass_kit.inference.bundle import (
     write_manifest,
 )
 from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.model.model import BiomassModel
-from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.tta import DEFAULT_VIEWS
 
 
 def small_bundle(folder):

@@ -13,13 +13,13 @@ import torch
 from conftest import run
 from safetensors.torch import save_file
 
+from biomass_kit.data.files import file_digest
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import packing
 from biomass_kit.training import loop
-from biomass_kit.data.files import file_digest
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.training.loop import CHECKPOINT
-from biomass_kit.evidence.search import as_options as options
-from biomass_kit.data.targets import BiomassError
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)

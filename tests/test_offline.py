@@ -14,19 +14,19 @@ import torch
 from conftest import ROOT, SHARED, assert_close, run
 from safetensors.torch import save_file
 
-from biomass_kit.kaggle import inference
-from biomass_kit.pack import main as biomass_pack
-from biomass_kit.pack import verify as biomass_verify
-from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.files import file_digest
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
-from biomass_kit.inference.predict import predict_competition
+from biomass_kit.data.targets import BiomassError
 from biomass_kit.features.backbone import build_backbone
+from biomass_kit.inference.predict import predict_competition
+from biomass_kit.kaggle import inference
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
 from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
-from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.data.targets import BiomassError
+from biomass_kit.pack import main as biomass_pack
+from biomass_kit.pack import verify as biomass_verify
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
 
@@ -84,7 +84,8 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(name, value)
     out = tmp_path / "kaggle_datasets"
-    biomass_pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify", "--wheels", "quadrat-ruler==1.0"])
+    biomass_pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify",
+                  "--wheels", "quadrat-ruler==1.0"])
     assert "quadrat_ruler-1.0-py3-none-any.whl: asked for with --wheels" in capsys.readouterr().out
     photos = tmp_path / "quadrats"
     for part in ("north", "south"): shutil.copytree(data / "test", photos / part)
@@ -98,7 +99,8 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     assert list(table.photo) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
     assert "ruler 70" in printed(tmp_path / "kept/kind/inference-executed.ipynb")
     assert pd.read_csv(tmp_path / "kept/kind/grams_issues.csv")["photo"].tolist() == ["south/broken.jpg"]
-    with pytest.raises(SystemExit): biomass_pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
+    with pytest.raises(SystemExit):
+        biomass_pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
     assert "Kaggle's image lacks nothing" in capsys.readouterr().err
 
 
@@ -169,7 +171,8 @@ def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, mon
     assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
     asked = []
     monkeypatch.setattr("biomass_kit.kaggle.verify.verify", lambda *a, **k: asked.append((a, k)))
-    for switch in ("--share", "--no-verify"): biomass_pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
+    for switch in ("--share", "--no-verify"):
+        biomass_pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
     assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
 
 

@@ -8,12 +8,12 @@ import pytest
 from conftest import assert_close, launch, python
 from untrained import untrained_bundle
 
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.photos import list_photos
+from biomass_kit.data.targets import TARGETS
+from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
-from biomass_kit.features.backbone import Backbone
-from biomass_kit.data.targets import TARGETS
 from biomass_kit.training.run import train
 
 

@@ -11,16 +11,16 @@ from PIL import Image
 from untrained import untrained_bundle
 
 from biomass_kit.data import photos
-from biomass_kit.predict import main as biomass_predict
-from biomass_kit.validate import compare as biomass_compare
-from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.photos import crop_of, list_photos, photo_names, photo_size, read_photo, split_pair
-from biomass_kit.data.table import read_test, read_train
-from biomass_kit.inference.predict import predict_competition, predict_folder
-from biomass_kit.inference.issues import MEANS, summary_lines
 from biomass_kit.data.synthetic import draw_photo, write_dataset
+from biomass_kit.data.table import read_test, read_train
 from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.inference.issues import MEANS, summary_lines
+from biomass_kit.inference.predict import predict_competition, predict_folder
+from biomass_kit.predict import main as biomass_predict
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import prepare
+from biomass_kit.validate import compare as biomass_compare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing
 PHOTO = draw_photo((30, 10, 5), seed=1, height=64)

@@ -12,19 +12,19 @@ from conftest import assert_close
 from PIL import Image
 from untrained import untrained_bundle
 
-from biomass_kit.features import device, store
-from biomass_kit.inference import predict
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.files import atomic_path
 from biomass_kit.data.photos import list_photos
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission, read_test
-from biomass_kit.inference.ensemble import Ensemble, combine_some
-from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.features import device, store
 from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference import predict
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.ensemble import Ensemble, combine_some
 from biomass_kit.inference.issues import MEANS, Outcome, summary_lines
 from biomass_kit.inference.plan import Deadline
-from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -91,7 +91,7 @@ def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
     for made in (p for p in tmp_path.rglob("*") if p.is_file()):
         tracked = ROOT / "kaggle_datasets" / made.relative_to(tmp_path)
         assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), (
-            f"{tracked}: from biomass_kit.kaggle.packing import write_tracked; write_tracked('kaggle_datasets')")
+            f"{tracked}: biomass_kit.kaggle.packing.write_tracked('kaggle_datasets') writes another")
 
 
 def test_notebooks_are_named_as_their_modules():
