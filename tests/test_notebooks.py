@@ -73,7 +73,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "kaggle.packing": "files and metadata; they are printed",
     "kaggle.verify": "a verdict; its lines are printed",
     **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),
-                    "answers, which are asserted; the pictures of their reports are in the notebooks of reports"),
+                    "answers, which are asserted; the notebooks of reports show the pictures"),
 }
 
 

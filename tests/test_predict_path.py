@@ -39,7 +39,7 @@ def test_imports_of_the_predict_path_are_the_listed_ones():
     allowed = required | {"torchvision"} | set(sys.stdlib_module_names)
     modules = loaded_with("kaggle", set())
     chapters = {module.partition(".")[0] for module in modules}
-    assert chapters == {"", "data", "features", "model", "inference", "kaggle"}, "those of training are not needed"
+    assert chapters == {"", "data", "features", "model", "inference", "kaggle"}, "no others"
     not_needed = {"data.folds", "features.augment", "kaggle.packing"}
     assert not_needed <= {*MODULES} and not modules & not_needed
     for module in modules:
