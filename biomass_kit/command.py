@@ -106,7 +106,8 @@ def loading():
 # %% ../nbs/9_commands/1_command.ipynb #c0a01011
 def option_groups(cls) -> dict:  # name -> dataclass, in the order of their fields
     "The classes that an options class gets its fields from."
-    owners = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c) and c.__dict__.get("__annotations__")]
+    bases = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
+    owners = [c for c in bases if c.__dict__.get("__annotations__")]
     return {re.sub("(Config|Args)$", "", c.__name__).lower(): c for c in owners}
 
 
@@ -121,7 +122,9 @@ def parse(
     fields = [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()]
     joined = dataclasses.make_dataclass(cls.__name__, fields)
     found = tyro.cli(joined, prog=prog, args=args, description=inspect.getdoc(cls))
-    return cls(**{option: value for group in vars(found).values() for option, value in vars(group).items()})
+    options = {}
+    for group in vars(found).values(): options |= vars(group)
+    return cls(**options)
 
 # %% ../nbs/9_commands/1_command.ipynb #c0a01012
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ class SynthArgs:
 def synth(args=None):
     "biomass_synth: draw a data set."
     a = parse(SynthArgs, "biomass_synth", args)
-    with loading(): from biomass_kit.data.synthetic import write_dataset
+    with loading():
+        from biomass_kit.data.synthetic import write_dataset
+
     print(write_dataset(a.out, a.photos, a.test, a.seed, a.height, progress=progress))
 
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08006
@@ -65,7 +67,8 @@ def _config(a: DemoArgs, data: Path) -> TrainConfig:
     "What the demo trains: a small network, from scratch."
     return TrainConfig(
         data=data, out=a.out, backbone=a.backbone, pretrained=False, tile_size=a.tile_size, n_folds=a.n_folds,
-        epochs=a.epochs, batch_size=8, lr=2e-3, backbone_lr=2e-3, use_mixup=False, use_cutmix=False, use_aux_heads=True)
+        epochs=a.epochs, batch_size=8, lr=2e-3, backbone_lr=2e-3,
+        use_mixup=False, use_cutmix=False, use_aux_heads=True)
 
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08007
 def run_demo(a: DemoArgs, say=say) -> dict:
@@ -110,7 +113,8 @@ def main(args=None):
           f"weighted R2 {results['drawn_test']['weighted_r2']:.3f}")
     for name in ("submission.csv", "results.json", "report.html"): print(f"  {a.out / name}")
     if score < floor + DEMO_MARGIN:
-        raise BiomassError(f"the demo scored {score:.3f}, not {DEMO_MARGIN} above the constant-means floor of {floor:.3f}")
+        raise BiomassError(
+            f"the demo scored {score:.3f}, not {DEMO_MARGIN} above the constant-means floor of {floor:.3f}")
 
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08009
 #| eval: false

@@ -18,7 +18,10 @@ from .data.targets import BiomassError
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07005
 @dataclass(frozen=True)
 class VerifyArgs:
-    "Prove what was packed in a room like Kaggle's: Kaggle's versions, no network, read-only inputs, little room to write."
+    """Prove what was packed in an environment like Kaggle's.
+
+    It has Kaggle's versions, no network, read-only inputs, and little disk space to write.
+    """
 
     packed: Path = Path("kaggle_datasets")  # folder that biomass_pack filled
     data: Optional[Path] = None  # competition folder with test.csv; drawn photos by default
@@ -32,19 +35,25 @@ def verify(args=None):
     "biomass_verify: run the packed notebook as Kaggle would."
     a = parse(VerifyArgs, "biomass_verify", args)
     if a.data and a.photos: raise BiomassError("give --data or --photos, not both")
-    with loading(): from biomass_kit.kaggle.verify import verify as prove
+    with loading():
+        from biomass_kit.kaggle.verify import verify as prove
+
     prove(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress)
 
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07006
 @dataclass(frozen=True)
 class PackArgs:
-    "Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook, and prove it as biomass_verify does."
+    """Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook.
+
+    It is proved as biomass_verify does.
+    """
 
     weights: Path  # bundle folder, or a run folder
     out: Path = Path("kaggle_datasets")
     user: Optional[str] = None  # your Kaggle name, for the dataset ids
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
-    wheels: Optional[tuple[str, ...]] = None  # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
+    # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
+    wheels: Optional[tuple[str, ...]] = None
     verify: bool = True  # run the packed notebook as Kaggle would, over drawn photos
     share: bool = False  # of biomass_verify: share this environment's packages
 
@@ -63,7 +72,9 @@ def main(args=None):
     "biomass_pack: write what is uploaded to Kaggle, and prove it."
     a = parse(PackArgs, "biomass_pack", args)
     if a.share and not a.verify: raise BiomassError("--no-verify: --share would change nothing; drop it")
-    with loading(): from biomass_kit.kaggle import packing, verify
+    with loading():
+        from biomass_kit.kaggle import packing, verify
+
     user = packing.DEFAULT_USER if a.user is None else a.user
     out = packing.pack(a.weights, a.out, user, a.wheel, a.wheels, say, progress)
     _say_packed(out, out / packing.LIB / packing.WHEEL_LIST)

@@ -33,7 +33,8 @@ class PhotosArgs:
 class EnsembleArgs:
     "How members look at photos."
 
-    tta: Optional[tuple[str, ...]] = None  # views to average, such as: plain h v swap; the bundle's by default
+    # views to average, such as: plain h v swap; the bundle's by default
+    tta: Optional[tuple[str, ...]] = None
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
     precision: Literal[PRECISIONS] = "auto"  # of the backbone
     batch_size: int = 4  # photos
@@ -44,7 +45,8 @@ class EnsembleArgs:
 class PhysicsArgs:
     "How predictions are made consistent."
 
-    # how predictions are made consistent; with --data the bundle's by default, with --photos project, whose values add up
+    # how predictions are made consistent; with --data the bundle's by default, with --photos project, whose
+    # values add up
     physics: Optional[Literal[tuple(METHODS)]] = None
     correction_threshold: Optional[float] = None  # of derive_dead; the bundle's by default
 
@@ -53,8 +55,8 @@ class PhysicsArgs:
 class StoreArgs:
     "Features that are kept."
 
-    # keep tile features on disk, so that the same photos cost no pass the next time; without it, likeness and maps of
-    # --photos read photos once more
+    # keep tile features on disk, so that the same photos cost no pass the next time; without it, likeness and
+    # maps of --photos read photos once more
     cache: bool = True
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default, shared with training
     cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
@@ -64,7 +66,8 @@ class StoreArgs:
 class PlanArgs:
     "The clock."
 
-    deadline: Optional[str] = None  # such as 8h30m: give up views, then grids, then models as far as needed to end in time
+    # such as 8h30m: give up views, then grids, then models as far as needed to end in time
+    deadline: Optional[str] = None
     dry_run: bool = False  # print the plan and a probe of a few photos, predict nothing
 
 
@@ -72,15 +75,15 @@ class PlanArgs:
 class PaddockArgs:
     "Your own photos."
 
-    # sides of your own quadrat, in cm: grams are those in it, with --photos; by default those in the quadrat that was trained on.
-    # kg DM/ha come from that one's area (biomass_train --quadrat-cm) and stay the same
+    # sides of your own quadrat, in cm: grams are those in it, with --photos; by default those in the quadrat
+    # that was trained on. kg DM/ha come from that one's area (biomass_train --quadrat-cm) and stay the same
     quadrat_cm: Optional[tuple[float, float]] = None
     report: bool = True  # with --photos, also write a report as one HTML file
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a04008
 @dataclass(frozen=True)
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
-    """Predict biomass for a competition folder (a submission) or for a folder of photos (a table and a report).
+    """Predict biomass for a competition folder (a submission) or a folder of photos (a table and a report).
 
     The table has a row a photo: photo (its path in the folder); the five targets in grams of dry matter in
     the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
@@ -97,12 +100,15 @@ def _check_dry_run(a: PredictArgs):
     "Refuse what a dry run does not read."
     if not a.dry_run: return
     if a.quadrat_cm or not a.report or not a.report_photos:
-        raise BiomassError("--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
+        raise BiomassError(
+            "--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
     if a.cache_dir or a.cache_gb != CACHE_GB:
-        raise BiomassError("--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
+        raise BiomassError(
+            "--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
     if a.deadline: raise BiomassError("--dry-run predicts nothing, so --deadline changes nothing; drop it")
     if a.physics or a.correction_threshold is not None:
-        raise BiomassError("--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
+        raise BiomassError(
+            "--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
 
 
 def check_options(a: PredictArgs) -> PredictArgs:
@@ -112,7 +118,8 @@ def check_options(a: PredictArgs) -> PredictArgs:
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB):
         raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.data and (a.quadrat_cm or not a.report or not a.report_photos):
-        raise BiomassError("--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
+        raise BiomassError(
+            "--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
     if not a.report and not a.report_photos:
         raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     _check_dry_run(a)
@@ -131,13 +138,15 @@ def _dry_run(a: PredictArgs):
     paths = list_photos(a.photos) if a.photos else list(read_test(a.data)[1].values())
     print(describe_plan(planned))
     found = probe(planned, paths, a.batch_size, a.num_workers)
-    print("{0}, none looked up in the cache, at {photos_a_second:.2f} a second: about {expected_s:.0f} s; "
-          "peak memory so far {1:.2f} GB".format(counted(found["photos"], "photo"), found["peak_bytes"] / 1e9, **found))
+    photos, memory = counted(found["photos"], "photo"), found["peak_bytes"] / 1e9
+    print(f"{photos}, none looked up in the cache, at {found['photos_a_second']:.2f} a second: "
+          f"about {found['expected_s']:.0f} s; peak memory so far {memory:.2f} GB")
 
 
 def _report(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table."
-    with loading(): from biomass_kit.reports.folder import report_folder
+    with loading():
+        from biomass_kit.reports.folder import report_folder
 
     late = at_work() or a.deadline
     looks = {"device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir}
@@ -159,8 +168,9 @@ def main(args=None):
     cache_dir = (a.cache_dir or True) if a.cache else None
     options = {
         "views": a.tta and list(a.tta), "physics": a.physics, "threshold": a.correction_threshold,
-        "device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir, "batch_size": a.batch_size,
-        "num_workers": a.num_workers, "progress": progress, "deadline": a.deadline,
+        "device_type": a.device_type, "precision": a.precision, "cache_dir": cache_dir,
+        "batch_size": a.batch_size, "num_workers": a.num_workers, "progress": progress,
+        "deadline": a.deadline,
     }
     if a.data: table = predict_competition(a.weights, a.data, a.out, **options)
     else: table = predict_folder(a.weights, a.photos, a.out, quadrat_cm=a.quadrat_cm, **options)

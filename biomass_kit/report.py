@@ -29,7 +29,7 @@ class RunArgs:
 
 @dataclass(frozen=True)
 class ReportArgs(SharingArgs, RunArgs):
-    "Write the report of a finished run again: scores, residuals, intervals, photos, and where the model looks on them."
+    "Write a finished run's report again: scores, residuals, intervals, photos, and where the model looks."
 
 
 @command
@@ -38,7 +38,8 @@ def main(args=None):
     a = parse(ReportArgs, "biomass_report", args)
     missing = [name for name in ("results.json", "oof.csv", "history.csv") if not (a.run / name).is_file()]
     if missing:
-        raise BiomassError(f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
+        raise BiomassError(
+            f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
     if not a.report_photos and (a.data or a.device_type != ReportArgs.device_type):
         raise BiomassError("--no-report-photos: --data and --device-type would change nothing; drop them")
     with loading():
@@ -46,7 +47,8 @@ def main(args=None):
         from biomass_kit.reports.run import write_run_report
 
     results = read_json(a.run / "results.json")
-    print(f"report: {write_run_report(a.run, results, a.report_photos, a.out, a.data, device_type=a.device_type)}")
+    written = write_run_report(a.run, results, a.report_photos, a.out, a.data, device_type=a.device_type)
+    print(f"report: {written}")
 
 # %% ../nbs/9_commands/5_report.ipynb #c0a05006
 #| eval: false

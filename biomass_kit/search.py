@@ -29,11 +29,12 @@ class StudyArgs:
 class SearchArgs(StudyArgs, TrainConfig):
     """Search the settings of the head.
 
-    Searched are grid, head_lr_stage1, dropout, hidden_ratio, use_aux_heads and the aux weights, target_weights, grad_clip. One of
-    these that is given as an option keeps its value; all other options are those of biomass_train and hold for every trial. The
-    first trial is what biomass_train would make of the same options: the default, with which the best is compared. Start the
-    same command in several processes or on several hosts to share one study; start it again to go on. The score of the best of
-    many trials is optimistically biased, so best and default are trained again on another assignment of the folds.
+    Searched are grid, head_lr_stage1, dropout, hidden_ratio, use_aux_heads and the aux weights,
+    target_weights, grad_clip. One of these that is given as an option keeps its value; all other options are
+    those of biomass_train and hold for every trial. The first trial is what biomass_train would make of the
+    same options: the default, with which the best is compared. Start the same command in several processes or
+    on several hosts to share one study; start it again to go on. The score of the best of many trials is
+    optimistically biased, so best and default are trained again on another assignment of the folds.
     """
 
 
@@ -51,7 +52,9 @@ def main(args=None):
     one_or_several(a, "seed")
     refuse_idle_cache(a)
     given = given_options(TrainConfig, sys.argv[1:] if args is None else args)
-    with loading(): from biomass_kit.evidence.search import search
+    with loading():
+        from biomass_kit.evidence.search import search
+
     search(config_of(a), a.trials, a.seeds, given, a.sampler_seed, progress=progress, log=say)
 
 # %% ../nbs/9_commands/3_search.ipynb #c0a03007

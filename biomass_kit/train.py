@@ -51,7 +51,8 @@ def run_training(
         folds = ", ".join(map(str, results["train_folds"]))
         say(f"{config.out}: out-of-fold scores of {results['photos']} photos, folds {folds}:")
         for line in score_lines(results): say(line)
-        say(f"report: {write_run_report(config.out, results, photos)}\nbundle: {config.out / 'bundle'}")
+        say(f"report: {write_run_report(config.out, results, photos)}")
+        say(f"bundle: {config.out / 'bundle'}")
     if not finished: return {}
     return join([c.out for c in configs], joint, say, photos=photos) if joint else finished[0]
 
@@ -59,14 +60,16 @@ def run_training(
 def one_or_several(a, one: str):
     "Refuse --grid beside --grids, and one value twice."
     several = getattr(a, one + "s")
-    if several and getattr(a, one) != getattr(TrainConfig, one): raise BiomassError(f"--{one} and --{one}s: give one of them")
+    if several and getattr(a, one) != getattr(TrainConfig, one):
+        raise BiomassError(f"--{one} and --{one}s: give one of them")
     if len(set(several)) < len(several): raise BiomassError(f"--{one}s {several}: each once")
 
 
 def refuse_idle_cache(c: TrainConfig):
     "Refuse a place for features where none are kept; in a config it may stand for the runs that keep some."
     if c.cache_dir and not (c.freeze_backbone and c.cache):
-        raise BiomassError("--cache-dir is read only with --freeze-backbone and the cache; add that or drop it")
+        raise BiomassError(
+            "--cache-dir is read only with --freeze-backbone and the cache; add that or drop it")
 
 
 def config_of(a: TrainConfig) -> TrainConfig:
@@ -83,11 +86,20 @@ def main(args=None):
     refuse_idle_cache(a)
     config = config_of(a)
     if not a.grids and not a.seeds: return run_training([config], photos=a.report_photos)
-    with loading(): from biomass_kit.training.run import expand
+    with loading():
+        from biomass_kit.training.run import expand
+
     run_training(expand(config, a.grids, a.seeds), config.out / "bundle", photos=a.report_photos)
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a0200c
-def join(folders: list, out: Path, say=print, how: str = "mean", trim: float = TRIM, photos: bool = True) -> dict:
+def join(
+    folders: list,  # of finished runs
+    out: Path,  # folder of the joint bundle
+    say=print,
+    how: str = "mean",  # a key of COMBINATIONS
+    trim: float = TRIM,
+    photos: bool = True,  # show some of them in the report
+) -> dict:  # of `join_runs`
     "Join finished runs and say how each and all of them score."
     with loading():
         from biomass_kit.evidence.stacking import crossfit_stack, stack_weights
@@ -119,7 +131,7 @@ class JoiningArgs:
 
 @dataclass(frozen=True)
 class BundleArgs(SharingArgs, JoiningArgs):
-    "Join finished runs (other grids, seeds, backbones) into one bundle and score their joint out-of-fold prediction."
+    "Join finished runs (other grids, seeds, backbones) into one bundle and score what they predict together."
 
 
 @command

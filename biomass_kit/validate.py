@@ -18,7 +18,10 @@ from .features.options import CACHE_GB, DEVICE_TYPES
 # %% ../nbs/9_commands/6_validate.ipynb #c0a06005
 @dataclass(frozen=True)
 class ValidateArgs:
-    "Score one model, the linear probe on a bundle's features, under every cross-validation strategy, beside floors scored alike."
+    """Score one model, the linear probe on a bundle's features, under every cross-validation strategy.
+
+    Beside each score stand the floors, scored alike.
+    """
 
     weights: Path  # bundle or run folder, for its backbone and tile grid
     data: Path  # competition folder
@@ -56,7 +59,9 @@ class CompareArgs:
     weights: Path  # bundle or run folder, for its backbone and tile grid
     first: Path  # folder of photos, such as those trained on
     second: Path  # folder of photos, such as those to be predicted
-    data: Optional[Path] = None  # competition folder whose train.csv dates the first photos: how far apart are dates among themselves?
+    # competition folder whose train.csv dates the first photos: how far apart are dates among
+    # themselves?
+    data: Optional[Path] = None
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
 
 

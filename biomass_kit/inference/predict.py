@@ -30,9 +30,9 @@ from ..features.tta import View, parse_view
 from .bundle import Bundle, read_bundle
 from biomass_kit.inference.ensemble import (
     Ensemble,
-    _predict_shared,
     fallback_grams,
     is_main_process,
+    predict_shared,
     serve_all,
 )
 from .issues import MEANS, Issue, Outcome, issues_path, write_issues
@@ -120,7 +120,7 @@ def predict_photos(
         raw, outcome.issues = np.repeat(fallback_grams(bundle, intervals)[None], len(paths), 0), dict.fromkeys(range(len(paths)), PENDING)
         if save and alone: save(finished(raw))
         make = lambda device: Ensemble(bundle, views, device, precision, cache_dir, outcome.note)
-        run = lambda ensemble, deal, later: ensemble.run(paths, deal, batch_size, num_workers, strict, intervals, deadline, later)
+        run = lambda ensemble, queue, later: ensemble.run(paths, queue, batch_size, num_workers, strict, intervals, deadline, later)
         everywhere = devices or list(pick_devices(device_type, outcome.note) if alone else [pick_device(device_type, outcome.note)])
         spare = torch.device("cpu") if device_type == "auto" and any(d.type != "cpu" for d in everywhere) else None
         lenient = lambda: not strict and bool(keep_means or outcome.predicted)
@@ -130,7 +130,7 @@ def predict_photos(
         return raw
 
     if save and not alone: save(finished(np.repeat(fallback_grams(bundle, intervals)[None], len(paths), 0)))
-    raw = predict(paths, outcome) if alone else _predict_shared(predict, paths, device_type, outcome)
+    raw = predict(paths, outcome) if alone else predict_shared(predict, paths, device_type, outcome)
     nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
     if strict and nothing:
         raise BiomassError(f"{paths[nothing[0]]}: {outcome.issues[nothing[0]].reason}; {len(nothing)} of {len(paths)} photos got no figure of their own")
