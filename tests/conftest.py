@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from sources import ROOT
 
-from biomass_kit.training.config import TrainConfig
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
 SHARED = ROOT.parent / "shared"

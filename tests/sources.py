@@ -1,5 +1,6 @@
 """What the project is made of: its modules, notebooks and tests, at any depth; and who imports whom."""
 import ast
+import configparser
 import functools
 import json
 import re
@@ -60,6 +61,13 @@ def module_name(path):
     "A library file's name, as `data.targets`; of an `__init__`, its package's name, empty at the top."
     parts = path.relative_to(ROOT / LIBRARY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def commands():
+    "What settings.ini installs as commands: `biomass_train` -> `biomass_kit.train:main`."
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(line.split("=") for line in ini["DEFAULT"]["console_scripts"].split())
 
 
 CODE = [p for p in walk(LIBRARY, ".py") if p.name != "_modidx.py"]  # nbdev's index holds no code

@@ -1,15 +1,20 @@
 """Any timm backbone: weight files as people have them, names of the hub, tiles of odd sizes, rotary positions."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from biomass_kit.inference.bundle import Bundle, save_backbone
-from biomass_kit.features.backbone import Backbone, backbone_digest, build_backbone, own_tile_size
-from biomass_kit.features.device import autocast
-import timm
-from biomass_kit.features.backbone import lora_layers
 from biomass_kit.data.targets import BiomassError
+from biomass_kit.features.backbone import (
+    Backbone,
+    backbone_digest,
+    build_backbone,
+    lora_layers,
+    own_tile_size,
+)
+from biomass_kit.features.device import autocast
+from biomass_kit.inference.bundle import Bundle, save_backbone
 
 PREFIXES = ("", "module.", "model.", "backbone.", "encoder.", "_orig_mod.",
             "module.backbone.", "student.backbone.", "model.backbone.")

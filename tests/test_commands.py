@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import python, run
+from sources import commands
 
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import KG_HA, TARGETS
+from biomass_kit.inference.bundle import read_bundle
 
+HEAVY = ("torch", "timm", "albumentations", "sklearn")
 BIN = Path(sys.executable).parent
 PLAN = {  # the plan's recommended training commands, word for word but for the device
     "frozen": "--epochs 50 --freeze-backbone --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 --aux-species-weight 2.0 "
@@ -104,3 +107,48 @@ def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     auc = float(re.search(r"AUC (\d\.\d+) between 30 and 30", done.stdout)[1])
     assert auc < 0.7 and "two groups of dates" in done.stdout, done.stdout
+
+
+ASKED = """
+import importlib, sys
+module, _, name = sys.argv[1].partition(":")
+command = getattr(importlib.import_module(module), name)
+for word in ("--help", "--mistyped"):
+    sys.argv[1:] = [word]
+    try: command()
+    except SystemExit as e: print("left with", e.code)
+print("loaded", *(name for name in {heavy!r} if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("name, entry", commands().items(), ids=commands())
+def test_help_and_a_mistyped_option_load_nothing_heavy(name, entry):
+    done = python("-c", ASKED.format(heavy=HEAVY), entry)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    ends = [line for line in said if line.startswith("left with")]
+    assert ends == ["left with 0", "left with 2"], done.stdout
+    assert said[-1] == "loaded", f"{name} loads them before it knows what is asked"
+    assert f"usage: {name} " in done.stdout and f"{name} --help" in done.stderr
+
+
+def cpu_seconds(*arguments):
+    "What a Python takes, of the user and of the system; and its exit code."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = python(*arguments).returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, code
+
+
+def test_help_and_a_mistyped_option_cost_less_than_torch():
+    "The best of three each, in turn, so that a machine that is busy for a while is so for all."
+    asked = {"import torch": ("-c", "import torch")} | {
+        f"biomass_{name} {word}": ("-m", f"biomass_kit.{name}", word)
+        for name in ("train", "predict") for word in ("--help", "--mistyped")
+    }
+    rounds = [{what: cpu_seconds(*words) for what, words in asked.items()} for _ in range(3)]
+    assert {what: code for what, (_, code) in rounds[0].items()} == {
+        what: 2 if what.endswith("--mistyped") else 0 for what in asked}
+    best = {what: min(one[what][0] for one in rounds) for what in asked}
+    limit = best.pop("import torch")
+    assert max(best.values()) < limit, f"{best} s of CPU time, and import torch takes {limit:.2f} s"

@@ -12,21 +12,21 @@ from safetensors.torch import save_file
 from test_numbers import killed_after_two
 from untrained import untrained_bundle
 
-from biomass_kit import loop
-from biomass_kit.inference.bundle import read_bundle
-from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.files import read_json
 from biomass_kit.data.photos import list_photos
-from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.inference.predict import predict_competition, some_members
-from biomass_kit.features.backbone import Backbone, build_backbone
-from biomass_kit.features.device import pick_device, pick_precision
-from biomass_kit.features.tiles import TileSpec, cut_tiles
-from biomass_kit.features.store import FeatureRequest, feature_batches
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.training.run import train
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.device import pick_device, pick_precision
+from biomass_kit.features.store import FeatureRequest, feature_batches
+from biomass_kit.features.tiles import TileSpec, cut_tiles
 from biomass_kit.features.tta import STORED_VIEWS
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.predict import predict_competition, some_members
+from biomass_kit.training import loop
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.training.run import train
 
 pytestmark = pytest.mark.cuda
 RAW = [t + "_raw" for t in TARGETS]

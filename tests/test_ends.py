@@ -1,5 +1,4 @@
 """However it ends: Ctrl-C, errors, a device that hangs, a home that takes no files: what is the exit code, what is left?"""
-import configparser
 import dataclasses
 import errno
 import signal
@@ -14,19 +13,21 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, python
+from sources import MODULES, commands
 from untrained import untrained_bundle
 
-from biomass_kit import ensemble, store
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.table import check_submission
 from biomass_kit.data.interrupts import at_work
-from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.inference.predict import predict_competition, predict_folder
-from biomass_kit.features.backbone import Backbone
-from biomass_kit.kaggle import predict_inputs
-from biomass_kit.inference.issues import MEANS, summary_lines
 from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.features import store
+from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference.bundle import Bundle
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.issues import MEANS, summary_lines
+from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
+from biomass_kit.kaggle import predict_inputs
 from biomass_kit.training.folder import held_by_me
 from biomass_kit.training.run import train
 
@@ -64,51 +65,54 @@ def is_means(table): return np.isclose(by_photo(table), 20).all(1)
 # Exit codes
 
 AT_WORK = """
-import os, sys, time, torch
-from biomass_kit import cli, ends
+import importlib, os, sys, time, torch
+from biomass_kit.command import command
+from biomass_kit.data import interrupts
 from biomass_kit.data.targets import BiomassError
-ends.at_work.__defaults__ = (0.05,)  # seconds of patience
+interrupts.at_work.__defaults__ = (0.05,)  # seconds of patience
 
 def busy():
     while True: torch.ones(300, 300) @ torch.ones(300, 300)
 
 def begins(fault):
     def parse(*_):
-        ends.begin(busy, "device")
+        interrupts.begin(busy, "device")
         time.sleep(0.3)
         if fault: raise fault("first line")
     return parse
 
-def code(command, fault):
+def code(entry, fault):
     if child := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    cli.parse = begins(fault)
-    command()
+    sys.modules[entry.__module__].parse = begins(fault)
+    entry()
     sys.exit()
 
-fine = cli.command(lambda args: cli.parse())
+def found(where):
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+fine = command(lambda args: parse())
 faults = {"none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError, "ctrl-c": KeyboardInterrupt}
 codes = [(name, code(fine, fault)) for name, fault in faults.items()]
-codes += [(name, code(getattr(cli, name), KeyboardInterrupt)) for name in sys.argv[1:]]
+codes += [(name, code(found(name), KeyboardInterrupt)) for name in sys.argv[1:]]
 print(codes)
 """
 
 
 def test_every_command_keeps_its_exit_code_while_a_device_is_at_work():
     "Python's own way out would abort the process: 'terminate called', exit code -6."
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT / "settings.ini", encoding="utf-8")
-    commands = [line.rpartition(":")[2] for line in ini["DEFAULT"]["console_scripts"].split()]
-    done = python("-c", AT_WORK, *commands, timeout=200)
-    assert len(commands) == 11 and "terminate" not in done.stderr, done.stderr
+    entries = commands().values()
+    done = python("-c", AT_WORK, *entries, timeout=200)
+    assert len(entries) == 11 and "terminate" not in done.stderr, done.stderr
     found = dict(eval(done.stdout))
-    assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(commands, 130)
+    assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(entries, 130)
     assert done.stderr.count("Traceback") == 1 and "error: first line" in done.stderr, "only what nobody expected has one"
 
 
 HANGS_IN_TORCH = """
 import sys, torch
 from pathlib import Path
-from biomass_kit import cli
+from biomass_kit.predict import main
 from biomass_kit.features.backbone import Backbone
 calls, plain = [], Backbone.forward
 passes, hangs = int(sys.argv[1]), Path(sys.argv[2])
@@ -120,7 +124,7 @@ def forward(self, tiles):
     return plain(self, tiles)
 Backbone.forward = forward
 sys.argv[1:3] = []
-cli.predict()
+main()
 """
 
 
@@ -251,12 +255,12 @@ def test_all_devices_fail_after_some_photos(room, whole, tmp_path, monkeypatch):
     done.clear()
     photos = list((room / "data/test").iterdir())
     with pytest.raises(OSError, match="Input/output"):
-        ensemble.predict_photos(room / "frozen", photos, device_type="cpu", batch_size=1)
+        predict_photos(room / "frozen", photos, device_type="cpu", batch_size=1)
 
 
 def test_a_damaged_bundle_is_the_end_whatever_was_predicted(room, tmp_path, monkeypatch):
     def damaged(self, member): raise BiomassError("weights do not fit")
-    monkeypatch.setattr(ensemble.Bundle, "load_backbone", damaged)
+    monkeypatch.setattr(Bundle, "load_backbone", damaged)
     with pytest.raises(BiomassError, match="do not fit"):
         predict_inputs(room / "frozen", room / "data", tmp_path)
 
@@ -312,7 +316,7 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
 def test_a_cache_that_nobody_asked_for(room, whole, tmp_path):
     (tmp_path / "file").write_text("no home can lie below a file")
     nowhere = {"HOME": str(tmp_path / "file/home"), "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    predict = "from biomass_kit.predict import predict; predict()"
+    predict = "from biomass_kit.predict import main; main()"
     words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", *SIMPLE]
     done = python("-c", predict, *words, env=nowhere)
     assert done.returncode == 0 and done.stderr.count("features are not kept") == 1, done.stderr
@@ -356,27 +360,28 @@ def test_a_run_removes_only_what_its_own_killed_processes_left(tmp_path):
 
 
 IMPORTS = """
-import warnings, numpy, pandas, PIL.Image, PIL.ImageOps, tqdm.std
+import importlib, sys, warnings, numpy, pandas, PIL.Image, PIL.ImageOps, tqdm.std
 before = warnings.filters[:], warnings.showwarning
-import biomass_kit.data
+import biomass_kit.data.photos, biomass_kit.data.table
 assert (warnings.filters, warnings.showwarning) == before, warnings.filters
-import biomass_kit.cli, optuna
+for name in sys.argv[1:]: importlib.import_module(f"biomass_kit.{name}")
+import optuna
 assert warnings.showwarning is before[1] and optuna.logging.get_verbosity() == optuna.logging.INFO
 assert not [f for f in warnings.filters if f[2] is PIL.Image.DecompressionBombWarning]
 """
 
 
 def test_importing_the_library_changes_no_warnings():
-    done = python("-c", IMPORTS)
+    done = python("-c", IMPORTS, *MODULES)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_command_leaves_warnings_as_they_were(room, tmp_path, capsys):
-    from biomass_kit import cli
+    from biomass_kit.predict import main
 
     with warnings.catch_warnings():
         before = warnings.filters[:], warnings.showwarning
         words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache", *SIMPLE]
-        cli.predict(list(map(str, words)))
+        main(list(map(str, words)))
         assert (warnings.filters, warnings.showwarning) == before
     assert "6 photos" in capsys.readouterr().out

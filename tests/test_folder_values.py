@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from biomass_kit import cli
-from biomass_kit.inference.bundle import read_bundle, save_backbone, save_member, write_manifest
-from biomass_kit.features.backbone import build_backbone
-from biomass_kit.kaggle import predict_inputs
-from biomass_kit.model.model import BiomassModel
-from biomass_kit.inference.physics import METHODS, PARTS, SUMS, error_covariance, reconcile
-from biomass_kit.evidence.search import as_options as options
 from biomass_kit.data.synthetic import draw_photo
 from biomass_kit.data.targets import KG_HA, QUADRAT_CM, TARGETS, BiomassError, identity_residuals, kg_per_ha
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.inference.bundle import read_bundle, save_backbone, save_member, write_manifest
+from biomass_kit.inference.physics import METHODS, PARTS, SUMS, error_covariance, reconcile
+from biomass_kit.kaggle import predict_inputs
+from biomass_kit.model.model import BiomassModel
+from biomass_kit.predict import main as biomass_predict
+from biomass_kit.train import bundle as biomass_bundle
+from biomass_kit.train import main as biomass_train
 from biomass_kit.training.run import check_teacher
 
 UPPER = [30.0, 25.0, 20.0, 45.0, 60.0]
@@ -54,7 +56,7 @@ def photos(tmp_path_factory):
 
 def told(weights, photos, out, *words):
     "The table that `biomass_predict --photos` writes."
-    cli.predict(["--weights", str(weights), "--photos", str(photos), "--out", str(out), "--device-type", "cpu", "--no-cache",
+    biomass_predict(["--weights", str(weights), "--photos", str(photos), "--out", str(out), "--device-type", "cpu", "--no-cache",
                  "--no-report-photos", *map(str, words)])
     return pd.read_csv(out, keep_default_na=False)
 
@@ -122,16 +124,17 @@ def test_training_records_its_quadrat_and_none_is_mixed(finished, config, tmp_pa
     "Another one is another run; runs of two cannot be joined, nor one teach the other."
     run = tmp_path / "run"
     words = options(dataclasses.replace(config, out=run, epochs=1))
-    cli.train([*words, "--quadrat-cm", "50", "30", "--no-report-photos"])
+    biomass_train([*words, "--quadrat-cm", "50", "30", "--no-report-photos"])
     bundle = read_bundle(run)
     assert bundle.quadrat_cm == (50, 30) and json.loads((run / "results.json").read_text())["config"]["quadrat_cm"] == [50, 30]
     assert set(bundle.manifest["physics"]["weighted_r2"]) == set(METHODS) and set(bundle.margins) <= set(METHODS)
     assert read_bundle(finished).quadrat_cm == QUADRAT_CM, "the default, recorded too"
     capsys.readouterr()
     for command, said, what in (
-        (cli.train, words, "holds a run with other quadrat_cm ([50.0, 30.0] there, [70.0, 30.0] here)"),
-        (cli.bundle, [str(finished), str(run), "--out", str(tmp_path / "both")], "quadrats of 70 x 30 cm and 50 x 30 cm"),
-        (cli.train, [*words, "--quadrat-cm", "0", "30"], "--quadrat-cm 0 30: both sides must be positive"),
+        (biomass_train, words, "holds a run with other quadrat_cm ([50.0, 30.0] there, [70.0, 30.0] here)"),
+        (biomass_bundle, [str(finished), str(run), "--out", str(tmp_path / "both")],
+         "quadrats of 70 x 30 cm and 50 x 30 cm"),
+        (biomass_train, [*words, "--quadrat-cm", "0", "30"], "--quadrat-cm 0 30: both sides must be positive"),
     ):
         with pytest.raises(SystemExit): command(said)
         assert what in capsys.readouterr().err

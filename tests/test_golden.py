@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.files import file_digest
+from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.predict import predict_competition, predict_folder
 
 GOLDEN = Path(__file__).parent / "golden"

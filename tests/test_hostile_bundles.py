@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sources import CODE, syntax
 
-import biomass_kit
+from biomass_kit.data.files import file_digest
+from biomass_kit.data.targets import BiomassError
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.tta import DEFAULT_VIEWS
 from biomass_kit.inference.bundle import (
     HEADER,
     MANIFEST,
@@ -24,10 +27,7 @@ from biomass_kit.inference.bundle import (
     write_manifest,
 )
 from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.model.model import BiomassModel
-from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.tta import DEFAULT_VIEWS
 
 
 def small_bundle(folder):
@@ -118,7 +118,7 @@ def resigned_file(folder, name, data):
     "Another content of a file, with a digest that fits."
     (folder / name).write_bytes(data)
     m = manifest_of(folder)
-    m["files"][name] = {"sha256": biomass_kit.data.file_digest(folder / name), "bytes": len(data)}
+    m["files"][name] = {"sha256": file_digest(folder / name), "bytes": len(data)}
     sign_manifest(folder, m)
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from biomass_kit.data.table import PLAUSIBLE_GRAMS, TEST_COLUMNS, TRAIN_COLUMNS, read_test, read_train
 from biomass_kit.data.folds import make_folds, read_folds, write_folds
 from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.data.table import PLAUSIBLE_GRAMS, TEST_COLUMNS, TRAIN_COLUMNS, read_test, read_train
 from biomass_kit.data.targets import TARGETS, BiomassError
 
 EXAMPLES = [pytest.param(100, id="short"), pytest.param(1100, id="long", marks=pytest.mark.long)]  # of each of the two properties

@@ -13,12 +13,13 @@ import torch
 from conftest import run
 from safetensors.torch import save_file
 
-from biomass_kit import loop, packing
 from biomass_kit.data.files import file_digest
-from biomass_kit.features.backbone import build_backbone
-from biomass_kit.training.loop import CHECKPOINT
-from biomass_kit.evidence.search import as_options as options
 from biomass_kit.data.targets import BiomassError
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.kaggle import packing
+from biomass_kit.training import loop
+from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
@@ -31,7 +32,7 @@ RECIPES = {
     "two stages": dict(two_stage=True, freeze_epochs=2, **LIVE),
     "two stages, LoRA": dict(two_stage=True, freeze_epochs=2, lora_rank=2, average="ema", **LIVE),
 }
-EVERY_EPOCH = "import biomass_kit.loop as t, biomass_kit.cli as c; t.CHECKPOINT_SECONDS = 0; c.train()"  # short epochs are worth keeping here
+EVERY_EPOCH = "import biomass_kit.training.loop as t, biomass_kit.train as c; t.CHECKPOINT_SECONDS = 0; c.main()"  # short epochs are worth keeping here
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     "Killed after some photos: what is there is whole, the rest is added, nothing is computed again, and the features are those of an undisturbed store."
     config = dataclasses.replace(one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
     train(dataclasses.replace(config, cache_dir=tmp_path / "whole", out=tmp_path / "whole/run"), **quiet)
-    slow = "import time, biomass_kit.store as s; plain = s.FeatureCache.put; s.FeatureCache.put = lambda *a: (plain(*a), time.sleep(0.05))\n" + EVERY_EPOCH
+    slow = "import time, biomass_kit.features.store as s; plain = s.FeatureCache.put; s.FeatureCache.put = lambda *a: (plain(*a), time.sleep(0.05))\n" + EVERY_EPOCH
     process = subprocess.Popen([sys.executable, "-c", slow, *options(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.time() + 120
     while len(entries(config.cache_dir)) < 20 and process.poll() is None and time.time() < until: time.sleep(0.01)
@@ -188,9 +189,9 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     assert left(config.out) == left(tmp_path / "whole/run")
 
 
-PACK = ("import sys, time, biomass_kit.data as d; plain = d.os.replace; "
+PACK = ("import sys, time, biomass_kit.data.files as d; plain = d.os.replace; "
         "d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); "
-        "import biomass_kit.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)")
+        "import biomass_kit.kaggle.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)")
 
 
 @pytest.fixture(scope="module")

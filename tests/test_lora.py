@@ -9,16 +9,22 @@ import torch
 from conftest import assert_close, launch
 from safetensors.torch import load_file, save_file
 
-from biomass_kit import loop
-from biomass_kit.inference.bundle import Bundle, read_bundle, save_backbone, save_lora
 from biomass_kit.data.files import file_digest
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features.backbone import (
+    Backbone,
+    adapted_layers,
+    add_lora,
+    build_backbone,
+    lora_layers,
+    take_lora,
+)
+from biomass_kit.inference.bundle import Bundle, read_bundle, save_backbone, save_lora
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.training import loop
 from biomass_kit.training.loop import set_mode
-from biomass_kit.features.backbone import adapted_layers, add_lora, lora_layers, take_lora
-from biomass_kit.evidence.search import as_options as options
-from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
@@ -199,7 +205,7 @@ def test_checkpointing_changes_no_gradient(name, rank):
 def test_two_processes_share_photos_with_intervals(config, data, tmp_path):
     train(dataclasses.replace(config, out=tmp_path / "run", epochs=1, uncertainty=True, train_folds=(0,)), **quiet)
     alone = predict_folder(tmp_path / "run", data / "test", tmp_path / "alone.csv", device_type="cpu")
-    done = launch(2, "biomass_kit.ensemble", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv",
+    done = launch(2, "biomass_kit.predict", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv",
                   "--device-type", "cpu", "--no-cache")
     assert done.returncode == 0, done.stderr[-3000:]
     shared = pd.read_csv(tmp_path / "shared.csv")

@@ -12,17 +12,18 @@ from conftest import ROOT, assert_close, python
 from safetensors.torch import save_file
 from untrained import untrained_bundle
 
-from biomass_kit import cli, loop
-from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.photos import list_photos
-from biomass_kit.inference.predict import predict_photos
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.data.folds import read_table
-from biomass_kit.training.loop import CHECKPOINT
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.inference.predict import predict_photos
+from biomass_kit.train import main as biomass_train
+from biomass_kit.training import loop
+from biomass_kit.training.config import TrainConfig
+from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
@@ -86,7 +87,7 @@ def test_threads_change_no_bit(base, tmp_path):
 
 SHAPES = """
 import sys, numpy as np, torch
-from biomass_kit.inference.bundle import read_bundle; from biomass_kit.data import list_photos; from biomass_kit.ensemble import Ensemble
+from biomass_kit.inference.bundle import read_bundle; from biomass_kit.data.photos import list_photos; from biomass_kit.inference.ensemble import Ensemble
 ensemble, photos, found = Ensemble(read_bundle(sys.argv[1]), device_type="cpu"), list_photos(sys.argv[2]), []
 for threads, size in ((2, 4), (2, 1), (2, 3), (1, 4), (2, 4)):
     torch.set_num_threads(threads)
@@ -188,7 +189,7 @@ def test_small_and_flat_data_work(base, name, tmp_path):
     config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16,
                                  use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True, **more)
     out = config.out / "bundle" if name in BY_COMMAND else config.out
-    if name in BY_COMMAND: cli.train([*options(config), "--grids", "1", "1", "2", "2"])
+    if name in BY_COMMAND: biomass_train([*options(config), "--grids", "1", "1", "2", "2"])
     else: train(config, **quiet)
     results, table = json.loads((out / "results.json").read_text()), read_table(out / "oof.csv")
     score = results["scores"]["model"]["weighted_r2"]

@@ -14,17 +14,19 @@ import torch
 from conftest import ROOT, SHARED, assert_close, run
 from safetensors.torch import save_file
 
-from biomass_kit import cli, kaggle, sealed
-from biomass_kit.training.config import TrainConfig
 from biomass_kit.data.files import file_digest
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
-from biomass_kit.inference.predict import predict_competition
+from biomass_kit.data.targets import BiomassError
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
+from biomass_kit.inference.predict import predict_competition
+from biomass_kit.kaggle import inference
+from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
 from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
-from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.data.targets import BiomassError
+from biomass_kit.pack import main as biomass_pack
+from biomass_kit.pack import verify as biomass_verify
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
 
@@ -82,21 +84,23 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(name, value)
     out = tmp_path / "kaggle_datasets"
-    cli.pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify", "--wheels", "quadrat-ruler==1.0"])
+    biomass_pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify",
+                  "--wheels", "quadrat-ruler==1.0"])
     assert "quadrat_ruler-1.0-py3-none-any.whl: asked for with --wheels" in capsys.readouterr().out
     photos = tmp_path / "quadrats"
     for part in ("north", "south"): shutil.copytree(data / "test", photos / part)
     (photos / "south/broken.jpg").write_bytes(b"no photo")
-    cells = [*kaggle.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
-    monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+    cells = [*inference.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
+    monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     write_tracked(out, "grass")
-    cli.verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
+    biomass_verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
     assert "9 rows, valid" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
     assert list(table.photo) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
     assert "ruler 70" in printed(tmp_path / "kept/kind/inference-executed.ipynb")
     assert pd.read_csv(tmp_path / "kept/kind/grams_issues.csv")["photo"].tolist() == ["south/broken.jpg"]
-    with pytest.raises(SystemExit): cli.pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
+    with pytest.raises(SystemExit):
+        biomass_pack(["--weights", str(finished), "--out", str(out), "--no-verify", "--wheels"])
     assert "Kaggle's image lacks nothing" in capsys.readouterr().err
 
 
@@ -121,7 +125,7 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, d
                          shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}"))
         edit(bundle), edit(there / WEIGHTS)
         return [refused(pack, bundle, tmp_path / "x"), refused(verify, there, data, tmp_path / "y", share=True),
-                refused(kaggle.predict_inputs, there / WEIGHTS, data, tmp_path)]
+                refused(inference.predict_inputs, there / WEIGHTS, data, tmp_path)]
 
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
         assert all(name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
@@ -135,21 +139,21 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, d
 def test_a_notebook_that_misbehaves_is_refused(finished, data, tmp_path, monkeypatch):
     "It is caught when it tries the network, though it hides the error, and when it writes where Kaggle lets nobody write."
     def packed_with(code):
-        monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", [*kaggle.NOTEBOOK_CELLS[:2], ("code", code)])
+        monkeypatch.setattr(inference, "NOTEBOOK_CELLS", [*inference.NOTEBOOK_CELLS[:2], ("code", code)])
         return pack(finished, tmp_path / "misbehaves")
 
     hide = "try: {}\nexcept OSError: print('hidden')"
-    cells = kaggle.NOTEBOOK_CELLS
+    cells = inference.NOTEBOOK_CELLS
     said = refused(run_offline, packed_with("import socket\n" + hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")), data, tmp_path / "kept")
     assert "tried to reach the network" in said and "192.0.2.1" in said
     if network_cut():  # a process that the guard does not see, counted by the kernel
-        monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+        monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
         quiet = "subprocess.run([sys.executable, '-I', '-c', 'import socket; socket.create_connection((\"192.0.2.1\", 80), timeout=2)'], capture_output=True)"
         assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
-    monkeypatch.setattr(kaggle, "NOTEBOOK_CELLS", cells)
+    monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
     if "--mount" in network_cut(): assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
-    monkeypatch.setattr(sealed, "network_cut", lambda: [])
+    monkeypatch.setattr("biomass_kit.kaggle.verify.network_cut", lambda: [])
     assert "wrote to its input" in refused(run_offline, writes, data, tmp_path / "kept")
     assert not (data / "notes.txt").exists()
 
@@ -162,12 +166,13 @@ def printed_errors(folder):
 
 def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, monkeypatch, capsys):
     "As biomass_pack verifies: over drawn photos."
-    monkeypatch.setattr(sealed, "network_cut", lambda: [])
+    monkeypatch.setattr("biomass_kit.kaggle.verify.network_cut", lambda: [])
     done = verify(packed, keep=tmp_path / "kept", share=True, forms=("kind",))["runs"][0]
     assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
     asked = []
-    monkeypatch.setattr(sealed, "verify", lambda *a, **k: asked.append((a, k)))
-    for switch in ("--share", "--no-verify"): cli.pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
+    monkeypatch.setattr("biomass_kit.kaggle.verify.verify", lambda *a, **k: asked.append((a, k)))
+    for switch in ("--share", "--no-verify"):
+        biomass_pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
     assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
 
 

@@ -10,15 +10,17 @@ import pytest
 from PIL import Image
 from untrained import untrained_bundle
 
-from biomass_kit import cli, data
-from biomass_kit.training.config import TrainConfig
+from biomass_kit.data import photos
 from biomass_kit.data.photos import crop_of, list_photos, photo_names, photo_size, read_photo, split_pair
-from biomass_kit.data.table import read_test, read_train
-from biomass_kit.inference.predict import predict_competition, predict_folder
-from biomass_kit.inference.issues import MEANS, summary_lines
 from biomass_kit.data.synthetic import draw_photo, write_dataset
+from biomass_kit.data.table import read_test, read_train
 from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.inference.issues import MEANS, summary_lines
+from biomass_kit.inference.predict import predict_competition, predict_folder
+from biomass_kit.predict import main as biomass_predict
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import prepare
+from biomass_kit.validate import compare as biomass_compare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing
 PHOTO = draw_photo((30, 10, 5), seed=1, height=64)
@@ -48,13 +50,13 @@ def decoded(jpeg): return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")
 
 def predict_photos_by_command(bundle, folder, out):
     options = {"--weights": bundle, "--photos": folder, "--out": out, "--device-type": "cpu"}
-    cli.predict([*(str(word) for option in options.items() for word in option), "--no-cache"])
+    biomass_predict([*(str(word) for option in options.items() for word in option), "--no-cache"])
 
 
 def no_heic(monkeypatch):
     "An installation without pillow-heif."
-    plain = data._has_decoder
-    monkeypatch.setattr(data, "_has_decoder", lambda kind: kind != "HEIC" and plain(kind))
+    plain = photos._has_decoder
+    monkeypatch.setattr(photos, "_has_decoder", lambda kind: kind != "HEIC" and plain(kind))
 
 
 # JPEGs without their end marker
@@ -74,7 +76,7 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_read_and_a_cut_one_refused(ki
     for cut in [1, 2, *range(3, len(whole) // 2, max(1, len(whole) // 600))]:
         for zeros in (0, 300):
             path.write_bytes(whole[:-cut] + bytes(zeros))
-            try: photo = data._decode(path)
+            try: photo = photos._decode(path)
             except OSError: continue
             right = (photo == pixels).all()
             assert right or pillow_reads(path), f"{cut} bytes are missing, {zeros} zeros follow"
@@ -107,11 +109,11 @@ def test_a_jpeg_cut_between_two_parts_is_refused(tmp_path):
 
 def test_every_suffix_is_read_by_its_content(tmp_path):
     "JPEG under all its suffixes; AVIF, JPEG 2000, HEIC where they can be decoded, also under a wrong name."
-    for suffix in data.FORMATS["JPEG"]:
+    for suffix in photos.FORMATS["JPEG"]:
         assert (read_photo(saved(tmp_path / f"a{suffix}", format="JPEG")) == decoded(jpeg())).all(), suffix
     for kind, name in {"AVIF": "AVIF", "JPEG 2000": "JPEG2000", "HEIC": "HEIF"}.items():
-        if not data._has_decoder(kind): continue
-        upright = saved(tmp_path / f"{name}{data.FORMATS[name][0].upper()}", format=name)
+        if not photos._has_decoder(kind): continue
+        upright = saved(tmp_path / f"{name}{photos.FORMATS[name][0].upper()}", format=name)
         photo = read_photo(upright)
         assert np.abs(photo.astype(float) - PHOTO).mean() < 12 and photo_size(upright) == (64, 128)
         assert (read_photo(upright.rename(tmp_path / f"{name}.jpg")) == photo).all()
@@ -126,7 +128,7 @@ def test_every_suffix_is_read_by_its_content(tmp_path):
 def test_heic_is_in_the_environment_of_the_tests():
     "The extra for HEIC is among what the tests are run with, so that the test above meets HEIC."
     pytest.importorskip("pillow_heif", reason="not in this environment yet: pip install pillow-heif")
-    assert data._has_decoder("HEIC")
+    assert photos._has_decoder("HEIC")
 
 
 AVIF_HEADER = b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif"
@@ -136,12 +138,12 @@ HEADS = {"HEIC": HEIC_HEADER, "AVIF": AVIF_HEADER, "JPEG 2000": b"\0\0\0\x0cjP  
 @pytest.mark.parametrize("kind, head", HEADS.items())
 def test_a_photo_without_its_decoder_is_called_what_it_is(kind, head, tmp_path, monkeypatch):
     "Whatever its name says; and what brings the decoder."
-    monkeypatch.setattr(data, "_has_decoder", lambda asked: asked != kind)
+    monkeypatch.setattr(photos, "_has_decoder", lambda asked: asked != kind)
     path = tmp_path / "photo.jpg"
     path.write_bytes(head + bytes(200))
     for read in (read_photo, photo_size):
         with pytest.raises(BiomassError) as e: read(path)
-        words = f"not a readable photo ({kind}: no decoder for it is installed; {data.DECODERS[kind]})"
+        words = f"not a readable photo ({kind}: no decoder for it is installed; {photos.DECODERS[kind]})"
         assert str(e.value).startswith(f"{path}: {words}"), e.value
 
 
@@ -214,7 +216,7 @@ def test_nothing_is_dropped_in_silence(tmp_path):
     (tmp_path / "loop/b.jpg").symlink_to(tmp_path / "lost.jpg")
     os.mkfifo(tmp_path / "loop/pipe.jpg")
     assert photo_names(tmp_path / "loop", list_photos(tmp_path / "loop")) == ["b.jpg", "in/a.png"]
-    assert "2 linked folder" in data.left_out(tmp_path / "loop")
+    assert "2 linked folder" in photos.left_out(tmp_path / "loop")
     saved(tmp_path / "disk/c.png")
     (tmp_path / "loop/card").symlink_to(tmp_path / "disk")
     names = photo_names(tmp_path / "loop", list_photos(tmp_path / "loop"))
@@ -294,7 +296,7 @@ def test_two_folders_are_compared_with_their_subfolders(finished, data, tmp_path
     folder = tmp_path / "new"
     for i, photo in enumerate(list_photos(data / "train")[:6]):
         saved(folder / f"day{i}/IMG_1.jpg", read_photo(photo) if i else read_photo(photo)[:, :96], quality=95)
-    cli.compare(["--weights", str(finished), "--first", str(data / "train"), "--second", str(folder)])
+    biomass_compare(["--weights", str(finished), "--first", str(data / "train"), "--second", str(folder)])
     said = capfd.readouterr()
     assert re.search(r"in second: (day\d/IMG_1\.jpg \(\d\.\d+\)(, )?)+\n", said.out), said.out
     assert said.err.count("cut away") == 1 and "day0/IMG_1.jpg (50%)" in said.err

@@ -5,13 +5,22 @@ import pandas as pd
 from conftest import python
 from sources import MODULES, PACKAGES, outside_imports, own_imports, syntax, when_loaded
 
-from biomass_kit.kaggle import PREDICT_REQUIREMENTS
+from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS
 
 PREDICT = """
 import sys
 from biomass_kit.kaggle import predict_competition
 predict_competition({weights!r}, {data!r}, {out!r}, device_type="cpu")
 print(sorted({{name.split(".")[0] for name in sys.modules}} & {unwanted!r}))
+"""
+
+BY_COMMAND = """
+import sys
+from biomass_kit.predict import main
+words = ["--weights", {weights!r}, "--photos", {photos!r}, "--out", {out!r}, "--device-type", "cpu"]
+for more in (["--no-report"], []):
+    main([*words, "--no-cache", *more])
+    print("loaded", sorted({{"albumentations", "matplotlib", "optuna"}} & {{*sys.modules}}))
 """
 
 
@@ -29,8 +38,10 @@ def test_imports_of_the_predict_path_are_the_listed_ones():
     required = {{"pillow": "PIL"}.get(r, r) for r in PREDICT_REQUIREMENTS}
     allowed = required | {"torchvision"} | set(sys.stdlib_module_names)
     modules = loaded_with("kaggle", set())
-    assert {"ensemble", "bundle", "features", "model", "physics"} <= modules
-    assert not modules & {"train", "augment", "folds", "evidence", "report", "cli"}
+    chapters = {module.partition(".")[0] for module in modules}
+    assert chapters == {"", "data", "features", "model", "inference", "kaggle"}, "no others"
+    not_needed = {"data.folds", "features.augment", "kaggle.packing"}
+    assert not_needed <= {*MODULES} and not modules & not_needed
     for module in modules:
         path = {**MODULES, **PACKAGES}[module]
         strange = outside_imports(path, when_loaded(syntax(path))) - allowed
@@ -45,3 +56,12 @@ def test_predicting_loads_nothing_else(finished, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "submission.csv")) == 20 and done.stdout.strip().endswith("[]"), done.stdout
     assert "'sklearn'" in python("-c", "import sklearn" + code).stdout, "the check does not see what is loaded"
+
+
+def test_the_command_loads_what_draws_for_its_report_alone(finished, data, tmp_path):
+    "And neither what augments nor what searches."
+    out = tmp_path / "grams.csv"
+    done = python("-c", BY_COMMAND.format(weights=str(finished), photos=str(data / "test"), out=str(out)))
+    assert done.returncode == 0, done.stderr
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
+    assert loaded == ["loaded []", "loaded ['matplotlib']"]

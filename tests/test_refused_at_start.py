@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from biomass_kit import cli
-from biomass_kit.training.config import TrainConfig
-from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.train import main as biomass_train
+from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
 
@@ -105,6 +105,7 @@ def test_photos_that_are_smaller_than_others(base, room, tmp_path):
 @pytest.mark.parametrize("words", [("--two-stages",), ("--fusion", "magic"), ("--grid", "2"), ("--epochs", "many")])
 def test_options_that_do_not_exist(words, tmp_path, capsys):
     "By the command, in words."
-    with pytest.raises(SystemExit) as e: cli.train(["--data", "d", "--out", str(tmp_path / "run"), *words])
+    with pytest.raises(SystemExit) as e:
+        biomass_train(["--data", "d", "--out", str(tmp_path / "run"), *words])
     said = "".join(capsys.readouterr())
     assert e.value.code == 2 and words[0] in said and "Traceback" not in said and not (tmp_path / "run").exists(), said

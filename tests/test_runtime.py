@@ -12,18 +12,19 @@ from conftest import assert_close
 from PIL import Image
 from untrained import untrained_bundle
 
-from biomass_kit import ensemble, features, store
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.files import atomic_path
 from biomass_kit.data.photos import list_photos
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission, read_test
-from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
+from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.features import device, store
 from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference import predict
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.ensemble import Ensemble, combine_some
 from biomass_kit.inference.issues import MEANS, Outcome, summary_lines
 from biomass_kit.inference.plan import Deadline
-from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.data.targets import TARGETS, BiomassError
+from biomass_kit.inference.predict import predict_competition, predict_folder, predict_photos
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -141,13 +142,13 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
 
 BUSY = """
 import sys, torch
-from biomass_kit import cli
+from biomass_kit.predict import main
 from biomass_kit.features.backbone import Backbone
 def forward(self, tiles):
     for _ in range(3000): torch.ones(1500, 1500) @ torch.ones(1500, 1500)
 Backbone.forward = forward
 sys.argv[1:] = ["--weights", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--no-cache", "--device-type", "cpu", "--deadline", "5s"]
-cli.predict()
+main()
 """
 
 
@@ -160,7 +161,7 @@ def test_the_command_ends_well_while_a_device_is_busy(room, tmp_path):
 
 def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monkeypatch):
     slow, seen, saves = SlowBackbones(monkeypatch), [], []
-    build, plain = Ensemble.__init__, ensemble.write_submission
+    build, plain = Ensemble.__init__, predict.write_submission
 
     def first(self, *args, **options):
         seen.append((is_means(check_submission(room / "f.csv", room / "data")).all(), set(pd.read_csv(room / "f_issues.csv").reason), slow.passes[:]))
@@ -168,9 +169,9 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
 
     monkeypatch.setattr(Ensemble, "__init__", first)
     monkeypatch.setattr(store, "read_photo", lambda path, plain=store.read_photo: seen and plain(path))
-    monkeypatch.setattr(ensemble, "write_submission", lambda path, rows, photos, grams: (
+    monkeypatch.setattr(predict, "write_submission", lambda path, rows, photos, grams: (
         saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams)))
-    monkeypatch.setattr(ensemble, "SAVE_EVERY", 1.5 * slow.whole(4))
+    monkeypatch.setattr(predict, "SAVE_EVERY", 1.5 * slow.whole(4))
     predict_competition(room / "frozen", room / "data", room / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now), device_type="cpu")
     assert seen == [(True, {"not predicted yet"}, [])], "before anything is loaded or seen"
     assert saves[0] == (0, 16) and saves[-1][1] == 0 and 3 <= len(saves) <= 4, saves
@@ -178,15 +179,15 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
 
 
 def test_a_write_that_fails_meanwhile_stops_nothing(room, monkeypatch):
-    monkeypatch.setattr(ensemble, "SAVE_EVERY", 0)
-    plain, calls = ensemble.write_submission, []
+    monkeypatch.setattr(predict, "SAVE_EVERY", 0)
+    plain, calls = predict.write_submission, []
 
     def full(*args):
         calls.append(1)
         if len(calls) != 3: return plain(*args)
         with atomic_path(args[0]): raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ensemble, "write_submission", full)
+    monkeypatch.setattr(predict, "write_submission", full)
     table = predict_competition(room / "frozen", room / "data", room / "g.csv", device_type="cpu")
     assert len(calls) == 1 + 4 + 1 and any("No space left" in line for line in summary_lines(table)) and not is_means(table).any()
 
@@ -343,7 +344,7 @@ def test_gpus_that_launch_nothing_leave_it_to_the_cpu(room, whole, monkeypatch):
     def launches(device): raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)): monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla P100")
-    monkeypatch.setattr(features, "launches", launches)
+    monkeypatch.setattr(device, "launches", launches)
     table = predict_competition(room / "frozen", room / "data", room / "n.csv")
     assert_close(by_photo(table), by_photo(whole))
     assert table.attrs["outcome"].devices == ["cpu in fp32"]
@@ -354,7 +355,7 @@ def test_all_gpus_fail_and_the_cpu_does_it(room, whole, monkeypatch):
     "Two GPUs that launch a probe and fail under load; played, since there is none here: loading weights to them raises."
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0), ("get_device_capability", (7, 5))):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(features, "launches", lambda device: True)
+    monkeypatch.setattr(device, "launches", lambda device: True)
 
     def to(self, device, *args, plain=torch.nn.Module.to, **options):
         if str(device).startswith("cuda"): raise torch.OutOfMemoryError(f"{device} is full")
@@ -420,9 +421,9 @@ def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, val
 def test_weights_of_the_members_that_are_left():
     some = np.arange(20, dtype=np.float32).reshape(2, 2, 5)
     manifest = {"members": [0, 1, 2], "combine": {"how": "weighted", "weights": [0.5, 0.4, 0.1]}}
-    assert np.allclose(ensemble.combine_some(some, (1, 2), manifest), 0.8 * some[0] + 0.2 * some[1])
+    assert np.allclose(combine_some(some, (1, 2), manifest), 0.8 * some[0] + 0.2 * some[1])
     manifest["combine"]["weights"] = [1.0, 0.0, 0.0]
-    assert np.allclose(ensemble.combine_some(some, (1, 2), manifest), some.mean(0))
+    assert np.allclose(combine_some(some, (1, 2), manifest), some.mean(0))
 
 
 def test_without_an_outcome_nothing_is_made_up(room, monkeypatch):

@@ -16,12 +16,12 @@ import tyro
 from safetensors.torch import save_file
 from sources import CODE, MODULES, ROOT, inside, outside_imports, own_imports, syntax, when_loaded
 
-from biomass_kit.train import TrainArgs
-from biomass_kit.training.config import TrainConfig
-from biomass_kit.features.backbone import build_backbone
-from biomass_kit.evidence.search import SPACE, as_options, check_space
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, weighted_r2
+from biomass_kit.evidence.search import SPACE, as_options, check_space
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.train import TrainArgs
+from biomass_kit.training.config import TrainConfig
 
 TRIALS = 3
 SEARCHED = [k for k in SPACE if k not in ("grid", "use_aux_heads") and not k.startswith("aux_")]
@@ -29,9 +29,10 @@ SEARCHED = [k for k in SPACE if k not in ("grid", "use_aux_heads") and not k.sta
 SEARCH = """
 import os, sys, time
 from pathlib import Path
-from biomass_kit import cli, train
+from biomass_kit.search import main
+from biomass_kit.training.run import Run
 
-plain = train.Run.train_member
+plain = Run.train_member
 lines = lambda: [line.split() for line in open({diary!r})]
 
 
@@ -47,8 +48,8 @@ def train_member(run, k, progress, log):
     write(run, k, "done")
 
 
-train.Run.train_member = train_member
-cli.search(sys.argv[1:])
+Run.train_member = train_member
+main(sys.argv[1:])
 """
 
 

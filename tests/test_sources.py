@@ -20,7 +20,6 @@ from sources import (
     known_to_git,
     outside_imports,
     own_imports,
-    parts,
     syntax,
     walk,
 )
@@ -92,7 +91,7 @@ def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):
     for made in (p for p in tmp_path.rglob("*") if p.is_file()):
         tracked = ROOT / "kaggle_datasets" / made.relative_to(tmp_path)
         assert tracked.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), (
-            f"{tracked}: from biomass_kit.kaggle.packing import write_tracked; write_tracked('kaggle_datasets')")
+            f"{tracked}: biomass_kit.kaggle.packing.write_tracked('kaggle_datasets') writes another")
 
 
 def test_notebooks_are_named_as_their_modules():
@@ -114,15 +113,12 @@ def ranks():
     return rank | {package: i + 0.5 for package, i in last.items() if package}
 
 
-CIRCLE = pytest.mark.xfail(strict=True, reason="run as `python -m`, train and ensemble hand over to cli")
-
-
-@pytest.mark.parametrize("part", ["library", pytest.param("as main", marks=CIRCLE)])
-def test_modules_import_only_what_stands_before_them(part):
+def test_modules_import_only_what_stands_before_them():
+    "Also where they are run as `python -m`."
     rank = ranks()
     wrong = defaultdict(list)
     for name, path in {**MODULES, **PACKAGES}.items():
-        for other in sorted(own_imports(path, parts(syntax(path))[part])):
+        for other in sorted(own_imports(path)):
             if rank.get(other, len(rank)) >= rank.get(name, -1): wrong[name].append(other)
     said = [f"{name} imports {', '.join(others)}, not before it in nbs/" for name, others in wrong.items()]
     assert not said, "\n".join(said)

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from conftest import launch
 
-from biomass_kit.evidence.search import as_options as options
 from biomass_kit.data.targets import BiomassError
+from biomass_kit.evidence.search import as_options as options
 from biomass_kit.training.run import LOGS, expand, train, train_runs
 
 quiet = dict(log=lambda line: None)

@@ -1,10 +1,10 @@
 """Bundles of untrained members: as heavy and as many-headed as real ones, made in a second."""
 import torch
 
-from biomass_kit.inference.bundle import save_backbone, save_member, write_manifest
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.model.model import BiomassModel
 from biomass_kit.features.tta import DEFAULT_VIEWS
+from biomass_kit.inference.bundle import save_backbone, save_member, write_manifest
+from biomass_kit.model.model import BiomassModel
 
 
 def untrained_bundle(folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, backbone="test_vit", weights=None, tile_size=32):

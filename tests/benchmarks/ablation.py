@@ -35,21 +35,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from stored_mixes import MIXES, mixed_predictions
 
 from biomass_kit.command import command
-from biomass_kit.training.config import TrainConfig, config_record
 from biomass_kit.data.files import file_digest, write_csv, write_json
+from biomass_kit.data.folds import FLOORS, floor_predictions, make_folds, read_table
 from biomass_kit.data.table import read_train
-from biomass_kit.inference.ensemble import is_main_process
+from biomass_kit.data.targets import TARGETS, BiomassError, combine, weighted_r2
 from biomass_kit.evidence.compare import difference_table, difference_text, paired_difference
 from biomass_kit.evidence.probe import linear_probe
 from biomass_kit.evidence.stacking import crossfit_stack
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.features.tiles import TileSpec
-from biomass_kit.data.folds import FLOORS, floor_predictions, make_folds, read_table
-from biomass_kit.inference.physics import METHODS, crossfit_physics, training_bounds
 from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data.targets import TARGETS, BiomassError, combine, weighted_r2
-from biomass_kit.training.run import expand, train_runs
+from biomass_kit.features.tiles import TileSpec
 from biomass_kit.features.tta import View
+from biomass_kit.inference.ensemble import is_main_process
+from biomass_kit.inference.physics import METHODS, crossfit_physics, training_bounds
+from biomass_kit.training.config import TrainConfig, config_record
+from biomass_kit.training.run import expand, train_runs
 
 RESULTS = Path(__file__).with_name("ablation.json")
 PLAN, DEFAULT, PROBE = "plan", "default", "linear probe"

@@ -23,12 +23,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from untrained import untrained_bundle
 
-from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.data.photos import list_photos, read_photo, split_pair
-from biomass_kit.inference.ensemble import Ensemble
-from biomass_kit.features.tiles import TileSpec, cut_tiles
 from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.features.tiles import TileSpec, cut_tiles
 from biomass_kit.features.tta import flip_pixels, parse_view
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.ensemble import Ensemble
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from biomass_kit.features.augment import Box, cutmix_pairs, draw_cutmix, draw_rng, draw_view, mix
-from biomass_kit.training.config import check_config
 from biomass_kit.data.files import file_digest, write_csv
-from biomass_kit.data.photos import read_photo, split_pair
-from biomass_kit.features.backbone import build_backbone
-from biomass_kit.features.tiles import TileSpec
 from biomass_kit.data.folds import make_folds, read_table
-from biomass_kit.training.loop import Fold, predict_fold, run_fold
-from biomass_kit.features.store import Draw, FeatureCache, FeatureRequest, StoredFeatures, store_features
+from biomass_kit.data.photos import read_photo, split_pair
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.training.run import make_accelerator
+from biomass_kit.features.augment import Box, cutmix_pairs, draw_cutmix, draw_rng, draw_view, mix
+from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.store import Draw, FeatureCache, FeatureRequest, StoredFeatures, store_features
+from biomass_kit.features.tiles import TileSpec
 from biomass_kit.features.tta import STORED_VIEWS, arrange, parse_view
+from biomass_kit.training.config import check_config
+from biomass_kit.training.loop import Fold, predict_fold, run_fold
+from biomass_kit.training.run import make_accelerator
 
 K = 8  # mixes stored a photo
 FEATURES = f"2x2 MixUp of features, {K} stored"

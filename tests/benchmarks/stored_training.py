@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import tyro
 
+from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.features.tta import View
 from biomass_kit.training.batches import epoch_batches
 from biomass_kit.training.config import TrainConfig, check_config
 from biomass_kit.training.loop import Fold, make_optimizer, predict_fold, stages, train_step
-from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.training.run import Run, make_accelerator
-from biomass_kit.features.tta import View
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""The wheel that is uploaded to Kaggle: it holds the whole library, and works where no checkout is."""
+import json
+import os
+import zipfile
+
+import pytest
+from conftest import python
+from sources import CODE, LIBRARY, ROOT, inside, known_to_git
+
+from biomass_kit.kaggle.packing import KERNEL, NOTEBOOK, build_wheel
+
+TRACKED = ROOT / "kaggle_datasets"
+IMPORTS = (  # what notebooks import from biomass_kit.kaggle that were uploaded with earlier releases
+    "check_reference, find_inputs, predict_competition, print_progress",
+    "check_reference, find_inputs, predict_inputs, print_progress, show_predictions",
+    "check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines",
+)
+AT_HOME = """
+import sys
+homes = {m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] == "biomass_kit"}
+strange = {home for home in homes if not home.startswith(sys.argv[1])}
+assert homes and not strange, f"{strange} are not the wheel's"
+"""
+WRITE = """
+import json, sys
+from biomass_kit.kaggle.inference import inference_notebook
+from biomass_kit.kaggle.packing import write_tracked
+write_tracked(*sys.argv[2:])
+print(json.dumps(inference_notebook()))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory): return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    "A folder that holds the library as the wheel brings it, and nothing else."
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as packed: packed.extractall(folder)
+    return folder
+
+
+def from_wheel(folder, code, *words):
+    "Run Python where the library is the unpacked wheel's, away from the checkout."
+    elsewhere = {**os.environ, "PYTHONPATH": str(folder)}
+    done = python("-P", "-c", code + AT_HOME, folder, *words, cwd=folder, env=elsewhere)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_holds_every_module_and_package(wheel):
+    "Also those that git knows and no list of the tests."
+    with zipfile.ZipFile(wheel) as packed:
+        held = {name: packed.read(name) for name in packed.namelist() if name.startswith(f"{LIBRARY}/")}
+    due = {inside(path): path.read_bytes() for path in [*CODE, ROOT / LIBRARY / "_modidx.py"]}
+    assert sorted(held) == sorted(due), "setup.py packs what is in a package, a folder with an __init__.py"
+    assert held == due
+    try:
+        known = known_to_git(LIBRARY, ".py")
+    except LookupError as reason:
+        pytest.skip(f"not compared with git: {reason}")
+    assert {*map(inside, known)} <= {*held}
+
+
+def test_it_writes_what_is_tracked(unpacked, tmp_path):
+    metadata = TRACKED / KERNEL / "kernel-metadata.json"
+    user = json.loads(metadata.read_text(encoding="utf-8"))["id"].split("/")[0]
+    notebook = json.loads(from_wheel(unpacked, WRITE, tmp_path, user))
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(made) == 5
+    assert made == {path: (TRACKED / path).read_bytes() for path in made}
+    assert notebook == json.loads((TRACKED / KERNEL / NOTEBOOK).read_text(encoding="utf-8"))
+
+
+def test_earlier_notebooks_find_what_they_import(unpacked):
+    from_wheel(unpacked, "".join(f"from biomass_kit.kaggle import {names}\n" for names in IMPORTS))
