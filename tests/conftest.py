@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import end_all
 from safetensors.torch import save_file
 
 from biomass_kit.config import TrainConfig
@@ -32,6 +33,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU; run by pytest -m cuda")
     if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with the CPU
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, would ignore Ctrl-C
+
+
+def pytest_unconfigure(): end_all()
 
 
 def pytest_collection_modifyitems(config, items):
