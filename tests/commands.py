@@ -1,4 +1,6 @@
 """Commands without the seconds that a process takes to load the library: in this process, or forked from one that has loaded it."""
+import ctypes
+import gc
 import io
 import multiprocessing
 import os
@@ -6,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 
 from biomass_kit import cli
@@ -73,7 +76,14 @@ def _run(function, arguments, log, environment):
         for stream in (1, 2): os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))
     os.environ.update(environment)
-    function(*arguments)
+    gc.freeze()  # as in conftest.py
+    code = 0
+    try: function(*arguments)
+    except SystemExit as e: code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    ctypes.pythonapi.Py_Exit(code)  # Python's own way out, threads and all; multiprocessing has a shorter one
 
 
 def run_command(name, *words):

@@ -29,9 +29,9 @@ def copy(tmp_path_factory):
     for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT / name, room)
     for name in ("nbs", "biomass_kit"): shutil.copytree(ROOT / name, room / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for path in MODULES: (room / "biomass_kit" / path.name).unlink()
-    for call in ("from nbdev.doclinks import nbdev_export; nbdev_export()", "from nbdev.clean import nbdev_clean; nbdev_clean()"):
-        done = python("-c", call, cwd=room)
-        assert done.returncode == 0, done.stderr
+    calls = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    done = python("-c", calls, cwd=room)
+    assert done.returncode == 0, done.stderr
     return room
 
 
