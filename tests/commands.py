@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 
 from biomass_kit import cli
@@ -24,9 +25,10 @@ def entry(name):
 
 
 def command(name, *words):
-    "A command called with words in this process; its exit code and what it printed."
+    "A command called with words in this process; its exit code and what it printed, warnings among it."
     said, errors, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(said), redirect_stderr(errors):
+    with redirect_stdout(said), redirect_stderr(errors), warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         try: entry(name)([str(word) for word in words])
         except SystemExit as e: code = e.code or 0
     return subprocess.CompletedProcess((name, *words), code, said.getvalue(), errors.getvalue())
@@ -53,7 +55,7 @@ class Started:
         self.process.kill()
         self.process.join()
 
-    def wait(self, seconds=200):
+    def wait(self, seconds=300):
         "Its exit code."
         self.process.join(seconds)
         assert not self.runs(), f"still busy after {seconds} s: {self.said()}"
