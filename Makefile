@@ -12,7 +12,7 @@ demo: .venv/installed
 
 # Small models: two processes of one thread each are done before two of two threads, which wait for each other.
 ONE := OMP_NUM_THREADS=1
-NOTEBOOKS := $(ONE) CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2 --do_print
+NOTEBOOKS := $(ONE) CUDA_VISIBLE_DEVICES= $(BIN)/python tests/notebooks.py --n_workers 2 --do_print
 # Files begin in the order of their names; by default those of few, long tests would begin last, when nothing is left
 # for the other process.
 PYTEST := $(ONE) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
