@@ -10,12 +10,16 @@ export MPLBACKEND ?= Agg
 demo: .venv/installed
 	$(BIN)/biomass_demo
 
-# Small models: two processes of one thread each are done before one process of two threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile tests
+# Small models: two processes of one thread each are done before two of two threads, which wait for each other.
+ONE := OMP_NUM_THREADS=1
+NOTEBOOKS := $(ONE) CUDA_VISIBLE_DEVICES= $(BIN)/python tests/notebooks.py --n_workers 2 --do_print
+# Files begin in the order of their names; by default those of few, long tests would begin last, when nothing is left
+# for the other process.
+PYTEST := $(ONE) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Notebooks are tests, on the CPU, and tests/ holds what a notebook cannot show.
 test: .venv/installed
-	CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(NOTEBOOKS)
 	$(PYTEST)
 
 # tests/ with its long forms, which take minutes each.
@@ -24,7 +28,7 @@ test-long: .venv/installed
 
 # Everything once more on a processor, played, where other shapes give other last bits.
 test-last-bits: .venv/installed
-	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests/last_bits $(BIN)/nbdev_test --n_workers 2 --do_print
+	PYTHONPATH=tests/last_bits $(NOTEBOOKS)
 	PYTHONPATH=tests/last_bits $(PYTEST)
 
 # After editing notebooks: export the library, clean the notebooks, render the README.

@@ -1,6 +1,5 @@
-"""The commands as a person types them, each in its own process."""
+"""The commands as a person types them: the installed ones as processes, what else they say and do in this one."""
 import json
-import os
 import re
 import resource
 import shlex
@@ -11,9 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import command
 from conftest import python, run
 from sources import commands
 
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import KG_HA, TARGETS
 from biomass_kit.inference.bundle import read_bundle
@@ -29,10 +30,17 @@ PLAN = {  # the plan's recommended training commands, word for word but for the 
 }
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    "Ten synthetic photos: what the commands do does not depend on their number."
+    return write_dataset(tmp_path_factory.mktemp("few") / "data", n_photos=10, n_test=1, seed=3, height=64)
+
+
 @pytest.mark.parametrize("name", PLAN)
-def test_recommended_commands_run(name, data, weights, tmp_path):
-    tiny = ["--data", data, "--out", tmp_path / "run", "--backbone", "test_efficientnet", "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
-    done = python("-m", "biomass_kit.train", *shlex.split(PLAN[name]), *tiny, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+def test_recommended_commands_run(name, few, weights, tmp_path, monkeypatch):
+    tiny = ["--data", few, "--out", tmp_path / "run", "--backbone", "test_efficientnet", "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = command("train", *shlex.split(PLAN[name]), *tiny)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run/results.json").read_text())
     bundle = read_bundle(tmp_path / "run")
@@ -48,7 +56,7 @@ def test_recommended_commands_run(name, data, weights, tmp_path):
 
 def test_an_absent_device_is_a_clear_error(data, tmp_path):
     absent = next(d for d, here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
-    done = python("-m", "biomass_kit.train", "--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone", "--device-type", absent)
+    done = command("train", "--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone", "--device-type", absent)
     assert done.returncode == 2 and f"--device-type {absent}: this machine has no {absent} device" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -57,28 +65,35 @@ def test_both_spellings_take_the_same_options():
     assert a.returncode == b.returncode == 0 and a.stdout == b.stdout and "--backbone-weights" in a.stdout
 
 
-def test_draw_train_join_predict(tmp_path):
-    "From nothing to a submission with the installed commands alone."
+def test_draw_train_join_predict(tmp_path, monkeypatch):
+    "From nothing to a submission with the installed commands alone; what one of them does again, it does in this process."
+    monkeypatch.chdir(tmp_path)
+
+    def again(name, *args):
+        done = command(name, *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def ok(command, *args):
         done = run(BIN / command, *args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout + done.stderr
 
     ok("biomass_synth", "--out", "data", "--photos", 16, "--test", 3, "--height", 64)
-    for rows in (2, 3):
-        said = ok("biomass_train", "--data", "data", "--out", f"run{rows}", "--grid", rows, rows, "--backbone", "test_vit", "--no-pretrained",
-                  "--tile-size", 32, "--epochs", 2, "--n-folds", 2, "--seed", 7, "--cv", "group_month", "--physics", "always", "--device-type", "cpu")
-        assert "floor_constant" in said
+    options = ["--data", "data", "--backbone", "test_vit", "--no-pretrained", "--tile-size", 32, "--epochs", 2, "--n-folds", 2,
+               "--seed", 7, "--cv", "group_month", "--physics", "always", "--device-type", "cpu"]
+    assert "floor_constant" in ok("biomass_train", *options, "--out", "run2", "--grid", 2, 2)
+    assert "floor_constant" in again("train", *options, "--out", "run3", "--grid", 3, 3)
     ok("biomass_bundle", "run2", "run3", "--out", "both")
     ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv", "--device-type", "cpu")
     submission = check_submission(tmp_path / "submission.csv", tmp_path / "data")
-    ok("biomass_predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu")
+    again("predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu")
     table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
     for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
     assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
     assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01) and (tmp_path / "table_report.html").stat().st_size > 30_000
     before = (tmp_path / "both/report.html").read_text()
-    assert "both/report.html" in ok("biomass_report", "both") and (tmp_path / "both/report.html").read_text() == before
+    assert "both/report.html" in again("report_run", "both") and (tmp_path / "both/report.html").read_text() == before
 
 
 def test_mistakes_are_one_line(finished, data, tmp_path):
@@ -89,21 +104,22 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
         (["--weights", finished, "--data", tmp_path], "test.csv: no such file"),
         (["--weights", finished], "give either --data"),
     ):
-        done = run(BIN / "biomass_predict", *args)
-        said = [line for line in done.stderr.splitlines() if not line.startswith("loading: ")]  # a slow machine tells that too
+        done = command("predict", *args)
+        said = done.stderr.splitlines()
         assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: ") and words in said[0], done.stderr
 
 
-def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path):
+def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path, monkeypatch):
     "Every strategy beside its floors; and the same photos against themselves look alike."
-    done = run(BIN / "biomass_validate", "--weights", finished, "--data", data, "--n-folds", 3, "--strategies", "group_date", "random",
-               "--out", tmp_path / "cv.csv", "--device-type", "cpu", env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = command("validate", "--weights", finished, "--data", data, "--n-folds", 3, "--strategies", "group_date", "random",
+                   "--out", tmp_path / "cv.csv", "--device-type", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(tmp_path / "cv.csv").set_index("cv")
     assert (list(table.index) == ["group_date", "random"] and {"probe", "floor_constant", "floor_state"} <= set(table)
             and table.loc["group_date", "difference"] == 0)
-    done = run(BIN / "biomass_compare", "--weights", finished, "--first", data / "train", "--second", data / "train", "--data", data,
-               "--device-type", "cpu", env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    done = command("compare", "--weights", finished, "--first", data / "train", "--second", data / "train", "--data", data,
+                   "--device-type", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     auc = float(re.search(r"AUC (\d\.\d+) between 30 and 30", done.stdout)[1])
     assert auc < 0.7 and "two groups of dates" in done.stdout, done.stdout

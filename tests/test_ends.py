@@ -1,23 +1,29 @@
 """However it ends: Ctrl-C, errors, a device that hangs, a home that takes no files: what is the exit code, what is left?"""
+import ast
 import dataclasses
 import errno
+import itertools
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from pkgutil import resolve_name
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, python
+from commands import Started, command, run_command
+from conftest import python
 from sources import MODULES, commands
 from untrained import untrained_bundle
 
+from biomass_kit.command import command as wrapped
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.interrupts import at_work
+from biomass_kit.data.interrupts import at_work, begin
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import TARGETS, BiomassError
@@ -64,82 +70,68 @@ def is_means(table): return np.isclose(by_photo(table), 20).all(1)
 
 # Exit codes
 
-AT_WORK = """
-import importlib, os, sys, time, torch
-from biomass_kit.command import command
-from biomass_kit.data import interrupts
-from biomass_kit.data.targets import BiomassError
-interrupts.at_work.__defaults__ = (0.05,)  # seconds of patience
+def codes_while_at_work(entries):
+    "Prints the exit code of every command, and of every end of one, each in a fork of its own."
+    at_work.__defaults__ = (0.05,)  # seconds of patience
+    fine = wrapped(lambda args: parse())
+    faults = {"none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError, "ctrl-c": KeyboardInterrupt}
+    codes = {name: code_while_at_work(fine, fault) for name, fault in faults.items()}
+    codes |= {name: code_while_at_work(resolve_name(name), KeyboardInterrupt) for name in entries}
+    print(f"codes: {codes}")
 
-def busy():
-    while True: torch.ones(300, 300) @ torch.ones(300, 300)
 
-def begins(fault):
-    def parse(*_):
-        interrupts.begin(busy, "device")
-        time.sleep(0.3)
-        if fault: raise fault("first line")
-    return parse
-
-def code(entry, fault):
+def code_while_at_work(entry, fault):
+    "The exit code of a command that ends, well or by a fault, while a thread goes on for ever."
     if child := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    sys.modules[entry.__module__].parse = begins(fault)
+    begun = threading.Event()
+
+    def busy():
+        begun.set()
+        while True: torch.ones(300, 300) @ torch.ones(300, 300)
+
+    def parse(*_):
+        begin(busy, "device")
+        begun.wait()
+        if fault: raise fault("first line")
+
+    sys.modules[entry.__module__].parse = parse
     entry()
     sys.exit()
 
-def found(where):
-    module, _, name = where.partition(":")
-    return getattr(importlib.import_module(module), name)
 
-fine = command(lambda args: parse())
-faults = {"none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError, "ctrl-c": KeyboardInterrupt}
-codes = [(name, code(fine, fault)) for name, fault in faults.items()]
-codes += [(name, code(found(name), KeyboardInterrupt)) for name in sys.argv[1:]]
-print(codes)
-"""
-
-
-def test_every_command_keeps_its_exit_code_while_a_device_is_at_work():
+def test_every_command_keeps_its_exit_code_while_a_device_is_at_work(tmp_path):
     "Python's own way out would abort the process: 'terminate called', exit code -6."
-    entries = commands().values()
-    done = python("-c", AT_WORK, *entries, timeout=200)
-    assert len(entries) == 11 and "terminate" not in done.stderr, done.stderr
-    found = dict(eval(done.stdout))
+    entries = [*commands().values()]
+    process = Started(codes_while_at_work, entries, log=tmp_path / "said")
+    assert process.wait() == 0, process.said()
+    said = process.said()
+    assert len(entries) == 11 and "terminate" not in said, said
+    found = ast.literal_eval(said.rpartition("codes: ")[2])
     assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(entries, 130)
-    assert done.stderr.count("Traceback") == 1 and "error: first line" in done.stderr, "only what nobody expected has one"
+    assert said.count("Traceback") == 1 and "error: first line" in said, "only what nobody expected has one"
 
 
-HANGS_IN_TORCH = """
-import sys, torch
-from pathlib import Path
-from biomass_kit.predict import main
-from biomass_kit.features.backbone import Backbone
-calls, plain = [], Backbone.forward
-passes, hangs = int(sys.argv[1]), Path(sys.argv[2])
-def forward(self, tiles):
-    calls.append(1)
-    if len(calls) > passes:
+def predicting_until(passes, hangs, *words):
+    "`biomass_predict`, the device of which hangs after so many backbone passes."
+    calls, plain = itertools.count(), Backbone.forward
+
+    def forward(self, tiles):
+        if next(calls) < passes: return plain(self, tiles)
         hangs.touch()
         while True: torch.ones(1500, 1500) @ torch.ones(1500, 1500)
-    return plain(self, tiles)
-Backbone.forward = forward
-sys.argv[1:3] = []
-main()
-"""
+
+    Backbone.forward = forward
+    run_command("predict", *words)
 
 
 def interrupted(room, tmp_path, passes, *options):
     "Ctrl-C after so many backbone passes of `biomass_predict`; (exit code, what it said)."
     words = ["--weights", room / "frozen", "--out", tmp_path / "s.csv", *SIMPLE, "--no-cache", *options]
-    command = list(map(str, [sys.executable, "-c", HANGS_IN_TORCH, passes, tmp_path / "hangs", *words]))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.time() + 120
-    while not (tmp_path / "hangs").exists() and process.poll() is None and time.time() < until:
-        time.sleep(0.05)
+    process = Started(predicting_until, passes, tmp_path / "hangs", *words, log=tmp_path / "said")
+    process.wait_for((tmp_path / "hangs").exists)
     time.sleep(0.5)  # what was predicted before is handed over
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    return process.returncode, said
+    process.send(signal.SIGINT)
+    return process.wait(60), process.said()
 
 
 def test_ctrl_c_during_prediction_saves_what_is_known(room, whole, tmp_path):
@@ -313,16 +305,16 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
 
 # A home that takes no files
 
-def test_a_cache_that_nobody_asked_for(room, whole, tmp_path):
+def test_a_cache_that_nobody_asked_for(room, whole, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no home can lie below a file")
-    nowhere = {"HOME": str(tmp_path / "file/home"), "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    predict = "from biomass_kit.predict import main; main()"
+    monkeypatch.setenv("HOME", str(tmp_path / "file/home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", *SIMPLE]
-    done = python("-c", predict, *words, env=nowhere)
+    done = command("predict", *words)
     assert done.returncode == 0 and done.stderr.count("features are not kept") == 1, done.stderr
     assert done.stdout.count("features are not kept") == 1, "among the closing lines"
     assert np.allclose(by_photo(check_submission(tmp_path / "s.csv", room / "data")), whole, atol=1e-3)
-    asked = python("-c", predict, *words, "--cache-dir", tmp_path / "file/cache", env=nowhere)
+    asked = command("predict", *words, "--cache-dir", tmp_path / "file/cache")
     assert asked.returncode == 2 and "give another --cache-dir" in asked.stderr and "Traceback" not in asked.stderr
     table = check_submission(tmp_path / "s.csv", room / "data")
     assert np.allclose(by_photo(table), whole, atol=1e-3), "the table that was there"

@@ -1,21 +1,21 @@
 """Nothing lost: a run that is killed, whenever, goes on from its last epoch and ends with the same bits; and what stands in its way is named."""
 import dataclasses
 import itertools
+import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import run
+from commands import Started, run_command
 from safetensors.torch import save_file
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.search import as_options as options
+from biomass_kit.features import store
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import packing
 from biomass_kit.training import loop
@@ -32,7 +32,6 @@ RECIPES = {
     "two stages": dict(two_stage=True, freeze_epochs=2, **LIVE),
     "two stages, LoRA": dict(two_stage=True, freeze_epochs=2, lora_rank=2, average="ema", **LIVE),
 }
-EVERY_EPOCH = "import biomass_kit.training.loop as t, biomass_kit.train as c; t.CHECKPOINT_SECONDS = 0; c.main()"  # short epochs are worth keeping here
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +85,19 @@ def test_every_recipe_goes_on_from_its_last_epoch(one, recipe, tmp_path, monkeyp
         assert not list((cut.out / "folds").glob(f"*{CHECKPOINT}")), "finished folds need none"
 
 
-def start(config):
+def training(config):
+    "`biomass_train`, which finds these short epochs worth keeping."
+    loop.CHECKPOINT_SECONDS = 0
+    run_command("train", *options(config))
+
+
+def start(config, how=training):
     "A training process of its own."
-    return subprocess.Popen([sys.executable, "-c", EVERY_EPOCH, *options(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    config.out.parent.mkdir(exist_ok=True)
+    return Started(how, config, log=config.out.with_suffix(".log"))
 
 
-def wait_for(path, process):
-    "Until a file is there."
-    until = time.time() + 120
-    while not path.exists() and process.poll() is None and time.time() < until: time.sleep(0.01)
-    assert path.exists(), f"{path.name} never came; the process {'ended' if process.poll() is not None else 'is still busy'}"
+def claimed(config, process): process.wait_for((config.out / ".lock.json").exists)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +105,9 @@ def whole(one):
     "An undisturbed two-stage run of two folds, and how long it worked."
     config = dataclasses.replace(one, out=one.out.parent / "whole/run", train_folds=(0, 1), two_stage=True, freeze_epochs=2, epochs=6, **LIVE)
     process = start(config)
-    wait_for(config.out / ".lock.json", process)
+    claimed(config, process)
     began = time.time()
-    assert process.wait() == 0, process.stderr.read()[-2000:]
+    assert process.wait() == 0, process.said()
     return config, time.time() - began
 
 
@@ -114,10 +116,9 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(whole, number, 
     config, seconds = whole
     cut = dataclasses.replace(config, out=tmp_path / "run")
     process = start(cut)
-    wait_for(cut.out / ".lock.json", process)
+    claimed(cut, process)
     time.sleep(random.Random(number).uniform(0, seconds))
     process.kill()
-    process.wait()
     train(cut, **quiet)
     assert left(cut.out) == left(config.out)
     assert not list(cut.out.rglob(".tmp-*")), "half a file was left"
@@ -128,29 +129,34 @@ def test_held_then_interrupted_by_hand(whole, tmp_path):
     config, _ = whole
     mine = dataclasses.replace(config, out=tmp_path / "run")
     first = start(mine)
-    wait_for(mine.out / ".lock.json", first)
-    first.send_signal(signal.SIGSTOP)  # it shall not end meanwhile
+    claimed(mine, first)
+    first.send(signal.SIGSTOP)  # it shall not end meanwhile
     with pytest.raises(BiomassError, match=f"process {first.pid} on "): train(mine, **quiet)
-    first.send_signal(signal.SIGCONT)
-    wait_for(mine.out / "folds" / f"0{CHECKPOINT}", first)
-    first.send_signal(signal.SIGINT)
+    first.send(signal.SIGCONT)
+    first.wait_for((mine.out / "folds" / f"0{CHECKPOINT}").exists)
+    first.send(signal.SIGINT)
     assert first.wait() == 130
-    said = first.stderr.read()
+    said = first.said()
     assert "interrupted" in said and "Traceback" not in said, said
     assert not list(mine.out.rglob(".tmp-*")) and not (mine.out / "results.json").exists()
     train(mine, **quiet)
     assert left(mine.out) == left(config.out)
 
 
-def full_disk(): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file grows beyond 20 kB, as on a disk that is full
+def on_a_full_disk(config):
+    "No file grows beyond 20 kB, as on a disk that is full."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    training(config)
 
 
 def test_a_full_disk(whole, tmp_path):
     "The file that could not be written is named, nothing is half-written, and with room the same command goes on."
     config, _ = whole
     mine = dataclasses.replace(config, out=tmp_path / "run")
-    done = run(sys.executable, "-c", EVERY_EPOCH, *options(mine), preexec_fn=full_disk)
-    assert done.returncode == 2 and f"{mine.out}" in done.stderr and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    process = start(mine, on_a_full_disk)
+    assert process.wait() == 2
+    said = process.said()
+    assert f"{mine.out}" in said and "cannot be written" in said and "Traceback" not in said, said
     assert not list(mine.out.rglob(".tmp-*"))
     train(mine, **quiet)
     assert left(mine.out) == left(config.out)
@@ -170,16 +176,19 @@ def entries(folder):
     return {name: digest for name, digest in contents(folder).items() if name.endswith(".npy") and ".tmp-" not in name} if folder.exists() else {}
 
 
+def storing_slowly(config):
+    plain = store.FeatureCache.put
+    store.FeatureCache.put = lambda *entry: (plain(*entry), time.sleep(0.05))
+    training(config)
+
+
 def test_a_killed_feature_store_goes_on(one, tmp_path):
     "Killed after some photos: what is there is whole, the rest is added, nothing is computed again, and the features are those of an undisturbed store."
     config = dataclasses.replace(one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
     train(dataclasses.replace(config, cache_dir=tmp_path / "whole", out=tmp_path / "whole/run"), **quiet)
-    slow = "import time, biomass_kit.features.store as s; plain = s.FeatureCache.put; s.FeatureCache.put = lambda *a: (plain(*a), time.sleep(0.05))\n" + EVERY_EPOCH
-    process = subprocess.Popen([sys.executable, "-c", slow, *options(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.time() + 120
-    while len(entries(config.cache_dir)) < 20 and process.poll() is None and time.time() < until: time.sleep(0.01)
+    process = start(config, storing_slowly)
+    process.wait_for(lambda: len(entries(config.cache_dir)) >= 20)
     process.kill()
-    process.wait()
     half, whole = entries(config.cache_dir), entries(tmp_path / "whole")
     assert 20 <= len(half) < len(whole) == 30 * 4 and half.items() <= whole.items()
     inodes = {name: (config.cache_dir / name).stat().st_ino for name in half}
@@ -189,9 +198,18 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     assert left(config.out) == left(tmp_path / "whole/run")
 
 
-PACK = ("import sys, time, biomass_kit.data.files as d; plain = d.os.replace; "
-        "d.os.replace = lambda a, b: (print(b, flush=True), time.sleep(0.3), plain(a, b)); "
-        "import biomass_kit.kaggle.packing as p; p.pack(*sys.argv[1:], say=lambda line: None)")
+def packing_until(killed_at, finished, out):
+    "Ends for ever just before its n-th file appears under its name."
+    plain, count = os.replace, itertools.count(1)
+
+    def replace(*paths):
+        if next(count) == killed_at:
+            print("here")
+            signal.pause()
+        plain(*paths)
+
+    os.replace = replace
+    packing.pack(finished, out, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +220,9 @@ def packed(finished, tmp_path_factory): return packing.pack(finished, tmp_path_f
 def test_a_killed_packing_is_packed_again_to_the_same_bytes(finished, packed, tmp_path, killed_at):
     "Killed just before its n-th file appears under its name: no file is half, and the next packing is as if nothing had been."
     out = tmp_path / "packed"
-    process = subprocess.Popen([sys.executable, "-c", PACK, finished, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for _ in range(killed_at): assert process.stdout.readline()
+    process = Started(packing_until, killed_at, finished, out, log=tmp_path / "said")
+    process.wait_for(lambda: "here" in process.said())
     process.kill()
-    process.wait()
     half = {name: digest for name, digest in contents(out).items() if ".tmp-" not in name}
     assert len(half) == killed_at - 1 and len(half) < len(contents(out)), "its n-th file was left under a temporary name"
     assert half.items() < contents(packed).items(), "what is there is whole"

@@ -1,13 +1,15 @@
 """It learns what is drawn, answers alike when asked twice, and shares its work among processes."""
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, python
+from commands import run_command, share
+from conftest import launch
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.data.files import file_digest
@@ -16,6 +18,7 @@ from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.search import as_options as options
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.training.join import join_runs
+from biomass_kit.training.loop import average_gradients
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)
@@ -65,29 +68,26 @@ def test_two_processes_share_the_members(config, finished, tmp_path):
     assert len(read_bundle(tmp_path / "runs/bundle").members) == 6
 
 
-AVERAGE = """
-import torch; from types import SimpleNamespace; from accelerate import Accelerator; from biomass_kit.training.loop import average_gradients
-a = Accelerator(cpu=True); p = torch.nn.Parameter(torch.zeros(2)); assert a.num_processes == 2
-p.grad = torch.tensor([1.0, 2.0]) * (1 + 4 * a.process_index)
-average_gradients(a, SimpleNamespace(param_groups=[{"params": [p]}]), (3, 1)[a.process_index])
-assert torch.allclose(p.grad, torch.tensor([2.0, 4.0])), p.grad
-"""
+def averaging():
+    "One of two processes, with a gradient and a number of photos of its own."
+    a, p = Accelerator(cpu=True), torch.nn.Parameter(torch.zeros(2))
+    assert a.num_processes == 2
+    p.grad = torch.tensor([1.0, 2.0]) * (1 + 4 * a.process_index)
+    average_gradients(a, SimpleNamespace(param_groups=[{"params": [p]}]), (3, 1)[a.process_index])
+    assert torch.allclose(p.grad, torch.tensor([2.0, 4.0])), p.grad
 
 
 def test_gradients_are_averaged_over_the_whole_batch(tmp_path):
     "Three photos here, one there: (3 g + 1 x 5 g) / 4 = 2 g."
-    (tmp_path / "average.py").write_text(AVERAGE)
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "average.py", timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    share(2, averaging, log=tmp_path / "said")
 
 
 def test_two_processes_share_one_fine_tuned_member(config, tmp_path):
     "`--shard photos`: both processes take their part of each batch, and the network learns."
     live = dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, cache_dir=None, backbone_lr=1e-3, epochs=6, train_folds=(0,),
                                shard="photos", use_mixup=False, augment="none")
-    done = launch(2, "biomass_kit.train", *options(live))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes share each batch" in done.stdout + done.stderr
+    said = share(2, run_command, "train", *options(live), log=tmp_path / "said")
+    assert "2 processes share each batch" in said
     loss = pd.read_csv(tmp_path / "run/history.csv").loss
     assert loss.iloc[-1] < loss.iloc[0] and len(read_bundle(tmp_path / "run").members) == 1
 

@@ -22,7 +22,7 @@ from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
 from biomass_kit.kaggle import inference
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
-from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
+from biomass_kit.kaggle.packing import LIB, WEIGHTS, pack, write_tracked
 from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
 from biomass_kit.pack import main as biomass_pack
 from biomass_kit.pack import verify as biomass_verify
@@ -53,6 +53,12 @@ def refused(call, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def packed(finished, tmp_path_factory): return pack(finished, tmp_path_factory.mktemp("packed") / "kaggle_datasets")
+
+
+@pytest.fixture(scope="module")
+def wheel(packed):
+    "The library's wheel: building it takes longer than the rest of a packing."
+    return next((packed / LIB).glob("*.whl"))
 
 
 def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
@@ -118,13 +124,13 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
             and any(n.endswith(".whl") for n in digests(packed)))
 
 
-def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, data, tmp_path):
+def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, finished, data, tmp_path):
     "By packing, by verifying and in the notebook's own call."
     def each(edit):
         bundle, there = (shutil.copytree(finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"),
                          shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}"))
         edit(bundle), edit(there / WEIGHTS)
-        return [refused(pack, bundle, tmp_path / "x"), refused(verify, there, data, tmp_path / "y", share=True),
+        return [refused(pack, bundle, tmp_path / "x", wheel=wheel), refused(verify, there, data, tmp_path / "y", share=True),
                 refused(inference.predict_inputs, there / WEIGHTS, data, tmp_path)]
 
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
@@ -136,11 +142,11 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, finished, d
     assert all("sha256 differs" in said for said in each(lambda f: [p.write_bytes(p.read_bytes()[:-1] + b"!") for p in f.glob("backbone-*")]))
 
 
-def test_a_notebook_that_misbehaves_is_refused(finished, data, tmp_path, monkeypatch):
+def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, monkeypatch):
     "It is caught when it tries the network, though it hides the error, and when it writes where Kaggle lets nobody write."
     def packed_with(code):
         monkeypatch.setattr(inference, "NOTEBOOK_CELLS", [*inference.NOTEBOOK_CELLS[:2], ("code", code)])
-        return pack(finished, tmp_path / "misbehaves")
+        return pack(finished, tmp_path / "misbehaves", wheel=wheel)
 
     hide = "try: {}\nexcept OSError: print('hidden')"
     cells = inference.NOTEBOOK_CELLS
@@ -209,7 +215,7 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
 
 
 @pytest.mark.parametrize("size, learns", [(64, False), (64, True), pytest.param(1024, False, marks=pytest.mark.long)])
-def test_a_backbone_with_rotary_positions(size, learns, tmp_path):
+def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     """Of the class of vit_large_patch16_dinov3, on one tile a half: trained on random weights, packed, run offline.
 
     Frozen, and fine-tuned with all that names or counts a backbone's layers.
@@ -227,7 +233,7 @@ def test_a_backbone_with_rotary_positions(size, learns, tmp_path):
     train(config, log=lambda line: None)
     files = [p.name.partition("-")[0] for p in (config.out / "bundle").glob("*.safetensors")]
     assert files.count("backbone") == 1 and files.count("lora") == learns
-    check(run_offline(pack(config.out, tmp_path / "packed"), data, tmp_path / "working"), config.out, data, tmp_path)
+    check(run_offline(pack(config.out, tmp_path / "packed", wheel=wheel), data, tmp_path / "working"), config.out, data, tmp_path)
 
 
 @pytest.mark.long

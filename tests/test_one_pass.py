@@ -1,16 +1,19 @@
 """Backbone passes are counted, not timed: what noise cannot shake. And what is shared among processes stays whole."""
 import dataclasses
-import subprocess
-import sys
+import resource
 
 import pandas as pd
 import pytest
-from conftest import assert_close, launch, python
+from commands import Started, run_command, share
+from conftest import assert_close
 from untrained import untrained_bundle
 
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.features.backbone import Backbone
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.features.tiles import TileSpec
+from biomass_kit.features.tta import STORED_VIEWS
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
@@ -66,22 +69,26 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
     assert sum(passes) == 30 * 2, "seeds share the stored draws"
 
 
-WRITER = """
-import sys; from biomass_kit.features.backbone import build_backbone; from biomass_kit.features.tiles import TileSpec; from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data.photos import list_photos; from biomass_kit.features.tta import STORED_VIEWS
-b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
-r = FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3]))
-for _ in range(3): stored = store_features(list_photos(sys.argv[2]), r)
-print(sum(float(stored.gather(range(30), v).double().sum()) for v in STORED_VIEWS))
-"""
+def stored(data, weights, cache):
+    "Features of all photos in all variants, out of the store or into it."
+    backbone, size = build_backbone("test_efficientnet", weights, 64)
+    spec = TileSpec(2, 2, size)
+    kept = FeatureCache(backbone.eval(), spec, cache)
+    return store_features(list_photos(data / "train"), FeatureRequest(backbone, spec, STORED_VIEWS, kept))
+
+
+def storing(data, weights, cache):
+    "Prints the sum of what it stored, of what it read, and of what it read again."
+    for _ in range(3): found = stored(data, weights, cache)
+    print(sum(float(found.gather(range(30), v).double().sum()) for v in STORED_VIEWS))
 
 
 def test_two_processes_write_the_same_store_at_once(data, weights, tmp_path):
-    command = [sys.executable, "-c", WRITER, str(weights), str(data / "train"), str(tmp_path / "cache")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = [float(p.communicate()[0]) for p in both]
+    both = [Started(storing, data, weights, tmp_path / "cache", log=tmp_path / f"said{i}") for i in range(2)]
+    assert [p.wait() for p in both] == [0, 0], [p.said() for p in both]
+    sums = [float(p.said()) for p in both]
     files = list((tmp_path / "cache").rglob("*.*"))
-    assert [p.returncode for p in both] == [0, 0] and sums[0] == pytest.approx(sums[1], rel=1e-9)
+    assert sums[0] == pytest.approx(sums[1], rel=1e-9)
     assert len(files) == 30 * 4 and not [f for f in files if f.suffix != ".npy"]
 
 
@@ -93,26 +100,20 @@ def test_two_processes_share_the_photos(data, tmp_path):
     bad = sorted(photos.iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.warns(UserWarning, match="1 of 7"): alone = predict_folder(folder, photos, tmp_path / "alone.csv", device_type="cpu")
-    done = launch(2, "biomass_kit.predict", "--weights", folder, "--photos", photos, "--out", tmp_path / "shared.csv", "--device-type", "cpu", "--no-cache")
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--weights", folder, "--photos", photos, "--out", tmp_path / "shared.csv", "--device-type", "cpu", "--no-cache"]
+    said = share(2, run_command, "predict", *words, log=tmp_path / "said")
     shared = pd.read_csv(tmp_path / "shared.csv")
     assert shared.photo.tolist() == alone.photo.tolist()
     assert_close(shared[list(TARGETS)], alone[list(TARGETS)])
-    assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and done.stdout.count("shared.csv: 7 rows") == 1
+    assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and said.count("shared.csv: 7 rows") == 1
 
 
-MANY = """
-import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from biomass_kit.features.backbone import build_backbone
-from biomass_kit.features.tiles import TileSpec; from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data.photos import list_photos; from biomass_kit.features.tta import STORED_VIEWS
-b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
-stored = store_features(list_photos(sys.argv[2]), FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3])))
-print(stored.array.shape)
-"""
+def storing_with_few_files(data, weights, cache):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    print(stored(data, weights, cache).array.shape)
 
 
 def test_a_store_needs_few_open_files(data, weights, tmp_path):
     "Thirty photos in four variants under a limit of 64 open files: hundreds of photos must fit under the usual 1024."
-    done = python("-c", MANY, weights, data / "train", tmp_path / "cache")
-    assert done.returncode == 0 and done.stdout.startswith("(30, 4, 2, 4,"), done.stderr[-2000:]
+    process = Started(storing_with_few_files, data, weights, tmp_path / "cache", log=tmp_path / "said")
+    assert process.wait() == 0 and process.said().startswith("(30, 4, 2, 4,"), process.said()

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import Started, run_command
 from conftest import assert_close
 from PIL import Image
 from untrained import untrained_bundle
@@ -140,22 +141,20 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
     assert is_means(table).all() and table.attrs["outcome"].seconds < 30
 
 
-BUSY = """
-import sys, torch
-from biomass_kit.predict import main
-from biomass_kit.features.backbone import Backbone
-def forward(self, tiles):
-    for _ in range(3000): torch.ones(1500, 1500) @ torch.ones(1500, 1500)
-Backbone.forward = forward
-sys.argv[1:] = ["--weights", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--no-cache", "--device-type", "cpu", "--deadline", "5s"]
-main()
-"""
+def predicting_for_ever(*words):
+    "`biomass_predict`, whose device is busy with its first batch until the end."
+    def forward(self, tiles):
+        while True: torch.ones(1500, 1500) @ torch.ones(1500, 1500)
+    Backbone.forward = forward
+    run_command("predict", *words)
 
 
 def test_the_command_ends_well_while_a_device_is_busy(room, tmp_path):
     "Python's own way out would abort the process, and its exit code would say that there is no submission."
-    done = subprocess.run([sys.executable, "-c", BUSY, room / "frozen", room / "data", tmp_path / "s.csv"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "16 got training means" in done.stdout and "terminate" not in done.stderr, done.stderr
+    words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache", "--device-type", "cpu"]
+    process = Started(predicting_for_ever, *words, "--deadline", "5s", log=tmp_path / "said")
+    assert process.wait(60) == 0, process.said()
+    assert "16 got training means" in process.said() and "terminate" not in process.said(), process.said()
     assert is_means(check_submission(tmp_path / "s.csv", room / "data")).all()
 
 

@@ -2,55 +2,52 @@
 import collections
 import dataclasses
 import json
+import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
 import tyro
+from commands import Started, run_command
 from safetensors.torch import save_file
-from sources import CODE, MODULES, ROOT, inside, outside_imports, own_imports, syntax, when_loaded
+from sources import CODE, MODULES, inside, outside_imports, own_imports, syntax, when_loaded
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, weighted_r2
 from biomass_kit.evidence.search import SPACE, as_options, check_space
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.train import TrainArgs
+from biomass_kit.training import run as running
 from biomass_kit.training.config import TrainConfig
 
 TRIALS = 3
 SEARCHED = [k for k in SPACE if k not in ("grid", "use_aux_heads") and not k.startswith("aux_")]
 
-SEARCH = """
-import os, sys, time
-from pathlib import Path
-from biomass_kit.search import main
-from biomass_kit.training.run import Run
+def searching(out, processes, hangs_at, *words):
+    """`biomass_search`; each member that it trains is a line in the diary.
 
-plain = Run.train_member
-lines = lambda: [line.split() for line in open({diary!r})]
+    Waits until all processes have begun, and for ever at the fold in which it is to be killed.
+    """
+    plain = running.Run.train_member
 
+    def write(run, k, what):
+        with open(diary_of(out), "a") as diary: diary.write(f"{run.config.out.relative_to(out)} {k} {what} {os.getpid()}\n")
 
-def write(run, k, what):
-    with open({diary!r}, "a") as diary: diary.write(f"{{run.config.out.relative_to({out!r})}} {{k}} {{what}} {{os.getpid()}}\\n")
+    def waits():
+        lines = [line.split() for line in diary_of(out).read_text().splitlines()]
+        return len({pid for *_, pid in lines}) < processes or sum(what == "begins" for _, _, what, _ in lines) == hangs_at
 
+    def train_member(run, k, progress, log):
+        write(run, k, "begins")
+        while waits(): time.sleep(0.05)
+        plain(run, k, progress, log)
+        write(run, k, "done")
 
-def train_member(run, k, progress, log):
-    "What it does, and a line in the diary; waits until all processes have begun, and for ever at the fold in which it is killed."
-    write(run, k, "begins")
-    while len({{pid for *_, pid in lines()}}) < {processes} or sum(what == "begins" for _, _, what, _ in lines()) == {hangs_at}: time.sleep(0.05)
-    plain(run, k, progress, log)
-    write(run, k, "done")
-
-
-Run.train_member = train_member
-main(sys.argv[1:])
-"""
+    running.Run.train_member = train_member
+    run_command("search", *words)
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +61,20 @@ def tiny(tmp_path_factory):
                        freeze_backbone=True, epochs=1, cache_dir=room / "cache", device_type="cpu")
 
 
-def start(config, out, processes=1, hangs_at=0):
+def start(config, out, processes=1, hangs_at=0, log="said"):
     "A search in its own process; its diary lies beside its folder."
-    code = SEARCH.format(diary=str(out) + ".diary", out=str(out), processes=processes, hangs_at=hangs_at)
-    words = [*as_options(config), "--out", str(out), "--grid", "2", "2", "--no-use-aux-heads", "--trials", str(TRIALS)]
-    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    words = [*as_options(config), "--out", out, "--grid", 2, 2, "--no-use-aux-heads", "--trials", TRIALS]
+    return Started(searching, out, processes, hangs_at, *words, log=out.with_name(f"{out.name}.{log}"))
+
+
+def diary_of(out): return out.with_name(out.name + ".diary")
 
 
 def diary(out):
     "(run folder, fold) -> how often it was begun, and how often done."
-    path = out.with_name(out.name + ".diary")
+    path = diary_of(out)
     lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
     return tuple(collections.Counter((run, fold) for run, fold, what, _ in lines if what == which) for which in ("begins", "done"))
-
-
-def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        time.sleep(0.05)
 
 
 def check_finished(out, said):
@@ -105,10 +98,9 @@ def check_finished(out, said):
 
 def test_two_processes_share_one_study(tiny, tmp_path):
     out = tmp_path / "shared"
-    both = [start(tiny, out, processes=2) for _ in range(2)]
-    said = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    text = ["".join(s) for s in said]
+    both = [start(tiny, out, processes=2, log=f"said{i}") for i in range(2)]
+    codes, text = [p.wait() for p in both], [p.said() for p in both]
+    assert codes == [0, 0], text
     _, found = check_finished(out, "".join(text))
     trained = [set(re.findall(r"trial (\d+): grid|trial (\d+): head", t)) for t in text]
     assert all(trained) and not trained[0] & trained[1], "both took part, and no trial was begun by both"
@@ -120,21 +112,19 @@ def test_two_processes_share_one_study(tiny, tmp_path):
 def test_a_killed_search_goes_on(tiny, tmp_path):
     out = tmp_path / "killed"
     first = start(tiny, out, hangs_at=4)
-    wait_for(lambda: sum(diary(out)[1].values()) == 3 and sum(diary(out)[0].values()) == 4, first)  # in the second fold of the second trial
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    in_its_second_fold = [4, 3]  # of the second trial
+    first.wait_for(lambda: [sum(which.values()) for which in diary(out)] == in_its_second_fold)
+    first.kill()
     assert len(list((out / "trials").glob("*/score.json"))) == 1
-    second = start(tiny, out)
-    said = second.communicate(timeout=120)
-    assert second.returncode == 0, said
-    table, found = check_finished(out, "".join(said))
+    second = start(tiny, out, log="said again")
+    assert second.wait() == 0, second.said()
+    table, found = check_finished(out, second.said())
     assert list(table.trial) == list(range(TRIALS)), "the killed trial was taken over under its number"
     begun = diary(out)[0]
     assert sorted(begun.values())[-2:] == [1, 2], "only the fold in which it was killed was begun twice"
     whole = start(tiny, tmp_path / "whole")
-    said = whole.communicate(timeout=120)
-    assert whole.returncode == 0, said
-    undisturbed, best = check_finished(tmp_path / "whole", "".join(said))
+    assert whole.wait() == 0, whole.said()
+    undisturbed, best = check_finished(tmp_path / "whole", whole.said())
     assert table.equals(undisturbed) and found["best"] == best["best"] and found["fresh"] == best["fresh"], "it ends as an undisturbed search"
 
 

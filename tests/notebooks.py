@@ -1,0 +1,15 @@
+"""nbdev_test, whose processes are forked from this one: the library is loaded once.
+
+And what is loaded is frozen, so that the collection of garbage at each fold's end does not look at a million objects of
+imported modules again, which takes longer than the small folds of these notebooks.
+"""
+import gc
+
+from nbdev.test import nbdev_test
+
+import biomass_kit.evidence.search  # noqa: F401
+import biomass_kit.training.run  # noqa: F401
+
+gc.collect()
+gc.freeze()
+nbdev_test()
