@@ -73,7 +73,7 @@ def is_means(table): return np.isclose(by_photo(table), 20).all(1)
 def codes_while_at_work(entries):
     "Prints the exit code of every command, and of every end of one, each in a fork of its own."
     at_work.__defaults__ = (0.05,)  # seconds of patience
-    fine = wrapped(lambda args: parse())
+    fine = wrapped(lambda args: sys.modules[__name__].parse())
     faults = {"none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError, "ctrl-c": KeyboardInterrupt}
     codes = {name: code_while_at_work(fine, fault) for name, fault in faults.items()}
     codes |= {name: code_while_at_work(resolve_name(name), KeyboardInterrupt) for name in entries}
