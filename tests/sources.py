@@ -87,13 +87,6 @@ def when_loaded(tree):
     return ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))], [])
 
 
-def parts(tree):
-    "A module's tree in two: what anybody gets, and its `if __name__` blocks, which `python -m` alone runs."
-    as_main = [n for n in tree.body if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
-    library = [n for n in tree.body if n not in as_main]
-    return {"library": ast.Module(library, []), "as main": ast.Module(as_main, [])}
-
-
 def imported(path, part=None):
     """Names of the modules that a library file imports, in all of it or a part.
 

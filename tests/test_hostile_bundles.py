@@ -235,8 +235,8 @@ def predict(bundle):
     "A prediction on features, without photos."
     ensemble = Ensemble(bundle, device_type="cpu")
     views = {v for p in ensemble.passes for v in p.views}
-    return ensemble._together(ensemble.predict_members([{v: torch.zeros(1, 2, 4, 64) for v in views} for _ in ensemble.passes]).numpy()[None],
-                              ensemble.levels[0].members)
+    features = [{v: torch.zeros(1, 2, 4, 64) for v in views} for _ in ensemble.passes]
+    return ensemble.combine(ensemble.predict_members(features).numpy()[None], ensemble.levels[0].members)
 
 
 def test_bundles_of_earlier_libraries_are_read(copy):
