@@ -17,7 +17,7 @@ from biomass_kit import loop, packing
 from biomass_kit.data.files import file_digest
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.training.loop import CHECKPOINT
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.training.run import train
 

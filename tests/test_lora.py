@@ -15,9 +15,9 @@ from biomass_kit.data.files import file_digest
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
 from biomass_kit.features.backbone import Backbone, build_backbone
-from biomass_kit.training.loop import set_mode
+from biomass_kit.training.member import set_mode
 from biomass_kit.features.backbone import adapted_layers, add_lora, lora_layers, take_lora
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.training.run import train
 

@@ -20,7 +20,7 @@ from biomass_kit.inference.predict import predict_photos
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.data.folds import read_table
 from biomass_kit.training.loop import CHECKPOINT
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.training.run import train
@@ -86,7 +86,7 @@ def test_threads_change_no_bit(base, tmp_path):
 
 SHAPES = """
 import sys, numpy as np, torch
-from biomass_kit.inference.bundle import read_bundle; from biomass_kit.data import list_photos; from biomass_kit.ensemble import Ensemble
+from biomass_kit.inference.bundle import read_bundle; from biomass_kit.data.photos import list_photos; from biomass_kit.inference.ensemble import Ensemble
 ensemble, photos, found = Ensemble(read_bundle(sys.argv[1]), device_type="cpu"), list_photos(sys.argv[2]), []
 for threads, size in ((2, 4), (2, 1), (2, 3), (1, 4), (2, 4)):
     torch.set_num_threads(threads)

@@ -22,7 +22,8 @@ from biomass_kit.inference.predict import predict_competition
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import WEIGHTS, pack, write_tracked
-from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
+from biomass_kit.kaggle.sandbox import SOCKET_GUARD, knock, network_cut, run_offline, unrouted
+from biomass_kit.kaggle.verify import verify
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.training.run import train

@@ -67,8 +67,8 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
 
 
 WRITER = """
-import sys; from biomass_kit.features.backbone import build_backbone; from biomass_kit.features.tiles import TileSpec; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data.photos import list_photos; from biomass_kit.tta import STORED_VIEWS
+import sys; from biomass_kit.features.backbone import build_backbone; from biomass_kit.features.tiles import TileSpec; from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data.photos import list_photos; from biomass_kit.features.tta import STORED_VIEWS
 b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
 r = FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3]))
 for _ in range(3): stored = store_features(list_photos(sys.argv[2]), r)
@@ -104,8 +104,8 @@ def test_two_processes_share_the_photos(data, tmp_path):
 MANY = """
 import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.features.tiles import TileSpec; from biomass_kit.store import FeatureCache, FeatureRequest, store_features
-from biomass_kit.data.photos import list_photos; from biomass_kit.tta import STORED_VIEWS
+from biomass_kit.features.tiles import TileSpec; from biomass_kit.features.store import FeatureCache, FeatureRequest, store_features
+from biomass_kit.data.photos import list_photos; from biomass_kit.features.tta import STORED_VIEWS
 b, size = build_backbone("test_efficientnet", sys.argv[1], 64); b.eval()
 stored = store_features(list_photos(sys.argv[2]), FeatureRequest(b, TileSpec(2, 2, 64), STORED_VIEWS, FeatureCache(b, TileSpec(2, 2, 64), sys.argv[3])))
 print(stored.array.shape)

@@ -18,7 +18,7 @@ from biomass_kit.inference.predict import predict_competition, predict_folder
 from biomass_kit.inference.issues import MEANS, summary_lines
 from biomass_kit.data.synthetic import draw_photo, write_dataset
 from biomass_kit.data.targets import TARGETS, BiomassError
-from biomass_kit.training.run import prepare
+from biomass_kit.training.setup import prepare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing
 PHOTO = draw_photo((30, 10, 5), seed=1, height=64)

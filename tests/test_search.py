@@ -19,7 +19,7 @@ from sources import CODE, MODULES, ROOT, inside, outside_imports, own_imports, s
 from biomass_kit.train import TrainArgs
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.features.backbone import build_backbone
-from biomass_kit.evidence.search import SPACE, as_options, check_space
+from biomass_kit.evidence.space import SPACE, as_options, check_space
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, weighted_r2
 
