@@ -79,7 +79,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
         from biomass_kit.data.synthetic import write_dataset
         from biomass_kit.data.table import check_submission, submission_score
         from biomass_kit.kaggle.packing import pack
-        from biomass_kit.kaggle.verify import run_offline
+        from biomass_kit.kaggle.sandbox import run_offline
         from biomass_kit.reports.run import write_run_report
         from biomass_kit.training.run import expand
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from biomass_kit.data.synthetic import draw_photo
 from biomass_kit.data.targets import KG_HA, QUADRAT_CM, TARGETS, BiomassError, identity_residuals, kg_per_ha
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.bundle import read_bundle, save_backbone, save_member, write_manifest
 from biomass_kit.inference.physics import METHODS, PARTS, SUMS, error_covariance, reconcile
@@ -19,8 +19,8 @@ from biomass_kit.kaggle import predict_inputs
 from biomass_kit.model.model import BiomassModel
 from biomass_kit.predict import main as biomass_predict
 from biomass_kit.train import bundle as biomass_bundle
-from biomass_kit.train import main as biomass_train
-from biomass_kit.training.run import check_teacher
+from biomass_kit.training.run import train as biomass_train
+from biomass_kit.training.setup import check_teacher
 
 UPPER = [30.0, 25.0, 20.0, 45.0, 60.0]
 MEANS = [20.0, 9.0, 5.0, 25.0, 34.5]  # of labels of which one misses its sum

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features import store
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import packing

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.training.join import join_runs
 from biomass_kit.training.loop import average_gradients

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import TARGETS, BiomassError
-from biomass_kit.evidence.search import as_options as options
+from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import (
     Backbone,
     adapted_layers,
@@ -24,7 +24,7 @@ from biomass_kit.inference.bundle import Bundle, read_bundle, save_backbone, sav
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
 from biomass_kit.training import loop
-from biomass_kit.training.loop import set_mode
+from biomass_kit.training.member import set_mode
 from biomass_kit.training.run import train
 
 quiet = dict(log=lambda line: None)

@@ -23,7 +23,8 @@ from biomass_kit.inference.predict import predict_competition
 from biomass_kit.kaggle import inference
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import LIB, WEIGHTS, pack, write_tracked
-from biomass_kit.kaggle.verify import SOCKET_GUARD, knock, network_cut, run_offline, unrouted, verify
+from biomass_kit.kaggle.sandbox import SOCKET_GUARD, knock, network_cut, run_offline, unrouted
+from biomass_kit.kaggle.verify import verify
 from biomass_kit.pack import main as biomass_pack
 from biomass_kit.pack import verify as biomass_verify
 from biomass_kit.training.config import TrainConfig
@@ -159,7 +160,7 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
     monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
     if "--mount" in network_cut(): assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
-    monkeypatch.setattr("biomass_kit.kaggle.verify.network_cut", lambda: [])
+    monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     assert "wrote to its input" in refused(run_offline, writes, data, tmp_path / "kept")
     assert not (data / "notes.txt").exists()
 
@@ -172,7 +173,7 @@ def printed_errors(folder):
 
 def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, monkeypatch, capsys):
     "As biomass_pack verifies: over drawn photos."
-    monkeypatch.setattr("biomass_kit.kaggle.verify.network_cut", lambda: [])
+    monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     done = verify(packed, keep=tmp_path / "kept", share=True, forms=("kind",))["runs"][0]
     assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
     asked = []

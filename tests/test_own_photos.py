@@ -19,7 +19,7 @@ from biomass_kit.inference.issues import MEANS, summary_lines
 from biomass_kit.inference.predict import predict_competition, predict_folder
 from biomass_kit.predict import main as biomass_predict
 from biomass_kit.training.config import TrainConfig
-from biomass_kit.training.run import prepare
+from biomass_kit.training.setup import prepare
 from biomass_kit.validate import compare as biomass_compare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing

@@ -17,7 +17,7 @@ from sources import CODE, MODULES, inside, outside_imports, own_imports, syntax,
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, weighted_r2
-from biomass_kit.evidence.search import SPACE, as_options, check_space
+from biomass_kit.evidence.space import SPACE, as_options, check_space
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.train import TrainArgs
 from biomass_kit.training import run as running
@@ -31,7 +31,7 @@ def searching(out, processes, hangs_at, *words):
 
     Waits until all processes have begun, and for ever at the fold in which it is to be killed.
     """
-    plain = running.Run.train_member
+    plain = running.train_member
 
     def write(run, k, what):
         with open(diary_of(out), "a") as diary: diary.write(f"{run.config.out.relative_to(out)} {k} {what} {os.getpid()}\n")
@@ -46,7 +46,7 @@ def searching(out, processes, hangs_at, *words):
         plain(run, k, progress, log)
         write(run, k, "done")
 
-    running.Run.train_member = train_member
+    running.train_member = train_member
     run_command("search", *words)
 
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import launch
 
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.evidence.search import as_options as options
-from biomass_kit.training.run import LOGS, expand, train, train_runs
+from biomass_kit.evidence.space import as_options as options
+from biomass_kit.training.run import expand, train, train_runs
+from biomass_kit.training.setup import LOGS
 
 quiet = dict(log=lambda line: None)
 

@@ -21,8 +21,9 @@ from biomass_kit.features.store import Draw, FeatureCache, FeatureRequest, Store
 from biomass_kit.features.tiles import TileSpec
 from biomass_kit.features.tta import STORED_VIEWS, arrange, parse_view
 from biomass_kit.training.config import check_config
-from biomass_kit.training.loop import Fold, predict_fold, run_fold
-from biomass_kit.training.run import make_accelerator
+from biomass_kit.training.loop import run_fold
+from biomass_kit.training.member import MemberTrainer, predict_fold
+from biomass_kit.training.setup import make_accelerator
 
 K = 8  # mixes stored a photo
 FEATURES = f"2x2 MixUp of features, {K} stored"
@@ -85,7 +86,7 @@ def train_member(config, k: int, table, mixes: list, features: np.ndarray, plain
     rows = pd.concat([table.iloc[scored], virtual], ignore_index=True)
     seen = StoredFeatures(np.concatenate([plain.array[scored], np.repeat(features[fit][:, None], len(STORED_VIEWS), 1)]), STORED_VIEWS)
     config = check_config(dataclasses.replace(config, use_mixup=False, augment="none", epochs=round(config.epochs * (fold != k).sum() / len(fit))))
-    f = Fold(k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), -1)], spec, accelerator, "bf16", backbone, seen)
+    f = MemberTrainer(k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), -1)], spec, accelerator, "bf16", backbone, seen)
     run_fold(f, lambda x, **_: x)
     return rows.loc[f.scored, ["image_path"]].assign(**dict(zip(TARGETS, predict_fold(f, f.scored, [parse_view(v) for v in config.tta]).T)))
 

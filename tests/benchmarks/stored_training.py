@@ -22,8 +22,10 @@ from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.features.tta import View
 from biomass_kit.training.batches import epoch_batches
 from biomass_kit.training.config import TrainConfig, check_config
-from biomass_kit.training.loop import Fold, make_optimizer, predict_fold, stages, train_step
-from biomass_kit.training.run import Run, make_accelerator
+from biomass_kit.training.loop import train_step
+from biomass_kit.training.member import MemberTrainer, make_optimizer, predict_fold, stages
+from biomass_kit.training.run import Run
+from biomass_kit.training.setup import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Args:
     grids: tuple[tuple[int, int], ...] = ((2, 2), (3, 3))
 
 
-def epochs(f: Fold, n: int) -> float:
+def epochs(f: MemberTrainer, n: int) -> float:
     "Seconds of n epochs: batches and steps, nothing else."
     stage = stages(f.config)[0]
     optimizer = f.accelerator.prepare_optimizer(make_optimizer(f.model, f.backbone, stage, f.config))
@@ -76,7 +78,7 @@ def main():
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
             extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
-            fold = lambda k, stored: Fold(k, run.config, run.table, run.fold, run.spec, run.accelerator, "fp32", run.backbone, stored)
+            fold = lambda k, stored: MemberTrainer(k, run.config, run.table, run.fold, run.spec, run.accelerator, "fp32", run.backbone, stored)
             once, live = fold(0, run.stored), fold(0, None)
             epochs(once, 1)
             recomputed_s += epochs(live, 1) * a.epochs * a.folds
