@@ -7,7 +7,9 @@ __all__ = ['DRAWS', 'BOXES', 'SameSizeCrop', 'excess_green', 'GreenJitter', 'pix
            'PairAugment', 'draw_view', 'draw_mixup', 'mix', 'Box', 'draw_cutmix', 'cutmix_pairs', 'cutmix_tiles']
 
 # %% ../../nbs/2_features/3_augment.ipynb #4a0be4e5
-import copy, math, os
+import copy
+import math
+import os
 from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks the network for its version otherwise

@@ -30,7 +30,7 @@ from ..data.targets import BiomassError
 from .options import DEFAULT_BACKBONE, STATISTICS
 
 # %% ../../nbs/2_features/5_backbone.ipynb #536f21ad
-try: import torchvision
+try: import torchvision  # noqa: F401
 except RuntimeError as e:
     if "torchvision::nms" not in str(e): raise
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
