@@ -110,7 +110,7 @@ def _check_dry_run(a: PredictArgs):
         raise BiomassError(
             "--dry-run predicts nothing, so --physics and --correction-threshold change nothing; drop them")
 
-
+# %% ../nbs/9_commands/4_predict.ipynb #ce132b93
 def check_options(a: PredictArgs) -> PredictArgs:
     "Refuse options that contradict each other or that nobody would read."
     if (a.data is None) == (a.photos is None):

@@ -31,7 +31,7 @@ class RunArgs:
 class ReportArgs(SharingArgs, RunArgs):
     "Write a finished run's report again: scores, residuals, intervals, photos, and where the model looks."
 
-
+# %% ../nbs/9_commands/5_report.ipynb #e495b4e1
 @command
 def main(args=None):
     "biomass_report: one HTML file on a run."

@@ -31,7 +31,7 @@ class ValidateArgs:
     out: Optional[Path] = None  # CSV to write
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
 
-
+# %% ../nbs/9_commands/6_validate.ipynb #cf1d3c0b
 @command
 def main(args=None):
     "biomass_validate: what each cross-validation strategy would promise."
@@ -64,7 +64,7 @@ class CompareArgs:
     data: Optional[Path] = None
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
 
-
+# %% ../nbs/9_commands/6_validate.ipynb #736f1e3c
 @command
 def compare(args=None):
     "biomass_compare: do two folders of photos look alike?"

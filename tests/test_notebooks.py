@@ -23,22 +23,25 @@ LONGER = {  # why a cell stays in one piece -> module -> its longest definition,
         "model.loss": ["total_loss"],
         "inference.bundle": ["Bundle"],
         "inference.issues": ["Outcome"],
-        "inference.ensemble": ["Ensemble", "serve_all"],
+        "inference.ensemble": ["Members", "Ensemble", "serve_all"],
         "inference.predict": ["predict_photos", "predict_competition", "predict_folder"],
+        "training.member": ["MemberTrainer"],
         "training.batches": ["PixelBatches"],
-        "training.loop": ["Fold", "train_step", "Loop"],
+        "training.loop": ["Loop"],
         "training.scores": ["write_results"],
-        "training.run": ["Run"],
-        "training.join": ["join_runs"],
-        "reports.run": ["plot_predicted", "plot_learning"],
+        "training.run": ["Run", "finish_fold"],
+        "evidence.search": ["search"],
+        "reports.figures": ["plot_predicted", "plot_learning"],
         "kaggle.packing": ["pack"],
-        "kaggle.verify": ["run_offline", "verify"],
+        "kaggle.sandbox": ["Sandbox", "run_offline"],
+        "kaggle.verify": ["verify"],
+        "demo": ["run_demo"],
     },
     "a list or a text that is read as one": {
-        "training.config": ["_unread", "check_config"],
+        "training.config": ["READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)"],
         "reports.html": ['STYLE = """'],
-        "kaggle.inference": ["inference_notebook"],
-        "kaggle.packing": ["upload_readme"],
+        "kaggle.inference": ["NOTEBOOK_CELLS = ("],
+        "kaggle.packing": ['UPLOAD = """# Upload to Kaggle'],
     },
     "an example whose steps need what came before them": {
         "data.table": ["damage"],
@@ -66,12 +69,16 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "training.batches": "tensors; augmented copies are shown in the notebook of augment",
     "training.scores": "tables and JSON; the notebook of reports.run shows them",
     "training.folder": "files and locks; they are asserted",
+    "training.setup": "what is refused and what is prepared; both are asserted",
     "training.join": "scores and refusals; they are printed",
     "evidence.probe": "one score beside two others; they are printed",
     "evidence.compare": "differences with their intervals; they are printed",
     "evidence.stacking": "weights; they are asserted",
     "reports.html": "the words and tables of a page; the notebook of reports.run shows one whole",
+    "evidence.space": "values and command lines; they are printed",
+    "reports.run": "the text of a page; its figures are in the notebook of reports.figures",
     "kaggle.packing": "files and metadata; they are printed",
+    "kaggle.sandbox": "processes and limits; they are asserted",
     "kaggle.verify": "a verdict; its lines are printed",
     **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),
                     "answers, which are asserted; the notebooks of reports show the pictures"),
@@ -92,9 +99,11 @@ def stored(path): return [o for c in cells(path, "code") for o in c["outputs"]]
 
 
 def length(code):
-    "Lines of code; none where all are imports, one name a line."
-    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body): return 0
-    return sum(bool(line.strip()) and not line.startswith("#|") for line in code.splitlines())
+    "Lines of code, without imports, which stand one name a line."
+    imports = [n for n in ast.parse(code).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imported = {line for n in imports for line in range(n.lineno, n.end_lineno + 1)}
+    counted = [line for i, line in enumerate(code.splitlines(), 1) if i not in imported]
+    return sum(bool(line.strip()) and not line.startswith("#|") for line in counted)
 
 
 def named(code):

@@ -67,7 +67,7 @@ RANDOM = Strategy(_photos, "held-out photos")
 LEAVE_ONE = ("leave_one_state_out", "leave_one_month_out")  # strategies whose groups are their folds
 DEFAULT_FOLDS = 5  # of every other strategy
 
-
+# %% ../../nbs/1_data/8_folds.ipynb #703a78a4
 def strategy(
     cv: str,  # a key of `options.CV_STRATEGIES`
 ) -> Strategy:

@@ -85,7 +85,7 @@ def on_interrupt():
         ours = _answered_by(_first) or _answered_by(_at_once)  # not after `leave`
         if mine and ours: signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
+# %% ../../nbs/1_data/3_interrupts.ipynb #16b6decf
 @contextmanager
 def quits_at_once(
     said: str,  # a line for standard error

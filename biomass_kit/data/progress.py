@@ -21,7 +21,7 @@ def counted(n: int, unit: str) -> str:
     "1 photo, 2 photos, 2 batches."
     return f"{n} {unit if n == 1 else PLURALS.get(unit, unit + 's')}"
 
-
+# %% ../../nbs/1_data/2_progress.ipynb #882cf95f
 class Lines(tqdm):
     "A tqdm that prints whole lines: what, how far, how long it took and how long it will take."
 

@@ -21,7 +21,6 @@ from pkgutil import resolve_name
 from typing import Callable, NamedTuple
 
 import torch
-from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -58,7 +57,7 @@ CLS_MEAN = Statistic(_token_and_mean, 2, needs_token=True)
 CLS = Statistic(_token, 1, needs_token=True)
 MEAN = Statistic(_mean, 1)
 
-
+# %% ../../nbs/2_features/5_backbone.ipynb #f77776fe
 class Backbone(nn.Module):
     "A timm model that turns uint8 tiles into features; normalisation and pooling included."
 
@@ -368,6 +367,7 @@ def add_lora(
     seed: int,  # of the factors A; B starts at zero
 ):
     "Put LoRA factors on a backbone, in place; from now on they are all that learns of it."
+    from accelerate.utils import set_seed
     from peft import LoraConfig, inject_adapter_in_model
 
     set_seed(seed % 2**32)

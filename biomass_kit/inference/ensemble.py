@@ -263,7 +263,7 @@ class Ensemble(Members):
             if nothing: faults.update(nothing)
         return grams
 
-
+# %% ../../nbs/4_inference/6_ensemble.ipynb #89061150
 def _level_in_time(e: Ensemble, photos: list, paths: list, pace: Pace, deadline: Deadline, later: Callable):
     "The richest Level that brings this batch and all later photos home in time; None where none does."
     if deadline.text is None: return e.levels[0]
@@ -281,7 +281,6 @@ def _measure(e: Ensemble, photos: list, paths: list, pace: Pace, deadline: Deadl
         pace.rates.clear()
         pace.worked(e.work(photos[one], e.levels[-1]), deadline.clock() - start)
         if deadline.left() <= 0: return
-
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #7db70db7
 def describe_plan(ensemble: Ensemble) -> str:

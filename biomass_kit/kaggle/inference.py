@@ -243,7 +243,7 @@ NOTEBOOK_CELLS = (
     ("code", "check_reference(weights)"),
 )
 
-
+# %% ../../nbs/8_kaggle/1_inference.ipynb #b7184117
 def inference_notebook() -> dict:  # nbformat 4.5
     "The Kaggle notebook as JSON."
     def cell(i, kind, text):

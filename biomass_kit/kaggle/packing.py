@@ -223,7 +223,7 @@ What travels: the library's wheel and the weights. Kaggle's image already has th
 are listed with their reason in `{lib}/{wheel_list}`.
 """
 
-
+# %% ../../nbs/8_kaggle/2_packing.ipynb #b3f52d38
 def upload_readme(user: str) -> str:
     "The README of `kaggle_datasets/`."
     image = ", ".join(f"{n} {KAGGLE_IMAGE[n] or ''}".strip() for n in (*PREDICT_REQUIREMENTS, "matplotlib"))

@@ -452,7 +452,7 @@ def _run_watched(box: Sandbox, script: str, say: Callable) -> tuple:  # (exit co
         errors.seek(0)
         return process.returncode, peaks, errors.read().strip()[-2000:]
 
-
+# %% ../../nbs/8_kaggle/3_sandbox.ipynb #5d837e71
 def _check_end(box: Sandbox, code: int, peaks: dict, said: str, executed: Path, most: int):
     "Refuse a run that failed, took too long or wrote too much, or where it should not."
     if peaks["seconds"] > KAGGLE_LIMITS["seconds"]:

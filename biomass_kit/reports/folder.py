@@ -240,7 +240,7 @@ def folder_facts(bundle, table, weights, photos, quadrat_cm=None, physics=None) 
         "physics": physics or FOLDER_PHYSICS, "score": _bundle_score(bundle),
         "level": level if TARGETS[0] + ENDS[0] in table else None}
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #a87058b4
 def report_folder(
     path: Path,  # HTML file to write
     table,  # what `predict_folder` returned
@@ -259,4 +259,3 @@ def report_folder(
     # a report may travel, and its reader has no such folder
     shown = table.assign(flag=table["flag"].str.replace(f"{photos}{os.sep}", "", regex=False))
     return write_folder_page(path, shown, folder_facts(bundle, table, weights, photos, quadrat_cm, physics), seen)
-

@@ -166,6 +166,8 @@ details td.text { white-space: normal; overflow-wrap: anywhere }
 summary { cursor: pointer; padding: .5rem 0; color: var(--accent); font-weight: 600 }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 """
+
+# %% ../../nbs/7_reports/1_html.ipynb #09bab41c
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
