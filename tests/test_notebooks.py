@@ -47,7 +47,6 @@ LONGER = {  # why a cell stays in one piece -> module -> its longest definition,
         "data.table": ["damage"],
         "model.model": ["from itertools import product"],
         "inference.bundle": ["said_of"],
-        "inference.ensemble": ["from pathlib import Path"],
     },
 }
 NO_PICTURE = {  # module -> why its notebook has nothing to look at
