@@ -1,4 +1,4 @@
-"""Commands without the seconds that a process takes to load the library: in this process, or forked from one that has loaded it."""
+"""Commands without the seconds of loading the library: in this process, or forked from one that has it."""
 import ctypes
 import gc
 import io
@@ -39,7 +39,7 @@ def command(name, *words):
 class Started:
     """A process of its own that runs a function of a test's module, or of the library.
 
-    It has a number, takes signals and ends with a code as any other process, but it begins with the library loaded.
+    It has a number, takes signals and ends with a code as any other, but begins with the library loaded.
     """
 
     def __init__(self, function, *arguments, log, **environment):
@@ -78,7 +78,8 @@ def _run(function, arguments, log, environment):
     "In the new process: print into a file, and be called with those arguments."
     with open(log, "wb") as file:
         for stream in (1, 2): os.dup2(file.fileno(), stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)
     os.environ.update(environment)
     gc.freeze()  # as in conftest.py
     code = 0
@@ -102,11 +103,15 @@ def share(processes, function, *arguments, log):
     Ends with what all of them printed; each has to end well.
     """
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    world = dict(WORLD_SIZE=f"{processes}", LOCAL_WORLD_SIZE=f"{processes}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-    all = [Started(function, *arguments, log=log.with_name(f"{log.name}-{rank}"), RANK=f"{rank}", LOCAL_RANK=f"{rank}", **world)
-           for rank in range(processes)]
-    codes = [p.wait() for p in all]
-    said = "".join(p.said() for p in all)
+    world = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    started = []
+    for rank in range(processes):
+        mine = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        file = log.with_name(f"{log.name}-{rank}")
+        started.append(Started(function, *arguments, log=file, **world, **mine))
+    codes = [p.wait() for p in started]
+    said = "".join(p.said() for p in started)
     assert codes == [0] * processes, said[-3000:]
     return said
 

@@ -1,7 +1,7 @@
 """nbdev_test, whose processes are forked from this one: the library is loaded once.
 
-And what is loaded is frozen, so that the collection of garbage at each fold's end does not look at a million objects of
-imported modules again, which takes longer than the small folds of these notebooks.
+And what is loaded is frozen: the end of each fold collects garbage, and to look for it among a million
+objects of imported modules takes longer than the small folds of these notebooks.
 """
 import gc
 

@@ -1,4 +1,4 @@
-"""The commands as a person types them: the installed ones as processes, what else they say and do in this one."""
+"""The commands as a person types them: installed ones as processes, whatever else they do in this one."""
 import json
 import re
 import resource
@@ -38,7 +38,8 @@ def few(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PLAN)
 def test_recommended_commands_run(name, few, weights, tmp_path, monkeypatch):
-    tiny = ["--data", few, "--out", tmp_path / "run", "--backbone", "test_efficientnet", "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
+    tiny = ["--data", few, "--out", tmp_path / "run", "--backbone", "test_efficientnet",
+            "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = command("train", *shlex.split(PLAN[name]), *tiny)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -56,7 +57,8 @@ def test_recommended_commands_run(name, few, weights, tmp_path, monkeypatch):
 
 def test_an_absent_device_is_a_clear_error(data, tmp_path):
     absent = next(d for d, here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
-    done = command("train", "--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone", "--device-type", absent)
+    words = ["--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone"]
+    done = command("train", *words, "--device-type", absent)
     assert done.returncode == 2 and f"--device-type {absent}: this machine has no {absent} device" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -65,35 +67,36 @@ def test_both_spellings_take_the_same_options():
     assert a.returncode == b.returncode == 0 and a.stdout == b.stdout and "--backbone-weights" in a.stdout
 
 
+def well(done):
+    "What a command printed, which ended well."
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
 def test_draw_train_join_predict(tmp_path, monkeypatch):
-    "From nothing to a submission with the installed commands alone; what one of them does again, it does in this process."
+    "From nothing to a submission with the installed commands; what one of them does again, it does in this process."
     monkeypatch.chdir(tmp_path)
 
-    def again(name, *args):
-        done = command(name, *args)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def ok(command, *args):
-        done = run(BIN / command, *args, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout + done.stderr
+    def ok(name, *args): return well(run(BIN / name, *args, cwd=tmp_path))
 
     ok("biomass_synth", "--out", "data", "--photos", 16, "--test", 3, "--height", 64)
-    options = ["--data", "data", "--backbone", "test_vit", "--no-pretrained", "--tile-size", 32, "--epochs", 2, "--n-folds", 2,
-               "--seed", 7, "--cv", "group_month", "--physics", "always", "--device-type", "cpu"]
+    options = ["--data", "data", "--backbone", "test_vit", "--no-pretrained", "--tile-size", 32]
+    options += ["--epochs", 2, "--n-folds", 2, "--seed", 7, "--cv", "group_month", "--physics", "always",
+                "--device-type", "cpu"]
     assert "floor_constant" in ok("biomass_train", *options, "--out", "run2", "--grid", 2, 2)
-    assert "floor_constant" in again("train", *options, "--out", "run3", "--grid", 3, 3)
+    assert "floor_constant" in well(command("train", *options, "--out", "run3", "--grid", 3, 3))
     ok("biomass_bundle", "run2", "run3", "--out", "both")
     ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv", "--device-type", "cpu")
     submission = check_submission(tmp_path / "submission.csv", tmp_path / "data")
-    again("predict", "--photos", "data/test", "--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu")
+    words = ["--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu"]
+    well(command("predict", "--photos", "data/test", *words))
     table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
     for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
     assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
     assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01) and (tmp_path / "table_report.html").stat().st_size > 30_000
     before = (tmp_path / "both/report.html").read_text()
-    assert "both/report.html" in again("report_run", "both") and (tmp_path / "both/report.html").read_text() == before
+    assert "both/report.html" in well(command("report", "both"))
+    assert (tmp_path / "both/report.html").read_text() == before
 
 
 def test_mistakes_are_one_line(finished, data, tmp_path):
@@ -112,14 +115,14 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
 def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path, monkeypatch):
     "Every strategy beside its floors; and the same photos against themselves look alike."
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = command("validate", "--weights", finished, "--data", data, "--n-folds", 3, "--strategies", "group_date", "random",
-                   "--out", tmp_path / "cv.csv", "--device-type", "cpu")
+    words = ["--weights", finished, "--data", data, "--device-type", "cpu"]
+    strategies = ["--n-folds", 3, "--strategies", "group_date", "random"]
+    done = command("validate", *words, *strategies, "--out", tmp_path / "cv.csv")
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(tmp_path / "cv.csv").set_index("cv")
     assert (list(table.index) == ["group_date", "random"] and {"probe", "floor_constant", "floor_state"} <= set(table)
             and table.loc["group_date", "difference"] == 0)
-    done = command("compare", "--weights", finished, "--first", data / "train", "--second", data / "train", "--data", data,
-                   "--device-type", "cpu")
+    done = command("compare", *words, "--first", data / "train", "--second", data / "train")
     assert done.returncode == 0, done.stderr[-2000:]
     auc = float(re.search(r"AUC (\d\.\d+) between 30 and 30", done.stdout)[1])
     assert auc < 0.7 and "two groups of dates" in done.stdout, done.stdout
