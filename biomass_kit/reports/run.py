@@ -225,7 +225,7 @@ def sources(
     if git: state = git["commit"] + (f", {git['changed']} files changed since" if git["changed"] else ", unchanged")
     return {"biomass_kit sources": state, **(results.get("digests") or {})}
 
-
+# %% ../../nbs/7_reports/4_run.ipynb #run00007
 def made_section(results, oof, history, photos):
     "Command, time, config and versions."
     text = f"Ran on {results.get('device', '–')} in {duration(results.get('seconds'))}."
