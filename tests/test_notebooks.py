@@ -77,6 +77,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "evidence.space": "values and command lines; they are printed",
     "reports.run": "the text of a page; its figures are in the notebook of reports.figures",
     "kaggle.packing": "files and metadata; they are printed",
+    "kaggle.environment": "versions and pip's answers; they are printed or asserted",
     "kaggle.sandbox": "processes and limits; they are asserted",
     "kaggle.verify": "a verdict; its lines are printed",
     **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MARKERS', 'CARD_FACTS', 'label', 'score_table', 'fold_table', 'oof_grams', 'plain_legend', 'plot_predicted',
-           'plot_learning', 'identity_gaps', 'gap_words', 'plot_identities', 'residual_groups', 'shortened',
-           'plot_residuals', 'residual_table', 'plot_intervals', 'interval_table', 'error_shares', 'extremes',
-           'worst_table']
+           'plot_learning', 'identity_gaps', 'gap_words', 'plot_identities', 'words', 'amounts', 'residual_groups',
+           'shortened', 'plot_residuals', 'residual_table', 'plot_intervals', 'interval_table', 'error_shares',
+           'extremes', 'worst_table']
 
 # %% ../../nbs/7_reports/3_figures.ipynb #798f3a85
 import numpy as np
@@ -182,19 +182,32 @@ def plot_identities(
     return fig
 
 # %% ../../nbs/7_reports/3_figures.ipynb #8cf658ce
+def words(column) -> np.ndarray:
+    "A column as text; what is missing is unknown."
+    return column.astype(object).where(column.notna(), "unknown").astype(str).to_numpy()
+
+
+def amounts(
+    total: np.ndarray,  # [photos] grams
+) -> np.ndarray:  # of text
+    "Each photo's quarter of the amounts, in words."
+    edges = np.unique(np.quantile(total, np.linspace(0, 1, 5)))
+    part = np.searchsorted(edges[1:-1], total, side="right")
+    ends = [(edges[i], edges[min(i + 1, len(edges) - 1)]) for i in part]
+    return np.array([f"{number(low, 0)} to {number(high, 0)} g" for low, high in ends])
+
+# %% ../../nbs/7_reports/3_figures.ipynb #fig00003
 def residual_groups(
     oof,  # the out-of-fold table
 ) -> dict:  # what groups -> [(name of the group, indices of its photos)], in the order to be shown
     "Photos by state, month, species and measured amount."
-    said = lambda column: oof[column].astype(object).where(oof[column].notna(), "unknown").astype(str).to_numpy()
-    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format).to_numpy()
     total = oof_grams(oof)[:, TOTAL]
-    edges = np.unique(np.quantile(total, np.linspace(0, 1, 5)))
-    part = np.searchsorted(edges[1:-1], total, side="right")
-    amount = np.array([f"{number(edges[i], 0)} to {number(edges[min(i + 1, len(edges) - 1)], 0)} g" for i in part])
-    of = {"state": said("State"), "month": month, "species": said("Species"), "measured total": amount}
-    keys = {name: sorted(set(values), key=lambda v: (total[values == v].min(), v) if name == "measured total" else v) for name, values in of.items()}
-    return {name: [(key, np.flatnonzero(values == key)) for key in keys[name]] for name, values in of.items()}
+    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format).to_numpy()
+    of = {"state": words(oof["State"]), "month": month, "species": words(oof["Species"])}
+    groups = {name: sorted(set(values)) for name, values in of.items()}
+    of["measured total"] = amount = amounts(total)
+    groups["measured total"] = sorted(set(amount), key=lambda v: (total[amount == v].min(), v))
+    return {name: [(key, np.flatnonzero(of[name] == key)) for key in keys] for name, keys in groups.items()}
 
 
 def shortened(
@@ -211,13 +224,19 @@ def plot_residuals(
     "Predicted minus measured total, a panel for each way to group the photos."
     wrong, groups = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL], residual_groups(oof)
     sizes = [len(g) for g in groups.values()]
-    fig = Figure(figsize=(5, 1.6 + .3 * sum(sizes) + .45 * len(sizes)), layout="constrained", facecolor="white")
+    height = 1.6 + .3 * sum(sizes) + .45 * len(sizes)
+    fig = Figure(figsize=(5, height), layout="constrained", facecolor="white")
+    axes = fig.subplots(len(groups), 1, sharex=True, height_ratios=[s + .8 for s in sizes])
     jitter = np.random.default_rng(0)
-    for ax, (name, of) in zip(fig.subplots(len(groups), 1, sharex=True, height_ratios=[s + .8 for s in sizes]), groups.items()):
+    for ax, (name, of) in zip(axes, groups.items()):
         ax.axvline(0, color="#999999", lw=1, zorder=0)
-        ax.boxplot([wrong[at] for _, at in of], orientation="horizontal", showfliers=False, widths=.6, medianprops=dict(color=COLORS[1], lw=2))
-        for i, (_, at) in enumerate(of): ax.scatter(wrong[at], i + 1 + jitter.uniform(-.2, .2, len(at)), s=8, alpha=.5, color=COLORS[0], linewidths=0)
-        ax.set_yticks(range(1, len(of) + 1), [f"{shortened(key)} ({len(at)})" for key, at in of], fontsize=9.5, parse_math=False)
+        ax.boxplot([wrong[at] for _, at in of], orientation="horizontal", showfliers=False, widths=.6,
+                   medianprops=dict(color=COLORS[1], lw=2))
+        for i, (_, at) in enumerate(of, 1):
+            beside = i + jitter.uniform(-.2, .2, len(at))
+            ax.scatter(wrong[at], beside, s=8, alpha=.5, color=COLORS[0], linewidths=0)
+        labels = [f"{shortened(key)} ({len(at)})" for key, at in of]
+        ax.set_yticks(range(1, len(of) + 1), labels, fontsize=9.5, parse_math=False)
         ax.set_title(f"by {name}", fontsize=11, loc="left")
         ax.invert_yaxis()
     fig.supxlabel("predicted − measured total, g", fontsize=12)
@@ -260,10 +279,12 @@ def interval_table(
 ) -> str:
     "Coverage and width of the intervals of each target."
     given, own = results.get("intervals") or {}, results.get("coverage") or {}
-    rows = [[t, *(100 * c[t] if c else None for c in (given.get("coverage"), own)), (given.get("median_width_g") or {}).get(t)] for t in TARGETS]
+    held, widths = given.get("coverage"), given.get("median_width_g") or {}
+    rows = [[t, *(100 * c[t] if c else None for c in (held, own)), widths.get(t)] for t in TARGETS]
     level = number(100 * (given or own)["level"], 0)
-    return table([("Target", 0), ("given, %", 0), ("heads alone, %", 0), ("median width, g", 1)], rows,
-                 f"Share of the held-out photos whose measured value lies in the interval; {level} % is meant.")
+    columns = [("Target", 0), ("given, %", 0), ("heads alone, %", 0), ("median width, g", 1)]
+    return table(columns, rows, "Share of the held-out photos whose measured value lies in the interval; "
+                                f"{level} % is meant.")
 
 # %% ../../nbs/7_reports/3_figures.ipynb #0e0279e7
 def error_shares(

@@ -79,7 +79,8 @@ def scores_section(results, oof, history, photos):
     "The score table and the sentences needed to read it."
     folds, made = results.get("train_folds") or [], results.get("n_folds")
     held_out = held_out_text(results.get("cv"), results.get("shared_dates"))
-    text = f"{number(results.get('photos', len(oof)))} photos scored, {number(made)} folds ({results.get('cv', '–')}): {held_out}."
+    scored = number(results.get("photos", len(oof)))
+    text = f"{scored} photos scored, {number(made)} folds ({results.get('cv', '–')}): {held_out}."
     if folds and made and len(folds) < made:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
         text += f" Only {which} trained: the scores cover no other photos."
@@ -118,47 +119,73 @@ def residuals_section(results, oof, history, photos):
     return fig + f"<details><summary>All targets as a table</summary>{residual_table(oof)}</details>"
 
 # %% ../../nbs/7_reports/4_run.ipynb #5e15aa01
+def _what_intervals_are(results) -> str:
+    "Where the intervals come from, in words."
+    given, shared = results["intervals"], results.get("shared_dates")
+    held_out = held_out_text(results.get("cv"), shared)
+    around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
+    text = (f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
+            "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted).")
+    if shared: text += " On a date that was not trained on, errors are larger and fewer values may lie inside."
+    return paragraph(text)
+
+
+def _how_many_are_flagged(results) -> str:
+    "The share of photos flagged as out of distribution, where it was counted."
+    unlike = results.get("unlike")
+    if not unlike: return ""
+    flagged, limit = (number(100 * unlike[name], 0) for name in ("flagged", "limit"))
+    return paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {flagged} % of the photos; "
+                     f"of a new date about {limit} % are meant.")
+
+# %% ../../nbs/7_reports/4_run.ipynb #run00005
 def intervals_section(results, oof, history, photos):
     "Coverage, when there are intervals."
     given = results.get("intervals")
     if not (given or results.get("coverage")): return ""
-    if not given: return interval_table(results) + paragraph("What the heads say of themselves; too few dates to widen it by measured errors.")
-    unlike = results.get("unlike")
-    strange = paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {number(100 * unlike['flagged'], 0)} % of the photos; "
-                        f"of a new date about {number(100 * unlike['limit'], 0)} % are meant.") if unlike else ""
-    shared = results.get("shared_dates")
-    held_out = held_out_text(results.get("cv"), shared)
-    around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
-    said = paragraph(f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
-                     "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted)."
-                     + (" On a date that was not trained on, errors are larger and fewer values may lie inside." if shared else ""))
+    if not given:
+        return interval_table(results) + paragraph(
+            "What the heads say of themselves; too few dates to widen it by measured errors.")
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
-    return said + interval_table(results) + figure(plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
-                                                   "Crosses are photos whose measured total lies outside its interval.") + strange
+    plot = figure(
+        plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
+        "Crosses are photos whose measured total lies outside its interval.")
+    return _what_intervals_are(results) + interval_table(results) + plot + _how_many_are_flagged(results)
 
 # %% ../../nbs/7_reports/4_run.ipynb #74a50b46
+def _photo_cards(oof, photos, shown) -> dict:  # row number -> card
+    "Each photo with its bars, its facts and its share of the error."
+    y, p, share = oof_grams(oof), oof_grams(oof, "_pred"), error_shares(oof)
+    facts = oof[list(CARD_FACTS)].astype(object).where(oof[list(CARD_FACTS)].notna(), "–").astype(str)
+    full = max(y[shown].max(), p[shown].max(), 1)
+    found = {}
+    for i in shown:
+        row, known = oof.iloc[i], facts.iloc[i].str.removesuffix(" 00:00:00")
+        note = ", ".join([*known, f"fold {row['fold']}", f"{number(100 * share[i], 1)} % of the error"])
+        found[i] = card(str(row["photo"]), note, photos[i], bars(p[i], full, y[i]))
+    return found
+
+# %% ../../nbs/7_reports/4_run.ipynb #run00006
 def photos_section(results, oof, history, photos):
-    "The best and the worst photos with their figures and maps."
+    "The best and the worst photos with their predictions and maps."
     if photos is None: return ""
     if not photos: return paragraph("Photos were left out of this report.")
-    y, p, share = oof_grams(oof), oof_grams(oof, "_pred"), error_shares(oof)
-    said = oof[list(CARD_FACTS)].astype(object).where(oof[list(CARD_FACTS)].notna(), "–").astype(str)
-    shown = extremes(oof)
-    of = lambda i: photos.get(oof["image_path"].iloc[i], Seen(fault="not looked up"))
-    at = np.concatenate(list(shown.values()))
-    if not len(at): return ""
-    full = max(y[at].max(), p[at].max(), 1)
-    def one(i):
-        note = ", ".join([*said.iloc[i].str.removesuffix(" 00:00:00"), f"fold {oof['fold'].iloc[i]}", f"{number(100 * share[i], 1)} % of the error"])
-        return card(str(oof["photo"].iloc[i]), note, of(i), bars(p[i], full, y[i]))
-    faults = [of(i).fault for i in at if of(i).image is None]
-    kinds = sorted({k for i in at for k in of(i).maps})
+    groups = extremes(oof)
+    shown = np.concatenate(list(groups.values()))
+    if not len(shown): return ""
+    seen = {i: photos.get(oof["image_path"].iloc[i], Seen(fault="not looked up")) for i in shown}
+    faults = [s.fault for s in seen.values() if s.image is None]
+    kinds = sorted({k for s in seen.values() for k in s.maps})
     text = "The photos that the members judged best and worst, by their share of the weighted squared error."
-    if kinds: text += (" Maps come from the members that never trained on the photo, in its plain view, and are the mean over their tile grids.")
-    warn = f'<p class="warn">{escape(f"{len(faults)} of {len(at)} photos could not be shown; first: {faults[0]}")}</p>' if faults else ""
-    return paragraph(text) + warn + map_switch(kinds) + bar_key(True) + "".join(
-        f"<h3>The {len(rows)} {name}</h3>" + cards([one(i) for i in rows]) for name, rows in shown.items() if len(rows)
-    )
+    if kinds:
+        text += (" Maps come from the members that never trained on the photo, in its plain view, "
+                 "and are the mean over their tile grids.")
+    warn = f"{len(faults)} of {len(shown)} photos could not be shown; first: {faults[0]}" if faults else ""
+    if warn: warn = f'<p class="warn">{escape(warn)}</p>'
+    made = _photo_cards(oof, seen, shown)
+    lists = [f"<h3>The {len(rows)} {name}</h3>" + cards([made[i] for i in rows])
+             for name, rows in groups.items() if len(rows)]
+    return paragraph(text) + warn + map_switch(kinds) + bar_key(True) + "".join(lists)
 
 # %% ../../nbs/7_reports/4_run.ipynb #c1921391
 def identities_section(results, oof, history, photos):
@@ -194,10 +221,11 @@ def sources(
 ) -> dict:
     "State of the library's sources and digests of the data, in words."
     git = results.get("git")
-    state = "not a git checkout" if not git else git["commit"] + (f", {git['changed']} files changed since" if git["changed"] else ", unchanged")
+    state = "not a git checkout"
+    if git: state = git["commit"] + (f", {git['changed']} files changed since" if git["changed"] else ", unchanged")
     return {"biomass_kit sources": state, **(results.get("digests") or {})}
 
-
+# %% ../../nbs/7_reports/4_run.ipynb #run00007
 def made_section(results, oof, history, photos):
     "Command, time, config and versions."
     text = f"Ran on {results.get('device', '–')} in {duration(results.get('seconds'))}."
@@ -237,7 +265,8 @@ def page(
     if not (results.get("scores") or {}).get("model"):
         raise BiomassError("results: no scores of 'model'; a report needs the headline score")
     kinds = sorted({kind for seen in (photos or {}).values() for kind in seen.maps})
-    return document(title, headline(results), [(name, section(results, oof, history, photos)) for name, section in SECTIONS], gallery_style(kinds))
+    sections = [(name, section(results, oof, history, photos)) for name, section in SECTIONS]
+    return document(title, headline(results), sections, gallery_style(kinds))
 
 # %% ../../nbs/7_reports/4_run.ipynb #ea0830e3
 def write_report(

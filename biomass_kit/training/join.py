@@ -122,7 +122,7 @@ def _joint_oof(
         for end in OWN_ENDS: oof[[t + end for t in TARGETS]] = combine(of_runs(end), how, weights, trim)
     return oof.reset_index(drop=True), weights
 
-# %% ../../nbs/5_training/9_join.ipynb #47017f14
+# %% ../../nbs/5_training/9_join.ipynb #jo000002
 def _joint_facts(runs: list, how: str, weights: list) -> dict:
     "What results.json says of the runs."
     members = [{"run": str(r["folder"]), "weighted_r2": _score(r["results"])} for r in runs]

@@ -149,7 +149,7 @@ def correct_oof(
     methods = [m for m in METHODS if m not in NEEDS_COVARIANCE or len(set(of)) > 1]
     return {m: crossfit_physics(raw, y, of, bounds, m, threshold) for m in methods}
 
-# %% ../../nbs/5_training/5_scores.ipynb #6a31b44c
+# %% ../../nbs/5_training/5_scores.ipynb #sc000002
 def add_intervals(
     oof: pd.DataFrame,  # scored photos; gains the columns of the ends
     corrected: dict,  # from `correct_oof`

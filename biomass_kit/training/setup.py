@@ -171,7 +171,7 @@ def start_backbone(
         built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
     return built[key]
 
-# %% ../../nbs/5_training/7_setup.ipynb #915b5a6e
+# %% ../../nbs/5_training/7_setup.ipynb #se000012
 def prepare(
     c: TrainConfig,
     built: dict,  # as `start_backbone` takes it
