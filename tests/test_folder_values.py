@@ -19,7 +19,7 @@ from biomass_kit.kaggle import predict_inputs
 from biomass_kit.model.model import BiomassModel
 from biomass_kit.predict import main as biomass_predict
 from biomass_kit.train import bundle as biomass_bundle
-from biomass_kit.training.run import train as biomass_train
+from biomass_kit.train import main as biomass_train
 from biomass_kit.training.setup import check_teacher
 
 UPPER = [30.0, 25.0, 20.0, 45.0, 60.0]

@@ -20,11 +20,11 @@ from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_photos
+from biomass_kit.train import main as biomass_train
 from biomass_kit.training import loop
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
-from biomass_kit.training.run import train as biomass_train
 
 quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]

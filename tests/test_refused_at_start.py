@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.train import main as biomass_train
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
-from biomass_kit.training.run import train as biomass_train
 
 
 @pytest.fixture(scope="module")
