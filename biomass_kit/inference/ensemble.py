@@ -324,8 +324,10 @@ class WorkQueue:
     "Hands rows to whoever asks, in whole batches, and counts those that came back."
 
     def __init__(self, rows: list, batch_size: int):
-        self.batches, self.lock, self.open, self.left = (
-            deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), threading.Lock(), True, len(rows))
+        self.batches = deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        self.lock = threading.Lock()
+        self.open = True  # whether more is handed out
+        self.left = len(rows)
 
     def __iter__(self):
         while True:
@@ -351,6 +353,19 @@ def _serve(i: int, make: Callable, run: Callable, queue: WorkQueue, results: Sim
     finally: results.put((i, None, error))
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #a9e5c010
+def _begin_all(devices: list, make: Callable, run: Callable, queue: WorkQueue, results: SimpleQueue):
+    "A thread for each device; one that cannot be started has failed."
+    for i, device in enumerate(devices):
+        try: begin(partial(_serve, i, partial(make, device), run, queue, results), "device")
+        except RuntimeError as e: results.put((i, None, e))
+
+
+def _note_failures(outcome: Outcome, devices: list, failed: dict, others: list):
+    "Say which devices failed, why, and who goes on with their photos."
+    went = f"its photos went to {' and '.join(map(str, others))}" if others else "no other device is left"
+    for i in sorted(failed): outcome.note(f"{devices[i]} failed ({in_one_line(failed[i])}); {went}")
+
+# %% ../../nbs/4_inference/6_ensemble.ipynb #635014d1
 def serve_all(
     devices: list,  # torch.devices
     make: Callable,  # device -> Ensemble
@@ -363,20 +378,23 @@ def serve_all(
     lenient: Callable = lambda: False,  # whether training means will do when all have failed
 ):  # yields what `Ensemble.run` yields
     "Batches of all photos as devices finish them, until all are done or the deadline has come."
-    left, devices = set(range(photos)), list(devices)[: max(1, -(-photos // batch_size))]  # no more than there are batches
+    left = set(range(photos))
+    devices = list(devices)[: max(1, -(-photos // batch_size))]  # no more than there are batches
     while left and devices:
-        queue, results, working, failed = WorkQueue(sorted(left), batch_size), SimpleQueue(), set(range(len(devices))), {}
-        later = lambda: max(0, queue.left - batch_size) / max(1, len(working))
-        for i, d in enumerate(devices):
-            job = partial(make, d), partial(run, queue=queue, later=later)
-            try: begin(partial(_serve, i, *job, queue, results), "device")
-            except RuntimeError as e: results.put((i, None, e))
+        queue, results = WorkQueue(sorted(left), batch_size), SimpleQueue()
+        working, failed = set(range(len(devices))), {}
+
+        def later(): return max(0, queue.left - batch_size) / max(1, len(working))
+
+        _begin_all(devices, make, partial(run, queue=queue, later=later), queue, results)
         try:
             while working and left and deadline.left() > 0:
                 try: i, got, error = results.get(timeout=max(0.01, min(0.5, deadline.left())))
                 except Empty: continue
                 if isinstance(got, str): outcome.devices.append(got)
-                elif got is not None: left -= set(got[0]); yield got
+                elif got is not None:
+                    left -= set(got[0])
+                    yield got
                 else: working.discard(i)
                 if isinstance(error, BiomassError): raise error
                 if error is not None: failed[i] = error
@@ -385,8 +403,7 @@ def serve_all(
         others = [d for i, d in enumerate(devices) if i not in failed]
         if not others and spare is not None: others, spare = [spare], None
         if left and not others and not lenient(): raise failed[min(failed)]
-        went = f"its photos went to {' and '.join(map(str, others))}" if others else "no other device is left"
-        for i in sorted(failed): outcome.note(f"{devices[i]} failed ({in_one_line(failed[i])}); {went}")
+        _note_failures(outcome, devices, failed, others)
         devices = others
     outcome.issues.update(dict.fromkeys(left, Issue("all devices failed", MEANS)))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'Trunk', 'Units', 'space_statistics',
-           'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile', 'inverse_softplus', 'BiomassModel',
-           'member_state', 'view_batch', 'predict_views']
+           'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile', 'inverse_softplus', 'start_at',
+           'BiomassModel', 'member_state', 'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -133,6 +133,16 @@ def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
     "What `F.softplus` turns into `y`, for y > 0; labels that do not vary lie thousands of their scales from zero."
     return torch.where(y > 20, y, torch.log(torch.expm1(y)))  # softplus is the identity from 20 on
 
+
+@torch.no_grad()
+def start_at(
+    head: nn.Linear,
+    bias: torch.Tensor,  # one for each output
+):
+    "Let a head begin at a bias, and photos differ only a little."
+    head.bias.copy_(bias)
+    head.weight.mul_(0.1)
+
 # %% ../../nbs/3_model/2_model.ipynb #cd9cc0e6
 class BiomassModel(Trunk):
     "A trunk and five Softplus heads, in grams; beside them whatever the options ask for."
@@ -182,19 +192,14 @@ class BiomassModel(Trunk):
         if log: self.output_scale[log] = space[:, log].std().clamp_min(1e-3)
         if self.presence is not None:
             counted[:, TWO_PART] = grams[:, TWO_PART] > 0
-            self._start(self.presence, torch.logit((grams[:, TWO_PART] > 0).float().mean(0), 0.02))
+            start_at(self.presence, torch.logit((grams[:, TWO_PART] > 0).float().mean(0), 0.02))
         mean, variance = space_statistics(space, counted)
         start = ((mean if self.presence is not None else space.mean(0)) / self.output_scale).clamp_min(0.02)
-        self._start(self.heads, inverse_softplus(start))
+        start_at(self.heads, inverse_softplus(start))
         if self.spread is not None:
             low, high = LOG_VARIANCE
-            self._start(self.spread, torch.logit((torch.log(variance / self.output_scale**2) - low) / (high - low), 0.02))
+            start_at(self.spread, torch.logit((torch.log(variance / self.output_scale**2) - low) / (high - low), 0.02))
         if self.interval is not None: self.fit_intervals(grams)
-
-    def _start(self, head: nn.Linear, bias: torch.Tensor):
-        "Let a head begin at a bias, and photos differ only a little."
-        head.bias.copy_(bias)
-        head.weight.mul_(0.1)
 
     def fit_intervals(self, grams: torch.Tensor):
         "Cut each target's range at the quantiles of these training labels `[N, 5]`."
