@@ -1,7 +1,6 @@
 """Commands without the seconds of loading the library: in this process, or forked from one that has it."""
 import ctypes
 import gc
-import io
 import multiprocessing
 import os
 import socket
@@ -10,10 +9,11 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pkgutil import resolve_name
 
 from sources import commands
+
+from biomass_kit.command import ask
 
 FORKS = multiprocessing.get_context("forkserver")
 LOADED = ["biomass_kit.evidence.search", "biomass_kit.inference.predict", "biomass_kit.training.run"]  # and so all that is heavy
@@ -28,12 +28,10 @@ def entry(name):
 
 def command(name, *words):
     "A command called with words in this process; its exit code and what it printed, warnings among it."
-    said, errors, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(said), redirect_stderr(errors), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        try: entry(name)([str(word) for word in words])
-        except SystemExit as e: code = e.code or 0
-    return subprocess.CompletedProcess((name, *words), code, said.getvalue(), errors.getvalue())
+        answer = ask(entry(name), *words)
+    return subprocess.CompletedProcess((name, *words), *answer)
 
 
 class Started:
