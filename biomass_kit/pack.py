@@ -50,7 +50,7 @@ class PackArgs:
 
     weights: Path  # bundle folder, or a run folder
     out: Path = Path("kaggle_datasets")
-    user: Optional[str] = None  # your Kaggle name, for the dataset ids
+    user: Optional[str] = None  # your Kaggle name, for the dataset ids; a placeholder by default
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
     # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31
     wheels: Optional[tuple[str, ...]] = None

@@ -16,7 +16,8 @@ from sources import commands
 from biomass_kit.command import ask
 
 FORKS = multiprocessing.get_context("forkserver")
-LOADED = ["biomass_kit.evidence.search", "biomass_kit.inference.predict", "biomass_kit.training.run"]  # and so all that is heavy
+# and so all that is heavy
+LOADED = ["biomass_kit.evidence.search", "biomass_kit.inference.predict", "biomass_kit.training.run"]
 FORKS.set_forkserver_preload(LOADED)
 STARTED = []  # every process, so that none outlives the tests
 

@@ -29,8 +29,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; run by make test-long")
     config.addinivalue_line("markers", "cuda: needs a GPU; run by pytest -m cuda")
-    if config.getoption("-m") != "cuda": os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with the CPU
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, would ignore Ctrl-C
+    if config.getoption("-m") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with the CPU
+    # a shell's background job, and what it starts, would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session):
@@ -45,14 +47,16 @@ def pytest_unconfigure(): end_all()
 def pytest_collection_modifyitems(config, items):
     without_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
     for item in items:
-        if "long" in item.keywords and not config.getoption("--long"): item.add_marker(pytest.mark.skip(reason="a long form: make test-long"))
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="a long form: make test-long"))
         if "cuda" in item.keywords and without_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m cuda tests"))
 
 
 def run(*command, **options):
     "Run a command of the project in its own process; output as text."
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=options.pop("cwd", ROOT), **options)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=options.pop("cwd", ROOT), **options)
 
 
 def python(*arguments, **options):
@@ -74,7 +78,9 @@ def launch(processes, module, *arguments, **options):
 
     On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it calls for GPUs.
     """
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module, *arguments, timeout=300, **options)
+    return python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module,
+        *arguments, timeout=300, **options)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from biomass_kit.inference.bundle import Bundle, save_backbone
 PREFIXES = ("", "module.", "model.", "backbone.", "encoder.", "_orig_mod.",
             "module.backbone.", "student.backbone.", "model.backbone.")
 CLASSIFIER = {"head.weight": torch.zeros(9, 64), "head.bias": torch.zeros(9)}
-ROTARY = "vit_small_patch16_dinov3"  # with four registers, rotary positions and patches of 16, as the large ones
+# with four registers, rotary positions and patches of 16, as the large ones
+ROTARY = "vit_small_patch16_dinov3"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ def test_batch_norm_without_its_counter(tmp_path):
     kept = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     assert len(kept) < len(state)
     for prefix in ("", "model."):
-        assert_same(loaded("test_efficientnet", written({prefix + k: v for k, v in kept.items()}, tmp_path)), state)
+        assert_same(
+            loaded("test_efficientnet", written({prefix + k: v for k, v in kept.items()}, tmp_path)), state)
 
 
 def test_a_model_whose_hub_weights_are_of_another_format(tmp_path):
@@ -129,7 +131,8 @@ def test_files_that_cannot_fill_a_model(state, tmp_path):
     for prefix in ("", "backbone."):
         short = {prefix + k: v for k, v in state.items() if k != "norm.bias"}
         narrow = {prefix + k: v[:32] if k == "norm.bias" else v for k, v in state.items()}
-        assert "lacks 1 of 78 tensors, first norm.bias" in refused("test_vit", weights=written(short, tmp_path))
+        assert "lacks 1 of 78 tensors, first norm.bias" in refused(
+            "test_vit", weights=written(short, tmp_path))
         said = refused("test_vit", weights=written(narrow, tmp_path))
         assert "norm.bias is [32] there and [64] in the model" in said
     page, pickled = tmp_path / "page.safetensors", tmp_path / "w.pth"
@@ -140,7 +143,8 @@ def test_files_that_cannot_fill_a_model(state, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m", "write --backbone vit_base_patch14_reg4_dinov2.lvd142m;"),
+    ("hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m", "write --backbone "
+                                                         "vit_base_patch14_reg4_dinov2.lvd142m;"),
     ("hf-hub:timm/test_vit", "write --backbone test_vit;"), ("timm/test_vit", "write --backbone test_vit;"),
     ("facebook/dinov2-base", "download model.safetensors from https://huggingface.co/facebook/dinov2-base"),
     ("hf_hub:grass/own_vit", "download model.safetensors from https://huggingface.co/grass/own_vit"),
@@ -157,7 +161,8 @@ SIZES = [  # (model, tile size, what is advised instead, or None where the size 
     ("eva02_tiny_patch14_224", 252, None), ("eva02_tiny_patch14_224", 256, 252),
     ("xcit_nano_12_p16_224", 224, None), ("xcit_nano_12_p16_224", 252, 256),
     ("hiera_tiny_224", 252, 256), ("maxvit_pico_rw_256", 252, 256), ("crossvit_tiny_240", 252, 240),
-    ("levit_128s", 252, 256), ("efficientvit_m0", 224, None), ("pvt_v2_b0", 256, None), ("mobilevit_xxs", 252, None),
+    ("levit_128s", 252, 256), ("efficientvit_m0", 224, None), ("pvt_v2_b0", 256, None),
+    ("mobilevit_xxs", 252, None),
     ("test_convnext", 252, None), ("test_convnext", 14, 32),
 ]
 
@@ -192,7 +197,8 @@ def rotary(tmp_path_factory):
 
 def some_tiles(size):
     "Two tiles of noise."
-    return torch.randint(0, 255, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    return torch.randint(
+        0, 255, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
 
 
 def test_what_is_read_of_a_rotary_backbone(rotary):

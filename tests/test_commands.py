@@ -22,11 +22,14 @@ from biomass_kit.inference.bundle import read_bundle
 HEAVY = ("torch", "timm", "albumentations", "sklearn")
 BIN = Path(sys.executable).parent
 PLAN = {  # the plan's recommended training commands, word for word but for the device
-    "frozen": "--epochs 50 --freeze-backbone --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 --aux-species-weight 2.0 "
+    "frozen": "--epochs 50 --freeze-backbone --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 "
+              "--aux-species-weight 2.0 "
               "--constraint-weight 0 --always-correct-dead --device-type cpu",
-    "one fold 3x3": "--epochs 50 --freeze-backbone --grid 3 3 --use-aux-heads --aux-month-weight 5.0 --aux-state-weight 3.0 --aux-species-weight 2.0 "
+    "one fold 3x3": "--epochs 50 --freeze-backbone --grid 3 3 --use-aux-heads --aux-month-weight 5.0 "
+                    "--aux-state-weight 3.0 --aux-species-weight 2.0 "
                     "--train-folds 0 --device-type cpu",
-    "two stages": "--epochs 30 --two-stage --freeze-epochs 10 --lr 2e-4 --backbone-lr 1e-5 --use-aux-heads --device-type cpu",
+    "two stages": "--epochs 30 --two-stage --freeze-epochs 10 --lr 2e-4 --backbone-lr 1e-5 --use-aux-heads "
+                  "--device-type cpu",
 }
 
 
@@ -49,14 +52,17 @@ def test_recommended_commands_run(name, few, weights, tmp_path, monkeypatch):
     assert results["train_folds"] == ([0] if name == "one fold 3x3" else [0, 1]) and len(bundle.members) == len(results["train_folds"])
     history = pd.read_csv(tmp_path / "run/history.csv")
     assert set(history.epoch) == set(range(30 if name == "two stages" else 50)) and {"state", "month", "species"} <= set(history.columns)
-    if name == "two stages": assert set(history.stage[history.epoch < 10]) == {0} and set(history.stage[history.epoch >= 10]) == {1}
+    if name == "two stages":
+        assert set(history.stage[history.epoch < 10]) == {0} and set(history.stage[history.epoch >= 10]) == {1}
     if name == "frozen": assert bundle.manifest["physics"]["method"] == "always"
     backbones = {m["backbone"]["file"] for m in bundle.members}
     assert len(backbones) == (2 if name == "two stages" else 1), "frozen members share a backbone, fine-tuned ones do not"
 
 
 def test_an_absent_device_is_a_clear_error(data, tmp_path):
-    absent = next(d for d, here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
+    absent = next(
+        d for d,
+        here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
     words = ["--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone"]
     done = command("train", *words, "--device-type", absent)
     assert done.returncode == 2 and f"--device-type {absent}: this machine has no {absent} device" in done.stderr and "Traceback" not in done.stderr
@@ -91,7 +97,8 @@ def test_draw_train_join_predict(tmp_path, monkeypatch):
     words = ["--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu"]
     well(command("predict", "--photos", "data/test", *words))
     table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
-    for i, grams in zip(submission.sample_id, submission.target): assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
+    for i, grams in zip(submission.sample_id, submission.target):
+        assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
     assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
     assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01) and (tmp_path / "table_report.html").stat().st_size > 30_000
     before = (tmp_path / "both/report.html").read_text()

@@ -100,7 +100,9 @@ def test_what_was_trained_here_predicts_the_same_on_the_cpu(base, device, recipe
 
 @pytest.mark.parametrize("recipe", ["frozen", "fine-tuned"])
 def test_the_same_seed_twice_on_one_device(base, tmp_path, recipe):
-    runs = [dataclasses.replace(base, out=tmp_path / name / "run", **RECIPES[recipe]) for name in ("first", "again")]
+    runs = [
+        dataclasses.replace(base, out=tmp_path / name / "run", **RECIPES[recipe])
+        for name in ("first", "again")]
     first, again = (trained(run)[0] for run in runs)
     assert_as_on_the_same_device(again, first)
     first, again = (read_json(run.out / "results.json")["scores"]["model"]["weighted_r2"] for run in runs)
@@ -133,7 +135,8 @@ def test_predictions_in_each_precision(learned, room, tmp_path, device, precisio
     old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)
     if old and precision == "bf16": pytest.skip("this GPU emulates bf16")
     def table(name, *how):
-        return predict_competition(learned, room / "data", tmp_path / name, device_type=how[0], precision=how[1])
+        return predict_competition(
+            learned, room / "data", tmp_path / name, device_type=how[0], precision=how[1])
 
     here, there = table("here.csv", "cpu", "fp32"), table("there.csv", device, precision)
     outcome = there.attrs["outcome"]
@@ -169,7 +172,8 @@ def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
 
 def test_tiles_cut_on_the_device(device):
     "They differ from the CPU's by rounding alone."
-    pair = torch.randint(0, 256, (2, 97, 97, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pair = torch.randint(
+        0, 256, (2, 97, 97, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for spec in (TileSpec(1, 1, 32), TileSpec(2, 2, 64), TileSpec(3, 2, 28)):
         there, here = cut_tiles(pair.to(device), spec), cut_tiles(pair, spec)
         assert there.device.type == device and there.dtype == torch.uint8

@@ -74,7 +74,9 @@ def codes_while_at_work(entries):
     "Prints the exit code of every command, and of every end of one, each in a fork of its own."
     at_work.__defaults__ = (0.05,)  # seconds of patience
     fine = wrapped(lambda args: sys.modules[__name__].parse())
-    faults = {"none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError, "ctrl-c": KeyboardInterrupt}
+    faults = {
+        "none": None, "mistake": BiomassError, "no memory": MemoryError, "bug": KeyError,
+        "ctrl-c": KeyboardInterrupt}
     codes = {name: code_while_at_work(fine, fault) for name, fault in faults.items()}
     codes |= {name: code_while_at_work(resolve_name(name), KeyboardInterrupt) for name in entries}
     print(f"codes: {codes}")
@@ -197,7 +199,8 @@ def test_on_kaggle_the_means_stay_whatever_fails(room, tmp_path, monkeypatch):
 def test_interrupted_later_what_is_known_is_saved(room, whole, tmp_path):
     out = tmp_path / "s.csv"
     out.write_text("of yesterday")
-    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="holds predictions of 3 of 6 photos"):
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="holds predictions of 3 of 6 "
+                                                                           "photos"):
         predicted(room, out, device_type="cpu", progress=interrupts(3))
     table = check_submission(out, room / "data")
     assert np.allclose(by_photo(table)[:3], whole[:3], atol=1e-3)
@@ -213,7 +216,9 @@ def test_a_list_of_issues_that_cannot_be_written_costs_no_submission(room, tmp_p
 
 # Devices
 
-FAULTS = {MemoryError: (), OSError: (errno.EIO, "Input/output error"), KeyError: ("x",), RuntimeError: ("CUDA error\nmore",)}
+FAULTS = {
+    MemoryError: (), OSError: (errno.EIO, "Input/output error"), KeyError: ("x",),
+    RuntimeError: ("CUDA error\nmore",)}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -340,7 +345,8 @@ def test_a_run_removes_only_what_its_own_killed_processes_left(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     mine = [tmp_path / f"{place}.tmp-{gone.pid}-0a1b2c3d-oof.csv" for place in ("", "folds/", "bundle/")]
-    names = (f"nested/folds/.tmp-{gone.pid}-0a1b2c3d-oof.csv", "folds/.tmp-1-0a1b2c3d-oof.csv", "folds/.tmp-notes")
+    names = (
+        f"nested/folds/.tmp-{gone.pid}-0a1b2c3d-oof.csv", "folds/.tmp-1-0a1b2c3d-oof.csv", "folds/.tmp-notes")
     others = [tmp_path / name for name in names]
     folder = tmp_path / f"folds/.tmp-{gone.pid}-0a1b2c3d-folder"
     for path in (*mine, *others):
@@ -373,7 +379,9 @@ def test_a_command_leaves_warnings_as_they_were(room, tmp_path, capsys):
 
     with warnings.catch_warnings():
         before = warnings.filters[:], warnings.showwarning
-        words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache", *SIMPLE]
+        words = [
+            "--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache",
+            *SIMPLE]
         main(list(map(str, words)))
         assert (warnings.filters, warnings.showwarning) == before
     assert "6 photos" in capsys.readouterr().out

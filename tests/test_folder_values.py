@@ -49,7 +49,8 @@ def contrary_bundle(folder, quadrat_cm=None, intervals=None, method="derive_dead
 def photos(tmp_path_factory):
     "Three photos, one of them cut short."
     folder = tmp_path_factory.mktemp("own")
-    for i in range(3): Image.fromarray(draw_photo((10 * i, 5, 3), seed=i, height=64)).save(folder / f"{i}.png")
+    for i in range(3):
+        Image.fromarray(draw_photo((10 * i, 5, 3), seed=i, height=64)).save(folder / f"{i}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:900])
     return folder
 
@@ -73,15 +74,19 @@ def test_values_of_a_folder_add_up_within_their_bounds(photos, tmp_path):
         assert np.abs(identity_residuals(grams)).max() < 1e-3 and (grams >= 0).all()
         assert (grams <= np.array(UPPER) + 1e-3).all() and (np.abs(grams - UPPER) < 1e-3).any(), "some value is at its bound"
         assert np.abs(identity_residuals(table[list(KG_HA)])).max() < 1e-2
-        for t in TARGETS: assert (table[t + "_low"] <= table[t]).all() and (table[t] <= table[t + "_high"]).all()
+        for t in TARGETS:
+            assert (table[t + "_low"] <= table[t]).all() and (table[t] <= table[t + "_high"]).all()
         assert table.flag[1].startswith("training means") and np.abs(grams[1] - MEANS).max() < 0.5
         assert "add up: --physics project" in (tmp_path / "table_report.html").read_text()
 
 
 def test_the_option_wins_over_the_folder_and_the_folder_over_the_bundle(photos, tmp_path):
     weights = contrary_bundle(tmp_path / "bundle", intervals=margins(project=0.2, derive_dead=0.7))
-    by = {m: told(weights, photos, tmp_path / "table.csv", *(["--physics", m] if m else [])) for m in (None, "project", "derive_dead", "none")}
-    assert by[None].equals(by["project"]) and not np.allclose(by["none"][list(TARGETS)], by[None][list(TARGETS)])
+    by = {
+        m: told(weights, photos, tmp_path / "table.csv", *(["--physics", m] if m else []))
+        for m in (None, "project", "derive_dead", "none")}
+    assert by[None].equals(by["project"]) and not np.allclose(
+        by["none"][list(TARGETS)], by[None][list(TARGETS)])
     assert np.abs(identity_residuals(by["derive_dead"][list(TARGETS)])).max() > 1 and "need not add up" in (tmp_path / "table_report.html").read_text()
     for method, margin in ((None, 0.2), ("derive_dead", 0.7), ("none", 0.5)):
         read = by[method].loc[[0, 2]]
@@ -102,10 +107,12 @@ def test_kilograms_come_from_the_quadrat_trained_on(photos, tmp_path):
     for name, trained in (("earlier", None), ("recorded", (70.0, 30.0)), ("square", (100.0, 100.0))):
         weights = contrary_bundle(tmp_path / name, trained, margins())
         assert read_bundle(weights).quadrat_cm == (trained or QUADRAT_CM)
-        plain, own = (told(weights, photos, tmp_path / "t.csv", *words) for words in ([], ["--quadrat-cm", 50, 50]))
+        plain, own = (
+            told(weights, photos, tmp_path / "t.csv", *words) for words in ([], ["--quadrat-cm", 50, 50]))
         area = 70 * 30 if name != "square" else 100 * 100
         assert np.allclose(plain[KG_AND_ENDS], plain[G_AND_ENDS] * 1e5 / area, atol=0.01)
-        assert own[KG_AND_ENDS].equals(plain[KG_AND_ENDS]) and np.allclose(own[G_AND_ENDS], plain[G_AND_ENDS] * 2500 / area, atol=1e-3)
+        assert own[KG_AND_ENDS].equals(plain[KG_AND_ENDS]) and np.allclose(
+            own[G_AND_ENDS], plain[G_AND_ENDS] * 2500 / area, atol=1e-3)
         assert np.allclose(own[list(KG_HA)], kg_per_ha(own[list(TARGETS)], (50, 50)), atol=0.01)
         report = (tmp_path / "t_report.html").read_text()
         assert "in a quadrat of 50 x 50 cm" in report and ("trained on, 100 x 100 cm" if name == "square" else "trained on, 70 x 30 cm") in report
@@ -146,7 +153,9 @@ def test_training_records_its_quadrat_and_none_is_mixed(finished, config, tmp_pa
 def corners(upper):
     "The corners of what parts may be: every three limits that meet, where all others hold."
     c, d = np.concatenate([-np.eye(3), SUMS]), np.concatenate([np.zeros(3), upper])
-    meet = [np.linalg.solve(c[list(on)], d[list(on)]) for on in combinations(range(8), 3) if abs(np.linalg.det(c[list(on)])) > 0.5]
+    meet = [
+        np.linalg.solve(c[list(on)], d[list(on)]) for on in combinations(range(8), 3)
+        if abs(np.linalg.det(c[list(on)])) > 0.5]
     return np.array([b for b in meet if (c @ b <= d + 1e-9).all()])
 
 
@@ -158,7 +167,8 @@ def test_reconciled_rows_are_the_nearest():
     rng = np.random.default_rng(3)
     for case in range(60):
         g, upper = rng.normal(20, 25, (20, 5)), rng.uniform(0, 60, 5) * (rng.random(5) > 0.1)
-        covariance = None if case % 2 else error_covariance(np.zeros((30, 5)), rng.normal(size=(30, 5)) @ rng.normal(size=(5, 5)) * 5)
+        covariance = None if case % 2 else error_covariance(
+            np.zeros((30, 5)), rng.normal(size=(30, 5)) @ rng.normal(size=(5, 5)) * 5)
         found = reconcile(g, covariance, upper)
         assert np.abs(identity_residuals(found)).max() < 1e-9 and (found >= 0).all() and (found <= upper + 1e-6).all()
         weight = np.eye(5) if covariance is None else np.linalg.inv(covariance)

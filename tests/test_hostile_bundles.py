@@ -35,14 +35,16 @@ def small_bundle(folder):
     torch.manual_seed(0)
     body, size = build_backbone("test_vit", pretrained=False, tile_size=32, pooling="cls")
     plain = save_backbone(folder, body)
-    lora = save_lora(folder, {"blocks.0.attn.qkv.A": torch.randn(1, 64), "blocks.0.attn.qkv.B": torch.randn(192, 1)}, 1.0)
+    lora = save_lora(
+        folder, {"blocks.0.attn.qkv.A": torch.randn(1, 64), "blocks.0.attn.qkv.B": torch.randn(192, 1)}, 1.0)
     infos = []
     for fold, reads in enumerate((plain, plain | lora)):
         model = BiomassModel(body.dim, hidden_ratio=0.01, learning=True)
         model.fit_output(torch.rand(20, 5) * 50)
         infos.append(save_member(folder, model, dict(name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
                                                      bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})))
-    write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {"model": {"weighted_r2": 0.5}})
+    write_manifest(
+        folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {"model": {"weighted_r2": 0.5}})
     return folder
 
 
@@ -85,8 +87,12 @@ def test_sampled_flips_of_every_file_are_found(copy):
     assert len(files) == 5 and {p.suffix for p in files} == {".json", ".safetensors"}
     for path in files:
         size = path.stat().st_size
-        head = size if path.suffix == ".json" else min(size, 8 + struct.unpack("<Q", path.open("rb").read(8))[0])
-        for n in range(100): flipped(path, int(rng.integers(head if n % 2 else size)), int(rng.integers(1, 256)) if n % 5 == 0 else 1 << int(rng.integers(8)))
+        head = size if path.suffix == ".json" else min(
+            size, 8 + struct.unpack("<Q", path.open("rb").read(8))[0])
+        for n in range(100):
+            flipped(
+                path, int(rng.integers(head if n % 2 else size)),
+                int(rng.integers(1, 256)) if n % 5 == 0 else 1 << int(rng.integers(8)))
     read_bundle(copy)
 
 
@@ -126,7 +132,9 @@ def rewritten_member(folder, index=0, **changes):
     "A member that says something else of itself, in the manifest too."
     m = manifest_of(folder)
     member = m["members"][index] | changes
-    save_file(load_file(folder / member["file"]), folder / member["file"], {HEADER: json.dumps(member, sort_keys=True)})
+    save_file(
+        load_file(folder / member["file"]), folder / member["file"],
+        {HEADER: json.dumps(member, sort_keys=True)})
     m["members"][index] = member
     sign_manifest(folder, m)
     resigned_file(folder, member["file"], (folder / member["file"]).read_bytes())
@@ -141,7 +149,10 @@ def giant(folder, shape, end):
 
 def other_backbone(folder):
     "Members that read other weights than they were trained on."
-    weights = {k: v for k, v in load_file(folder / manifest_of(folder)["members"][0]["backbone"]["file"]).items() if "blocks.5" not in k}
+    weights = {
+        k: v for k,
+        v in load_file(folder / manifest_of(folder)["members"][0]["backbone"]["file"]).items()
+        if "blocks.5" not in k}
     data = __import__("safetensors.torch").torch.save(weights)
     resigned_file(folder, manifest_of(folder)["members"][0]["backbone"]["file"], data)
 
@@ -149,27 +160,44 @@ def other_backbone(folder):
 TAMPERED = {  # name -> (what somebody does who can sign, what must be said)
     "a file outside": (lambda f: signed(f, files={"../x.safetensors": {"sha256": "", "bytes": 1}}),
                        "refuses the file '../x.safetensors'; only .safetensors files beside the manifest"),
-    "an absolute file": (lambda f: signed(f, files={"/etc/x.safetensors": {"sha256": "", "bytes": 1}}), "refuses the file '/etc/x.safetensors'"),
-    "a pickle by name": (lambda f: signed(f, files={"x.pt": {"sha256": "", "bytes": 1}}), "refuses the file 'x.pt'"),
-    "a pickle inside": (lambda f: (f / "a.safetensors").write_bytes(pickle.dumps({"a": 1})), "a pickle, which runs code"),
-    "a member's file outside": (lambda f: rewritten(f, lambda m: m["members"][0].update(file="../member.safetensors")),
+    "an absolute file": (
+        lambda f: signed(f, files={"/etc/x.safetensors": {"sha256": "", "bytes": 1}}), "refuses the file "
+                                                                                       "'/etc/x.safetensors'"),
+    "a pickle by name": (
+        lambda f: signed(f, files={"x.pt": {"sha256": "", "bytes": 1}}), "refuses the file 'x.pt'"),
+    "a pickle inside": (
+        lambda f: (f / "a.safetensors").write_bytes(pickle.dumps({"a": 1})), "a pickle, which runs code"),
+    "a member's file outside": (lambda f: rewritten(
+        f, lambda m: m["members"][0].update(file="../member.safetensors")),
                                 "names a file that the manifest does not list"),
     "a giant shape": (lambda f: giant(f, [2**40, 2**20], 16), "not a safetensors file"),
     "a giant shape with its offsets": (lambda f: giant(f, [2**40], 2**42), "not a safetensors file"),
-    "a giant header": (lambda f: resigned_file(f, manifest_of(f)["members"][0]["backbone"]["file"], struct.pack("<Q", 2**62) + b"{}"),
+    "a giant header": (lambda f: resigned_file(
+        f, manifest_of(f)["members"][0]["backbone"]["file"], struct.pack("<Q", 2**62) + b"{}"),
                        "not a safetensors file"),
-    "an unknown field": (lambda f: signed(f, quantised=True), "field 'quantised' means nothing to biomass_kit"),
-    "a newer schema": (lambda f: signed(f, schema=3, library="1.4"), "reads 1 and 2; install biomass_kit 1.4"),
+    "an unknown field": (
+        lambda f: signed(f, quantised=True), "field 'quantised' means nothing to biomass_kit"),
+    "a newer schema": (
+        lambda f: signed(f, schema=3, library="1.4"), "reads 1 and 2; install biomass_kit 1.4"),
     "a newer library": (lambda f: signed(f, library="99.0"), "install biomass_kit 99.0 or later"),
-    "a missing field": (lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),
-    "a missing member": (lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(), "missing, though the manifest lists it; copy the bundle again"),
+    "a missing field": (
+        lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),
+    "a missing member": (
+        lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(), "missing, though the manifest lists "
+                                                                       "it; copy the bundle again"),
     "no members": (lambda f: signed(f, members=[]), "lists no member"),
-    "another's name for the backbone": (lambda f: rewritten_member(f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}),
+    "another's name for the backbone": (lambda f: rewritten_member(
+        f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}),
                                         "as test_vit2 with 64 channels and as test_vit"),
-    "another's channels": (lambda f: rewritten_member(f, model=manifest_of(f)["members"][0]["model"] | {"dim": 128}),
+    "another's channels": (lambda f: rewritten_member(
+        f, model=manifest_of(f)["members"][0]["model"] | {"dim": 128}),
                            "with 128 channels and as test_vit with 64"),
-    "a member that says otherwise": (lambda f: rewritten(f, lambda m: m["members"][0].update(fold=7)), "differs from the member's own header"),
-    "a digest of another kind": (lambda f: (f / MANIFEST).write_text(json.dumps(manifest_of(f) | {"sha256": None})), "its own sha256 differs"),
+    "a member that says otherwise": (
+        lambda f: rewritten(f, lambda m: m["members"][0].update(fold=7)), "differs from the member's own "
+                                                                          "header"),
+    "a digest of another kind": (
+        lambda f: (f / MANIFEST).write_text(json.dumps(manifest_of(f) | {"sha256": None})), "its own sha256 "
+                                                                                            "differs"),
 }
 
 
@@ -190,10 +218,12 @@ def test_tampering_is_named(copy, name):
 def test_what_shows_when_weights_are_loaded(copy, sound):
     "A backbone that is none, a head for another backbone, a head whose config asks for other or for giant tensors, or that a later library built."
     other_backbone(copy)
-    with pytest.raises(BiomassError, match="weights do not fit test_vit"): read_bundle(copy).load_backbone(read_bundle(copy).members[0])
+    with pytest.raises(BiomassError, match="weights do not fit test_vit"):
+        read_bundle(copy).load_backbone(read_bundle(copy).members[0])
     bundle = read_bundle(sound)
     of = lambda **changes: {**bundle.members[0], "model": bundle.members[0]["model"] | changes}
-    with pytest.raises(BiomassError, match="reads features of 128 channels, and test_vit gives 64"): bundle.load_backbone(of(dim=128))
+    with pytest.raises(BiomassError, match="reads features of 128 channels, and test_vit gives 64"):
+        bundle.load_backbone(of(dim=128))
     with pytest.raises(BiomassError, match="its config asks for"): bundle.load_model(of(dim=10**7))
     for changes in (dict(wings=2), dict(dim=10**40), dict(dim="64"), dict(fusion="magic")):
         with pytest.raises(BiomassError): bundle.load_model(of(**changes))
@@ -204,7 +234,8 @@ JUNK = (None, "", "x", -1, 0, 2**70, 1e308, float("nan"), [], {}, [[]], {"a": 1}
 
 def changed(value, rng):
     "A JSON value with one part of it replaced by junk, dropped, or doubled."
-    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15: return JUNK[rng.integers(len(JUNK))]
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
+        return JUNK[rng.integers(len(JUNK))]
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key, out = keys[rng.integers(len(keys))], value.copy()
     if rng.random() < 0.1: out.pop(key)
@@ -218,7 +249,8 @@ def test_junk_in_a_signed_manifest_is_refused_or_harmless(copy, cases):
     rng, plain, seen = np.random.default_rng(cases), manifest_of(copy), {"read": 0, "refused": 0}
     for _ in range(cases):
         junk = changed(plain, rng)
-        try: sign_manifest(copy, junk) if isinstance(junk, dict) else (copy / MANIFEST).write_text(json.dumps(junk))
+        try:
+            sign_manifest(copy, junk) if isinstance(junk, dict) else (copy / MANIFEST).write_text(json.dumps(junk))
         except ValueError: continue
         try: bundle = read_bundle(copy)
         except BiomassError as e:
@@ -244,7 +276,8 @@ def test_bundles_of_earlier_libraries_are_read(copy):
     rewritten_member(copy, config={"a_switch_of_old": 3})
     rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items()
                                                 if k not in ("fusion", "symmetric", "density")})
-    (copy / MANIFEST).write_text(json.dumps({k: v for k, v in manifest_of(copy).items() if k not in SINCE_LATER}))
+    (copy / MANIFEST).write_text(
+        json.dumps({k: v for k, v in manifest_of(copy).items() if k not in SINCE_LATER}))
     bundle = read_bundle(copy)
     assert np.isfinite(predict(bundle)).all() and bundle.members[0]["config"] == {"a_switch_of_old": 3}
 

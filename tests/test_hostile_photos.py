@@ -18,7 +18,9 @@ from PIL import Image
 from biomass_kit.data.photos import MAX_PIXELS, _has_decoder, photo_size, read_photo
 from biomass_kit.data.targets import BiomassError
 
-MEMORY = 1.3e9  # bytes beyond what the process has before: a photo of MAX_PIXELS in Pillow's four bytes a pixel, twice, and its three as an array
+# bytes beyond what the process has before: a photo of MAX_PIXELS in Pillow's four bytes a pixel, twice, and
+# its three as an array
+MEMORY = 1.3e9
 SECONDS = 10  # of the processor, for one file; the largest that is decoded takes two
 HANGS = 120  # seconds on the wall, on a busy machine
 
@@ -41,15 +43,20 @@ def seeds():
     here = [of for kind, of in rare.items() if _has_decoder(kind)]
     return {name: encoded(rgb, form, quality=95) for name, form in here} | {
         "unended.jpg": encoded(rgb, "JPEG")[:-2], "a.jfif": encoded(rgb, "JPEG"),
-        "baseline.jpg": encoded(rgb, "JPEG", quality=90), "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
-        "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2), "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned),
+        "baseline.jpg": encoded(rgb, "JPEG", quality=90),
+        "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
+        "subsampled.jpeg": encoded(rgb, "JPEG", subsampling=2, restart_marker_blocks=2),
+        "turned.jpg": encoded(np.rot90(rgb).copy(), "JPEG", exif=turned),
         "grey.jpg": encoded(image.convert("L"), "JPEG"), "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
         "rgb.png": encoded(rgb, "PNG"), "rgba.png": encoded(image.convert("RGBA"), "PNG"),
-        "palette.png": encoded(image.quantize(200), "PNG", transparency=3), "grey.png": encoded(image.convert("L"), "PNG"),
-        "deep.png": encoded(rgb[..., 0].astype(np.uint16) * 257, "PNG"), "turned.png": encoded(np.rot90(rgb).copy(), "PNG", exif=turned),
+        "palette.png": encoded(image.quantize(200), "PNG", transparency=3),
+        "grey.png": encoded(image.convert("L"), "PNG"),
+        "deep.png": encoded(rgb[..., 0].astype(np.uint16) * 257, "PNG"),
+        "turned.png": encoded(np.rot90(rgb).copy(), "PNG", exif=turned),
         "text.png": encoded(rgb, "PNG", pnginfo=text_chunks()),
         "png-named.jpg": encoded(rgb, "PNG"), "jpg-named.png": encoded(rgb, "JPEG"),
-        "a.tif": encoded(rgb, "TIFF", compression="tiff_lzw"), "a.webp": encoded(rgb, "WEBP"), "a.bmp": encoded(rgb, "BMP"),
+        "a.tif": encoded(rgb, "TIFF", compression="tiff_lzw"), "a.webp": encoded(rgb, "WEBP"),
+        "a.bmp": encoded(rgb, "BMP"),
     }
 
 
@@ -61,7 +68,8 @@ def text_chunks():
     return info
 
 
-def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def bomb(width, height, extra=b"", data=b"\0" * 1000, depth=8, colour=2):
@@ -104,12 +112,15 @@ def damaged(plain, rng):
     how = rng.choice(["cut", "bits", "header bits", "overwrite", "splice", "swap", "repeat", "extreme"])
     if how == "cut": del data[at:]
     if how in ("bits", "header bits"):
-        for i in rng.integers(0, len(data) if how == "bits" else min(400, len(data)), rng.integers(1, 12)): data[i] ^= 1 << int(rng.integers(8))
+        for i in rng.integers(0, len(data) if how == "bits" else min(400, len(data)), rng.integers(1, 12)):
+            data[i] ^= 1 << int(rng.integers(8))
     if how == "overwrite": data[at : at + 64] = rng.bytes(64)
     if how == "splice": data[at:] = other[int(rng.integers(len(other))):]
     if how == "swap": name = rng.choice(sorted(plain))
     if how == "repeat": data[at:at] = data[at // 2 : at]
-    if how == "extreme": data[at % 300 : at % 300 + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\0\0"])
+    if how == "extreme":
+        data[at % 300 : at % 300 + 4] = rng.choice(
+            [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\0\0"])
     if name.endswith("png") and rng.random() < 0.7: data = repaired(bytes(data))
     return how, str(name), bytes(data)
 
@@ -131,7 +142,8 @@ def one(path, data):
     start = time.process_time()
     try: photo, what = read_photo(path), "read"
     except BiomassError as e: assert str(path) in str(e), e; what = "refused"
-    else: assert photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3 and photo.shape[0] * photo.shape[1] <= MAX_PIXELS, photo.shape
+    else:
+        assert photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3 and photo.shape[0] * photo.shape[1] <= MAX_PIXELS, photo.shape
     seconds = time.process_time() - start
     try: size = photo_size(path)
     except BiomassError as e: assert str(path) in str(e) and what == "refused", e
@@ -153,7 +165,9 @@ def main(folder, cases):
         what, seconds = one(folder / name, data)
         counts[f"{how} {what}"] = counts.get(f"{how} {what}", 0) + 1
         worst = max(worst, (seconds, f"{how} {name}"))
-    print(json.dumps({"counts": counts, "seconds": worst, "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3}))
+    print(
+        json.dumps(
+            {"counts": counts, "seconds": worst, "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3}))
 
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2200, marks=pytest.mark.long)])
@@ -178,7 +192,8 @@ def test_what_each_kind_of_photo_looks_like(tmp_path):
         photo, deep = read_photo(tmp_path / name).astype(float), name == "deep.png"
         like = rgb[..., :1] if deep else rgb @ [[0.299], [0.587], [0.114]] if "grey" in name else rgb
         assert photo.shape == rgb.shape and np.abs(photo - like).mean() < (
-            0.01 if name in ("deep.png", "rgba.png", "png-named.jpg", "turned.png", "a.tif", "a.bmp", "text.png") else 12), name
+            0.01
+            if name in ("deep.png", "rgba.png", "png-named.jpg", "turned.png", "a.tif", "a.bmp", "text.png") else 12), name
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2])

@@ -39,7 +39,9 @@ def one(config, tmp_path_factory):
     "One fold of a tiny transformer."
     room = tmp_path_factory.mktemp("kills")
     torch.manual_seed(0)
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    save_file(
+        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
+        room / "vit.safetensors")
     return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32,
                                use_aux_heads=False, train_folds=(0,))
 
@@ -77,7 +79,8 @@ def test_every_recipe_goes_on_from_its_last_epoch(one, recipe, tmp_path, monkeyp
         killed_after(monkeypatch, cut, epochs)
         seen, step = [], loop.run_epoch
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "run_epoch", lambda f, loop, stage: seen.append(loop.epoch) or step(f, loop, stage))
+            patch.setattr(
+                loop, "run_epoch", lambda f, loop, stage: seen.append(loop.epoch) or step(f, loop, stage))
             torch.manual_seed(99)  # whatever the new process drew before
             train(cut, **quiet)
         again = list(range(epochs, 4)) + (list(range(4)) if recipe == "class teacher first" else [])
@@ -103,7 +106,9 @@ def claimed(config, process): process.wait_for((config.out / ".lock.json").exist
 @pytest.fixture(scope="module")
 def whole(one):
     "An undisturbed two-stage run of two folds, and how long it worked."
-    config = dataclasses.replace(one, out=one.out.parent / "whole/run", train_folds=(0, 1), two_stage=True, freeze_epochs=2, epochs=6, **LIVE)
+    config = dataclasses.replace(
+        one, out=one.out.parent / "whole/run", train_folds=(0, 1), two_stage=True, freeze_epochs=2, epochs=6,
+        **LIVE)
     process = start(config)
     claimed(config, process)
     began = time.time()
@@ -164,7 +169,8 @@ def test_a_full_disk(whole, tmp_path):
 
 def test_a_folder_that_takes_no_files(one, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(BiomassError, match="file/run: cannot be made"): train(dataclasses.replace(one, out=tmp_path / "file/run"), **quiet)
+    with pytest.raises(BiomassError, match="file/run: cannot be made"):
+        train(dataclasses.replace(one, out=tmp_path / "file/run"), **quiet)
 
 
 def contents(folder):
@@ -184,7 +190,8 @@ def storing_slowly(config):
 
 def test_a_killed_feature_store_goes_on(one, tmp_path):
     "Killed after some photos: what is there is whole, the rest is added, nothing is computed again, and the features are those of an undisturbed store."
-    config = dataclasses.replace(one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
+    config = dataclasses.replace(
+        one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
     train(dataclasses.replace(config, cache_dir=tmp_path / "whole", out=tmp_path / "whole/run"), **quiet)
     process = start(config, storing_slowly)
     process.wait_for(lambda: len(entries(config.cache_dir)) >= 20)
@@ -213,7 +220,8 @@ def packing_until(killed_at, finished, out):
 
 
 @pytest.fixture(scope="module")
-def packed(finished, tmp_path_factory): return packing.pack(finished, tmp_path_factory.mktemp("packed") / "whole")
+def packed(finished, tmp_path_factory):
+    return packing.pack(finished, tmp_path_factory.mktemp("packed") / "whole")
 
 
 @pytest.mark.parametrize("killed_at", [3, 8])

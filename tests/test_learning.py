@@ -24,13 +24,15 @@ from biomass_kit.training.run import train
 quiet = dict(log=lambda line: None)
 
 
-def members(folder): return {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
+def members(folder):
+    return {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
 
 
 def test_heads_on_frozen_features_beat_the_floors(config, tmp_path):
     "Even a random convolutional network passes colours on; a head that learns reads drawn pasture far above the floors."
     data = write_dataset(tmp_path / "data", n_photos=60, n_test=1, seed=5, height=96)
-    results = train(dataclasses.replace(config, data=data, out=tmp_path / "run", use_aux_heads=False, epochs=60, cache_dir=tmp_path / "cache"), **quiet)
+    results = train(
+        dataclasses.replace(config, data=data, out=tmp_path / "run", use_aux_heads=False, epochs=60, cache_dir=tmp_path / "cache"), **quiet)
     score = {k: s["weighted_r2"] for k, s in results["scores"].items()}
     assert score["model"] > max(score["floor_constant"], score["floor_state"]) + 0.15, score
 
@@ -44,7 +46,8 @@ def test_shuffled_labels_teach_nothing(config, tmp_path):
     grams = table.set_index(["image_path", "target_name"]).target
     table["target"] = [grams[partner[p], t] for p, t in zip(table.image_path, table.target_name)]
     table.to_csv(tmp_path / "data/train.csv", index=False)
-    results = train(dataclasses.replace(config, data=tmp_path / "data", out=tmp_path / "run", epochs=30, cache_dir=tmp_path / "cache"), **quiet)
+    results = train(
+        dataclasses.replace(config, data=tmp_path / "data", out=tmp_path / "run", epochs=30, cache_dir=tmp_path / "cache"), **quiet)
     assert results["scores"]["model"]["weighted_r2"] < results["scores"]["floor_constant"]["weighted_r2"] + 0.1
 
 
@@ -52,7 +55,9 @@ def test_seed_decides_everything(config, finished, tmp_path):
     train(dataclasses.replace(config, out=tmp_path / "again"), **quiet)
     assert members(tmp_path / "again") == members(finished) and (tmp_path / "again/oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
     train(dataclasses.replace(config, out=tmp_path / "other", seed=1, train_folds=(0,)), **quiet)
-    same, other = (load_file(next((folder / "bundle").glob("member-*fold0*"))) for folder in (finished, tmp_path / "other"))
+    same, other = (
+        load_file(next((folder / "bundle").glob("member-*fold0*")))
+        for folder in (finished, tmp_path / "other"))
     assert not torch.equal(same["embed.weight"], other["embed.weight"]), "another seed, the same weights"
 
 
@@ -96,9 +101,13 @@ def test_a_run_folder_belongs_to_one_run(config, finished, tmp_path):
     "Other starting weights, photos or options under a half-finished run are refused, not mixed in."
     shutil.copytree(config.data, tmp_path / "data")
     shutil.copy(config.backbone_weights, tmp_path / "weights.safetensors")
-    mine = dataclasses.replace(config, data=tmp_path / "data", backbone_weights=tmp_path / "weights.safetensors", out=tmp_path / "run")
+    mine = dataclasses.replace(
+        config, data=tmp_path / "data", backbone_weights=tmp_path / "weights.safetensors",
+        out=tmp_path / "run")
     train(dataclasses.replace(mine, train_folds=(0,)), **quiet)
-    save_file({k: v + 1 if v.is_floating_point() else v for k, v in load_file(config.backbone_weights).items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {k: v + 1 if v.is_floating_point() else v for k, v in load_file(config.backbone_weights).items()},
+        tmp_path / "weights.safetensors")
     with pytest.raises(BiomassError, match="starting_weights"): train(mine, **quiet)
     shutil.copy(config.backbone_weights, tmp_path / "weights.safetensors")
     photo = next((tmp_path / "data/train").iterdir())
@@ -113,7 +122,8 @@ def test_joining_again_replaces_what_changed(config, finished, tmp_path):
     join_runs([finished, other.out], tmp_path / "joint")
     assert len(read_bundle(tmp_path / "joint").members) == 6
     join_runs([finished], tmp_path / "joint")
-    assert len(read_bundle(tmp_path / "joint").members) == 3 == len(list((tmp_path / "joint").glob("member-*")))
+    assert len(read_bundle(tmp_path / "joint").members) == 3 == len(
+        list((tmp_path / "joint").glob("member-*")))
 
 
 def test_a_stage_forgets_the_optimizer_before_it(config, tmp_path, monkeypatch):
@@ -126,5 +136,6 @@ def test_a_stage_forgets_the_optimizer_before_it(config, tmp_path, monkeypatch):
         return prepared
 
     monkeypatch.setattr(Accelerator, "prepare_optimizer", spy)
-    train(dataclasses.replace(config, freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0, 1), out=tmp_path / "run"), **quiet)
+    train(
+        dataclasses.replace(config, freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0, 1), out=tmp_path / "run"), **quiet)
     assert known == [1, 1, 1, 1]

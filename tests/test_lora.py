@@ -43,7 +43,8 @@ def adapting(config, tmp_path_factory):
     "A two-stage run on a tiny transformer whose second stage learns LoRA factors, for two folds."
     room = tmp_path_factory.mktemp("lora")
     return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=start("test_vit", room), freeze_backbone=False,
-                               two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2, train_folds=(0, 1), use_aux_heads=False)
+                               two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2,
+                               train_folds=(0, 1), use_aux_heads=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def agrees(run, data):
     for m in bundle.members:
         rows = oof[oof.fold == m["fold"]]
         alone = Ensemble(bundle._replace(manifest={**bundle.manifest, "members": [m]}), device_type="cpu")
-        worst = max(worst, np.abs(alone.predict([data / p for p in rows.image_path]) - rows[[t + "_raw" for t in TARGETS]].to_numpy()).max())
+        worst = max(
+            worst,
+            np.abs(alone.predict([data / p for p in rows.image_path]) - rows[[t + "_raw" for t in TARGETS]].to_numpy()).max())
     return worst
 
 
@@ -72,18 +75,23 @@ def test_merged_weights_are_what_peft_computes(name, tmp_path):
     assert sorted(adapted_layers(backbone)) == layers and {n.rpartition(".")[2] for n in layers} == (
         {"fc1", "fc2"} if "conv" in name else {"qkv", "proj", "fc1", "fc2"})
     for n, p in backbone.named_parameters():
-        if n.endswith("gamma"): torch.nn.init.ones_(p)  # a new network's layer scale lets next to nothing of a block through
+        if n.endswith("gamma"):
+            torch.nn.init.ones_(p)  # a new network's layer scale lets next to nothing of a block through
         if p.requires_grad: torch.nn.init.normal_(p, std=0.05)
     with torch.no_grad(): theirs = backbone.eval()(tiles)
     lora = take_lora(backbone)
-    member = {"backbone": save_backbone(tmp_path, backbone) | save_lora(tmp_path, **lora), "tile_size": size, "model": {"dim": backbone.dim}}
+    member = {
+        "backbone": save_backbone(tmp_path, backbone) | save_lora(tmp_path, **lora), "tile_size": size,
+        "model": {"dim": backbone.dim}}
     with torch.no_grad(): ours = Bundle(tmp_path, {}).load_backbone(member)(tiles)
     assert (ours - theirs).abs().max() < 1e-4 and (backbone.eval()(tiles) - theirs).abs().max() > 1e-2
 
 
 def test_a_member_holds_only_what_it_learned(adapting, adapted, data):
     bundle = read_bundle(adapted)
-    files = {kind: sorted(p.name for p in (adapted / "bundle").glob(f"{kind}-*")) for kind in ("backbone", "lora", "member")}
+    files = {
+        kind: sorted(p.name for p in (adapted / "bundle").glob(f"{kind}-*"))
+        for kind in ("backbone", "lora", "member")}
     assert ({kind: len(names) for kind, names in files.items()} == {"backbone": 1, "lora": 2, "member": 2}
             and set(sum(files.values(), [])) == set(bundle.manifest["files"]))
     base, begin = load_file(adapted / "bundle" / files["backbone"][0]), load_file(adapting.backbone_weights)
@@ -109,7 +117,8 @@ def test_lost_factors_are_learned_again(adapting, adapted, tmp_path):
     with pytest.raises(BiomassError, match="missing"): read_bundle(adapted)
     train(adapting, **quiet)
     assert {p.name: file_digest(p) for p in (adapted / "bundle").glob("*.safetensors")} == before
-    with pytest.raises(BiomassError, match="lora_rank"): train(dataclasses.replace(adapting, lora_rank=4), **quiet)
+    with pytest.raises(BiomassError, match="lora_rank"):
+        train(dataclasses.replace(adapting, lora_rank=4), **quiet)
 
 
 @pytest.mark.parametrize("chosen", [dict(average="ema"), dict(average="swa"), dict(checkpoint="best"),
@@ -137,10 +146,12 @@ def test_layers_that_are_not_called_are_left_alone():
 
 
 def test_what_cannot_be_adapted_is_refused(adapting, weights, monkeypatch, tmp_path):
-    plain = dataclasses.replace(adapting, out=tmp_path / "run", backbone="test_efficientnet", backbone_weights=weights)
+    plain = dataclasses.replace(
+        adapting, out=tmp_path / "run", backbone="test_efficientnet", backbone_weights=weights)
     with pytest.raises(BiomassError, match="test_efficientnet has no linear"): train(plain, **quiet)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BiomassError, match="pip install peft"): train(dataclasses.replace(adapting, out=tmp_path / "run"), **quiet)
+    with pytest.raises(BiomassError, match="pip install peft"):
+        train(dataclasses.replace(adapting, out=tmp_path / "run"), **quiet)
     assert not (tmp_path / "run/config.json").exists(), "refused before the folder is claimed"
 
 
@@ -165,7 +176,8 @@ def watch(monkeypatch):
 
 def test_a_frozen_stage_leaves_running_statistics_alone(config, tmp_path, watch):
     "Batch norm in train mode would drift under heads that are told the backbone is frozen."
-    train(dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0,)), **quiet)
+    train(
+        dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0,)), **quiet)
     first, second = watch["buffers"]
     assert any("running_mean" in k for k in first) and all(torch.equal(first[k], second[k]) for k in first)
     assert watch["modes"] == [{False}, {True}]
@@ -179,7 +191,8 @@ def test_lora_leaves_running_statistics_alone(config, tmp_path, watch):
     train(dataclasses.replace(config, out=tmp_path / "run", backbone="mobilevit_xxs", backbone_weights=begin, freeze_backbone=False, epochs=1,
                               batch_size=10, lora_rank=2, train_folds=(0,)), **quiet)
     left, begin = load_file(next((tmp_path / "run/bundle").glob("backbone-*"))), load_file(begin)
-    assert watch["modes"] == [{True}] and any("running_mean" in k for k in begin) and all(torch.equal(begin[k], left[k]) for k in begin)
+    assert watch["modes"] == [{True}] and any("running_mean" in k for k in begin) and all(
+        torch.equal(begin[k], left[k]) for k in begin)
 
 
 @pytest.mark.parametrize("name, rank", [("test_vit", 0), ("test_vit", 2), ("vit_small_patch16_dinov3", 2)])
@@ -203,7 +216,9 @@ def test_checkpointing_changes_no_gradient(name, rank):
 
 @pytest.mark.long
 def test_two_processes_share_photos_with_intervals(config, data, tmp_path):
-    train(dataclasses.replace(config, out=tmp_path / "run", epochs=1, uncertainty=True, train_folds=(0,)), **quiet)
+    train(
+        dataclasses.replace(config, out=tmp_path / "run", epochs=1, uncertainty=True, train_folds=(0,)),
+        **quiet)
     alone = predict_folder(tmp_path / "run", data / "test", tmp_path / "alone.csv", device_type="cpu")
     done = launch(2, "biomass_kit.predict", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv",
                   "--device-type", "cpu", "--no-cache")

@@ -36,7 +36,9 @@ def base(tmp_path_factory):
     room = tmp_path_factory.mktemp("numbers")
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
     torch.manual_seed(0)
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    save_file(
+        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
+        room / "vit.safetensors")
     return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")
 
@@ -66,7 +68,8 @@ def killed_after_two(config, monkeypatch):
 def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
     "Pixels augmented in the loop, with 0, 1 and 2 workers; begun with one number and gone on with another."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    run = lambda name, workers: dataclasses.replace(base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
+    run = lambda name, workers: dataclasses.replace(
+        base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
     for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
     killed_after_two(run("cut", 2), monkeypatch)
     train(run("cut", 1), **quiet)
@@ -75,8 +78,10 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
 
 def test_threads_change_no_bit(base, tmp_path):
     "Heads on stored features learn on one thread, whatever the machine has: sums of many threads end in other bits."
-    wide = dataclasses.replace(base, freeze_backbone=True, batch_size=12, hidden_ratio=4.0, cache_dir=tmp_path / "cache")
-    before, runs = torch.get_num_threads(), {n: dataclasses.replace(wide, out=tmp_path / f"{n}/run") for n in (4, 1)}
+    wide = dataclasses.replace(
+        base, freeze_backbone=True, batch_size=12, hidden_ratio=4.0, cache_dir=tmp_path / "cache")
+    before, runs = torch.get_num_threads(), {
+        n: dataclasses.replace(wide, out=tmp_path / f"{n}/run") for n in (4, 1)}
     try:
         for n, config in runs.items():
             torch.set_num_threads(n)
@@ -116,16 +121,23 @@ def oof(config):
 
 def test_cached_as_not_cached(base, tmp_path):
     "With the same draws of flips and swaps, stored features in fp32 give what the backbone gives in every epoch; in fp16 it differs by what is said here."
-    plain = dataclasses.replace(base, freeze_backbone=True, augment="flips", use_mixup=False, use_cutmix=False, train_folds=None, epochs=6)
+    plain = dataclasses.replace(
+        base, freeze_backbone=True, augment="flips", use_mixup=False, use_cutmix=False, train_folds=None,
+        epochs=6)
     anew = oof(dataclasses.replace(plain, cache=False, out=tmp_path / "anew/run"))
     off = {}
     for dtype in ("fp32", "fp16"):
-        stored = dataclasses.replace(plain, cache_dtype=dtype, out=tmp_path / dtype / "run", cache_dir=tmp_path / dtype / "cache")
+        stored = dataclasses.replace(
+            plain, cache_dtype=dtype, out=tmp_path / dtype / "run", cache_dir=tmp_path / dtype / "cache")
         off[dtype] = np.abs(oof(stored) - anew).max()
-    print(f"largest difference to features computed in every epoch: fp32 store {off['fp32']:.2g} g, fp16 store {off['fp16']:.2g} g")
+    print(
+        f"largest difference to features computed in every epoch: fp32 store {off['fp32']:.2g} g, fp16 store "
+        f"{off['fp16']:.2g} g")
     assert off["fp32"] < 1e-3 and 0 < off["fp16"] < 0.05
     photos = list_photos(base.data / "test")
-    fresh, first, again = (predict_photos(tmp_path / "fp32/run", photos, device_type="cpu", cache_dir=c) for c in (None, tmp_path / "c", tmp_path / "c"))
+    fresh, first, again = (
+        predict_photos(tmp_path / "fp32/run", photos, device_type="cpu", cache_dir=c)
+        for c in (None, tmp_path / "c", tmp_path / "c"))
     assert_close(first, fresh)
     assert_close(again, fresh)
 
@@ -140,7 +152,8 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
         calls.append(len(truth["grams"]))
         loss, terms = plain(outputs, truth, *rest)
         if len(calls) != 4: return loss, terms
-        return (loss * torch.nan if what == "loss" else loss + torch.sqrt(0 * outputs["grams"].sum())), terms  # the root of zero has no slope
+        # the root of zero has no slope
+        return (loss * torch.nan if what == "loss" else loss + torch.sqrt(0 * outputs["grams"].sum())), terms
 
     batches, run = [], loop.train_step
     with monkeypatch.context() as patch:
@@ -166,12 +179,18 @@ def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
 
 
 SMALL = {  # name -> (table -> table, options)
-    "one photo a fold": (lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:4])], dict(cv="random", n_folds=4)),
-    "two photos": (lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:2])], dict(cv="random", n_folds=2)),
-    "one state": (lambda t: t.assign(State="WA"), {}), "states without a name": (lambda t: t.assign(State="", Species=""), {}),
-    "one target constant": (lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
-    "all targets constant": (lambda t: t.assign(target=5.0), {}), "nothing grows": (lambda t: t.assign(target=0.0), {}),
-    "two dates": (lambda t: t.assign(Sampling_Date=["2015/9/4" if i % 2 else "2015/9/5" for i in t.image_path.astype("category").cat.codes]), {}),
+    "one photo a fold": (
+        lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:4])], dict(cv="random", n_folds=4)),
+    "two photos": (
+        lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:2])], dict(cv="random", n_folds=2)),
+    "one state": (lambda t: t.assign(State="WA"), {}),
+    "states without a name": (lambda t: t.assign(State="", Species=""), {}),
+    "one target constant": (
+        lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
+    "all targets constant": (lambda t: t.assign(target=5.0), {}),
+    "nothing grows": (lambda t: t.assign(target=0.0), {}),
+    "two dates": (
+        lambda t: t.assign(Sampling_Date=["2015/9/4" if i % 2 else "2015/9/5" for i in t.image_path.astype("category").cat.codes]), {}),
 }
 
 
@@ -185,9 +204,11 @@ def test_small_and_flat_data_work(base, name, tmp_path):
     "With every head that looks at labels, some by the command with two grids joined; what has no score says so, and every prediction is a number."
     change, more = SMALL[name]
     shutil.copytree(base.data, tmp_path / "data")
-    change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(tmp_path / "data/train.csv", index=False)
+    change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(
+        tmp_path / "data/train.csv", index=False)
     config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16,
-                                 use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True, **more)
+                                 use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True,
+                                 **more)
     out = config.out / "bundle" if name in BY_COMMAND else config.out
     if name in BY_COMMAND: biomass_train([*options(config), "--grids", "1", "1", "2", "2"])
     else: train(config, **quiet)

@@ -53,7 +53,8 @@ def refused(call, *arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def packed(finished, tmp_path_factory): return pack(finished, tmp_path_factory.mktemp("packed") / "kaggle_datasets")
+def packed(finished, tmp_path_factory):
+    return pack(finished, tmp_path_factory.mktemp("packed") / "kaggle_datasets")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def wheel(packed):
 
 def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
     "Both ways in which Kaggle mounts inputs; a submission equal to ours; figures with their margins."
-    assert {p.suffix for p in packed.rglob("*") if p.is_file()} <= {".json", ".whl", ".safetensors", ".ipynb", ".png", ".csv", ".md"}
+    assert {p.suffix for p in packed.rglob("*") if p.is_file()} <= {
+        ".json", ".whl", ".safetensors", ".ipynb", ".png", ".csv", ".md"}
     said = []
     report = verify(packed, data, tmp_path / "kept", share=True, say=said.append)
     assert [done["form"] for done in report["runs"]] == ["slug", "kind"]
@@ -72,7 +74,8 @@ def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
         check(done, finished, data, tmp_path)
         assert done["attempts"] == 0 and 1e8 < done["memory"] < 4e9 and 0 < done["disk"] < 1e6 and done["seconds"] < 200
     text = "\n".join(said)
-    for word in ("of 9 h", "of 30 GB", "of 20 GB", "to spare", "numpy 2.0.2 ->", "network attempts: 0", done["network"]): assert word in text, text
+    for word in ("of 9 h", "of 30 GB", "of 20 GB", "to spare", "numpy 2.0.2 ->", "network attempts: 0", done["network"]):
+        assert word in text, text
 
 
 def small_wheel(folder):
@@ -80,8 +83,10 @@ def small_wheel(folder):
     path = folder / "quadrat_ruler-1.0-py3-none-any.whl"
     info = "quadrat_ruler-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as z:
-        for name, text in (("quadrat_ruler.py", "length = 70"), (f"{info}/METADATA", "Metadata-Version: 2.1\nName: quadrat-ruler\nVersion: 1.0\n"),
-                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")):
+        for name, text in (("quadrat_ruler.py", "length = 70"), (f"{info}/METADATA", "Metadata-Version: "
+                                                                                     "2.1\nName: quadrat-ruler\nVersion: 1.0\n"),
+                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: "
+                                             "true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")):
             z.writestr(name, text)
     return path
 
@@ -97,10 +102,12 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     photos = tmp_path / "quadrats"
     for part in ("north", "south"): shutil.copytree(data / "test", photos / part)
     (photos / "south/broken.jpg").write_bytes(b"no photo")
-    cells = [*inference.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
+    cells = [
+        *inference.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
     monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     write_tracked(out, "grass")
-    biomass_verify(["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
+    biomass_verify(
+        ["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
     assert "9 rows, valid" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
     assert list(table.photo) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
@@ -119,7 +126,8 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
     old = os.umask(0o077)
     try: again = pack(copy, tmp_path / "again")
     finally: os.umask(old)
-    digests = lambda folder: {str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
+    digests = lambda folder: {
+        str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
     assert digests(again) == digests(packed)
     assert ({f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
             and any(n.endswith(".whl") for n in digests(packed)))
@@ -128,19 +136,26 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
 def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, finished, data, tmp_path):
     "By packing, by verifying and in the notebook's own call."
     def each(edit):
-        bundle, there = (shutil.copytree(finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"),
+        bundle, there = (shutil.copytree(
+            finished / "bundle", tmp_path / "b" / str(len(os.listdir(tmp_path))) / "bundle"),
                          shutil.copytree(packed, tmp_path / f"p{len(os.listdir(tmp_path))}"))
         edit(bundle), edit(there / WEIGHTS)
-        return [refused(pack, bundle, tmp_path / "x", wheel=wheel), refused(verify, there, data, tmp_path / "y", share=True),
+        return [refused(pack, bundle, tmp_path / "x", wheel=wheel), refused(
+            verify, there, data, tmp_path / "y", share=True),
                 refused(inference.predict_inputs, there / WEIGHTS, data, tmp_path)]
 
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
-        assert all(name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
+        assert all(
+            name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
     assert all("notes.md" in said for said in each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))), "a pickle under another name"
-    def manifest(**changes): return lambda f: (f / "manifest.json").write_text(json.dumps(json.loads((f / "manifest.json").read_text()) | changes))
+    def manifest(**changes):
+        return lambda f: (f / "manifest.json").write_text(
+            json.dumps(json.loads((f / "manifest.json").read_text()) | changes))
     assert all("install biomass_kit 7.0 or later" in said for said in each(manifest(library="7.0")))
     assert all("schema 9" in said for said in each(manifest(schema=9)))
-    assert all("sha256 differs" in said for said in each(lambda f: [p.write_bytes(p.read_bytes()[:-1] + b"!") for p in f.glob("backbone-*")]))
+    assert all(
+        "sha256 differs" in said
+        for said in each(lambda f: [p.write_bytes(p.read_bytes()[:-1] + b"!") for p in f.glob("backbone-*")]))
 
 
 def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, monkeypatch):
@@ -151,7 +166,9 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
 
     hide = "try: {}\nexcept OSError: print('hidden')"
     cells = inference.NOTEBOOK_CELLS
-    said = refused(run_offline, packed_with("import socket\n" + hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")), data, tmp_path / "kept")
+    said = refused(
+        run_offline,
+        packed_with("import socket\n" + hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")), data, tmp_path / "kept")
     assert "tried to reach the network" in said and "192.0.2.1" in said
     if network_cut():  # a process that the guard does not see, counted by the kernel
         monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
@@ -159,7 +176,8 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
         assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
     monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
-    if "--mount" in network_cut(): assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
+    if "--mount" in network_cut():
+        assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     assert "wrote to its input" in refused(run_offline, writes, data, tmp_path / "kept")
     assert not (data / "notes.txt").exists()
@@ -197,7 +215,9 @@ def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
     assert ("reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout
             and len(log.read_text().splitlines()) == 2)
     if network_cut():
-        count = lambda code: unrouted(run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp /proc/net/snmp6").stdout)
+        count = lambda code: unrouted(
+            run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp "
+                                            "/proc/net/snmp6").stdout)
         assert count("pass") == 0 and count(ATTEMPT) == 1
 
 
@@ -206,10 +226,14 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
     "A fresh virtual environment with the listed requirements and a notebook runner, nothing shared with this one."
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    done = run(python, "-m", "pip", "install", "--quiet", *PREDICT_REQUIREMENTS, "nbclient", "ipykernel", "--constraint", ROOT / "constraints.txt")
+    done = run(
+        python, "-m", "pip", "install", "--quiet", *PREDICT_REQUIREMENTS, "nbclient", "ipykernel",
+        "--constraint", ROOT / "constraints.txt")
     assert done.returncode == 0, done.stderr[-2000:]
     names = {p["name"] for p in json.loads(run(python, "-m", "pip", "list", "--format", "json").stdout)}
-    assert not names & {"albumentations", "scikit-learn", "accelerate", "tyro", "matplotlib", "nbdev", "biomass-kit", "biomass_kit"}
+    assert not names & {
+        "albumentations", "scikit-learn", "accelerate", "tyro", "matplotlib", "nbdev", "biomass-kit",
+        "biomass_kit"}
     done = run_offline(pack(finished, tmp_path / "packed"), data, tmp_path / "working", python)
     check(done, finished, data, tmp_path)
     assert "no picture of the predictions" in printed(done["notebook"]), "without matplotlib there is no picture, and nothing else is lost"
@@ -226,7 +250,8 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     torch.manual_seed(0)
     save_file(build_backbone(name, pretrained=False)[0].model.state_dict(), file)
     frozen = dict(freeze_backbone=True)
-    tuned = dict(freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
+    tuned = dict(
+        freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
     config = TrainConfig(
         data=data, out=tmp_path / "run", backbone=name, backbone_weights=file, grid=(1, 1), tile_size=size,
         n_folds=2, train_folds=(0,), epochs=2, batch_size=4, tta=("plain", "h"), cache_dir=tmp_path / "cache",
@@ -234,7 +259,9 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     train(config, log=lambda line: None)
     files = [p.name.partition("-")[0] for p in (config.out / "bundle").glob("*.safetensors")]
     assert files.count("backbone") == 1 and files.count("lora") == learns
-    check(run_offline(pack(config.out, tmp_path / "packed", wheel=wheel), data, tmp_path / "working"), config.out, data, tmp_path)
+    check(
+        run_offline(pack(config.out, tmp_path / "packed", wheel=wheel), data, tmp_path / "working"),
+        config.out, data, tmp_path)
 
 
 @pytest.mark.long
@@ -242,7 +269,10 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
 def test_real_photos_end_to_end(tmp_path):
     "A one-fold run on the real photos, packed, run offline over the public test photo."
     config = TrainConfig(data=SHARED / "csiro", out=tmp_path / "run", backbone="vit_small_patch14_dinov2", tile_size=112, freeze_backbone=True, epochs=20,
-                         backbone_weights=SHARED / "weights/vit_small_patch14_dinov2.safetensors", train_folds=(0,), device_type="cpu")
+                         backbone_weights=SHARED / "weights/vit_small_patch14_dinov2.safetensors",
+                         train_folds=(0,), device_type="cpu")
     results = train(config, log=lambda line: None)
     assert results["photos"] == 16
-    check(run_offline(pack(config.out, tmp_path / "packed"), SHARED / "csiro", tmp_path / "working"), config.out, SHARED / "csiro", tmp_path)
+    check(
+        run_offline(pack(config.out, tmp_path / "packed"), SHARED / "csiro", tmp_path / "working"),
+        config.out, SHARED / "csiro", tmp_path)

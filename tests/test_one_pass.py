@@ -24,20 +24,23 @@ from biomass_kit.training.run import train
 def passes(monkeypatch):
     "How often any backbone was called."
     calls, plain = [], Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda self, tiles: calls.append(len(tiles)) or plain(self, tiles))
+    monkeypatch.setattr(
+        Backbone, "forward", lambda self, tiles: calls.append(len(tiles)) or plain(self, tiles))
     return calls
 
 
 def test_passes_are_the_distinct_ones(data, tmp_path, passes):
     "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 a member when fine-tuned, none for photos seen before."
     photos = list_photos(data / "test")
-    frozen = Ensemble(read_bundle(untrained_bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
+    frozen = Ensemble(
+        read_bundle(untrained_bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
     first = frozen.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 6
     passes.clear()
     assert_close(frozen.predict(photos, batch_size=3), first)
     assert passes == []
-    tuned = Ensemble(read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type="cpu")
+    tuned = Ensemble(
+        read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True)), device_type="cpu")
     tuned.predict(photos, batch_size=len(photos))
     assert passes == [len(photos)] * 3 * 5
     passes.clear()
@@ -48,7 +51,8 @@ def test_passes_are_the_distinct_ones(data, tmp_path, passes):
 
 def test_one_batch_asks_only_for_what_is_missing(data, tmp_path, passes):
     photos = list_photos(data / "test")
-    ensemble = Ensemble(read_bundle(untrained_bundle(tmp_path / "b")), device_type="cpu", cache_dir=tmp_path / "cache")
+    ensemble = Ensemble(
+        read_bundle(untrained_bundle(tmp_path / "b")), device_type="cpu", cache_dir=tmp_path / "cache")
     ensemble.predict(photos[1:3])
     passes.clear()
     ensemble.predict(photos, batch_size=4)
@@ -65,7 +69,10 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
     assert passes == []
     train(dataclasses.replace(first, out=tmp_path / "taught", teacher=first.out), log=lambda line: None)
     assert passes == [], "the teacher reads the same features"
-    for seed in (0, 1): train(dataclasses.replace(first, out=tmp_path / f"drawn{seed}", stored_draws=2, seed=seed), log=lambda line: None)
+    for seed in (0, 1):
+        train(
+            dataclasses.replace(first, out=tmp_path / f"drawn{seed}", stored_draws=2, seed=seed),
+            log=lambda line: None)
     assert sum(passes) == 30 * 2, "seeds share the stored draws"
 
 
@@ -99,8 +106,11 @@ def test_two_processes_share_the_photos(data, tmp_path):
     for p in list_photos(data / "train")[:7]: (photos / p.name).write_bytes(p.read_bytes())
     bad = sorted(photos.iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:300])
-    with pytest.warns(UserWarning, match="1 of 7"): alone = predict_folder(folder, photos, tmp_path / "alone.csv", device_type="cpu")
-    words = ["--weights", folder, "--photos", photos, "--out", tmp_path / "shared.csv", "--device-type", "cpu", "--no-cache"]
+    with pytest.warns(UserWarning, match="1 of 7"):
+        alone = predict_folder(folder, photos, tmp_path / "alone.csv", device_type="cpu")
+    words = [
+        "--weights", folder, "--photos", photos, "--out", tmp_path / "shared.csv", "--device-type", "cpu",
+        "--no-cache"]
     said = share(2, run_command, "predict", *words, log=tmp_path / "said")
     shared = pd.read_csv(tmp_path / "shared.csv")
     assert shared.photo.tolist() == alone.photo.tolist()

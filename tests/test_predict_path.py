@@ -54,7 +54,8 @@ def test_imports_of_the_predict_path_are_the_listed_ones():
 def test_predicting_loads_nothing_else(finished, data, tmp_path):
     unwanted = {"sklearn", "scipy", "albumentations", "cv2", "accelerate", "tyro", "matplotlib", "nbdev",
                 "fastcore", "IPython", "optuna", "peft", "pillow_heif"}
-    code = PREDICT.format(weights=str(finished), data=str(data), out=str(tmp_path / "submission.csv"), unwanted=unwanted)
+    code = PREDICT.format(
+        weights=str(finished), data=str(data), out=str(tmp_path / "submission.csv"), unwanted=unwanted)
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "submission.csv")) == 20

@@ -23,7 +23,9 @@ def room(tmp_path_factory):
     room = tmp_path_factory.mktemp("start")
     write_dataset(room / "data", n_photos=12, n_test=1, seed=2, height=64)
     torch.manual_seed(0)
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), room / "vit.safetensors")
+    save_file(
+        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
+        room / "vit.safetensors")
     return room
 
 
@@ -33,7 +35,8 @@ def base(room, tmp_path, monkeypatch):
     def forward(self, tiles): raise AssertionError("a backbone was run before the refusal")
     monkeypatch.setattr(Backbone, "forward", forward)
     return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors",
-                       tile_size=32, freeze_backbone=True, epochs=2, cache_dir=tmp_path / "cache", device_type="cpu")
+                       tile_size=32, freeze_backbone=True, epochs=2, cache_dir=tmp_path / "cache",
+                       device_type="cpu")
 
 
 def refused(config, **options):
@@ -45,17 +48,23 @@ def refused(config, **options):
 
 
 WRONG = {  # name -> (options, what must be said)
-    "two stages of a frozen backbone": (dict(two_stage=True), "--two-stage trains the backbone in its second stage; drop it or --freeze-backbone"),
-    "a grid finer than patches": (dict(grid=(5, 5)), "whose halves are 64 pixels, would be smaller than a patch of 16; use at most 4 rows and columns"),
+    "two stages of a frozen backbone": (
+        dict(two_stage=True), "--two-stage trains the backbone in its second stage; drop it or "
+                              "--freeze-backbone"),
+    "a grid finer than patches": (
+        dict(grid=(5, 5)), "whose halves are 64 pixels, would be smaller than a patch of 16; use at most 4 "
+                           "rows and columns"),
     "one side alone too fine": (dict(grid=(1, 9)), "use at most 4 rows and columns"),
-    "a tile of broken patches": (dict(tile_size=40), "use --tile-size 32, or leave the option out for the model's own"),
+    "a tile of broken patches": (
+        dict(tile_size=40), "use --tile-size 32, or leave the option out for the model's own"),
     "a tile of a size that no patch explains": (
         dict(backbone="xcit_nano_12_p16_224", backbone_weights=None, pretrained=False, freeze_backbone=False,
              tile_size=252),
         "use --tile-size 256, or leave the option out for the model's own 224"),
     "a name as the hub writes it": (dict(backbone="hf_hub:timm/test_vit"), "write --backbone test_vit;"),
     "more folds than groups": (dict(n_folds=200), "use 2 to "),
-    "more folds than photos": (dict(n_folds=13, cv="random"), "the data has 12 groups; use 2 to 12 folds"), "one fold": (dict(n_folds=1), "use 2 to "),
+    "more folds than photos": (dict(n_folds=13, cv="random"), "the data has 12 groups; use 2 to 12 folds"),
+    "one fold": (dict(n_folds=1), "use 2 to "),
     "a fold that is not there": (dict(train_folds=(2,)), "--train-folds 2: the folds are 0 to 1"),
     "folds of leave-one-out": (dict(cv="leave_one_state_out", n_folds=9), "each is a fold"),
     "a teacher that is none": (dict(teacher=Path("nowhere")), "nowhere"),
@@ -64,7 +73,8 @@ WRONG = {  # name -> (options, what must be said)
     "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
     "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"),
     "blocks that are not there": (dict(feature_blocks=(99,)), "has blocks 0 to"),
-    "the device is absent": (dict(device_type="mps" if not torch.backends.mps.is_available() else "cuda"), "this machine has no"),
+    "the device is absent": (
+        dict(device_type="mps" if not torch.backends.mps.is_available() else "cuda"), "this machine has no"),
     "a warm-up of everything": (dict(warmup=1.0), "--warmup 1.0: must lie in"),
     "draws without a cache": (dict(stored_draws=2, cache=False), "--stored-draws needs"),
 }
@@ -88,8 +98,12 @@ def test_one_date(base, room, tmp_path):
     one = data_with(room, tmp_path / "one", lambda t: t.assign(Sampling_Date="2015/9/4"))
     assert "--cv group_date: the data has a single group, so nothing would be left to train on" in refused(base, data=one)
     photos = sorted(set(pd.read_csv(room / "data/train.csv").image_path))
-    two = data_with(room, tmp_path / "two", lambda t: t.assign(Sampling_Date=["2015/9/4" if p in photos[:6] else "2015/9/5" for p in t.image_path]))
-    assert "--checkpoint best: the training part has one sampling date" in refused(base, data=two, checkpoint="best")
+    two = data_with(
+        room, tmp_path / "two",
+        lambda t: t.assign(
+            Sampling_Date=["2015/9/4" if p in photos[:6] else "2015/9/5" for p in t.image_path]))
+    assert "--checkpoint best: the training part has one sampling date" in refused(
+        base, data=two, checkpoint="best")
 
 
 def test_photos_that_are_smaller_than_others(base, room, tmp_path):

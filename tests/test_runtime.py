@@ -69,7 +69,8 @@ class SlowBackbones:
         self.passes.append(tiles.shape[0])
         self.now += self.seconds(tiles)
 
-    def seconds(self, tiles): return self.pace * tiles.shape[0] * tiles.shape[1] * tiles.shape[2] * tiles.shape[-1] ** 2
+    def seconds(self, tiles):
+        return self.pace * tiles.shape[0] * tiles.shape[1] * tiles.shape[2] * tiles.shape[-1] ** 2
 
     def whole(self, photos, views=3, tiles=4 + 9, size=32):
         "Seconds that the frozen bundle takes for so many photos."
@@ -78,7 +79,9 @@ class SlowBackbones:
 
 def test_time_enough_changes_nothing(room, whole, monkeypatch):
     slow = SlowBackbones(monkeypatch)
-    table = predict_competition(room / "frozen", room / "data", room / "a.csv", Deadline(2 * slow.whole(16), lambda: slow.now), device_type="cpu")
+    table = predict_competition(
+        room / "frozen", room / "data", room / "a.csv", Deadline(2 * slow.whole(16), lambda: slow.now),
+        device_type="cpu")
     assert (room / "a.csv").read_bytes() == (room / "whole.csv").read_bytes() and not table.attrs["outcome"].issues and not (room / "a_issues.csv").exists()
     assert slow.passes == [1, 1] + [4] * 6 * 4, "two to measure, then the plan"
 
@@ -90,7 +93,8 @@ def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback)
     deadline = Deadline(share * slow.whole(16), lambda: slow.now)
     table = predict_competition(room / "frozen", room / "data", room / "b.csv", deadline, device_type="cpu")
     issues = pd.read_csv(room / "b_issues.csv")
-    assert deadline.left() >= 0 and issues.fallback.value_counts().index[0] == fallback and set(issues.reason) == {f"deadline of {deadline.text}"}
+    assert deadline.left() >= 0 and issues.fallback.value_counts().index[0] == fallback and set(issues.reason) == {
+        f"deadline of {deadline.text}"}
     assert not is_means(table).any() and len(issues) >= 12, "what is left of a level's time may go to richer ones near the end"
     assert f"{(issues.fallback == fallback).sum()} got {fallback}" in "\n".join(summary_lines(table))
 
@@ -98,8 +102,11 @@ def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback)
 def test_fine_tuned_folds_go_one_by_one(room, monkeypatch):
     slow, names = SlowBackbones(monkeypatch), list(map(str, list_photos(room / "data/test")))
     outcome, one = Outcome(names), slow.whole(16, 1, 4)  # one fold, one view
-    predict_photos(room / "tuned", names, deadline=Deadline(2.6 * one, lambda: slow.now), outcome=outcome, device_type="cpu")
-    assert {i.fallback for i in outcome.issues.values()} >= {"1 backbone view, 2 members"} and MEANS not in {i.fallback for i in outcome.issues.values()}
+    predict_photos(
+        room / "tuned", names, deadline=Deadline(2.6 * one, lambda: slow.now), outcome=outcome,
+        device_type="cpu")
+    assert {i.fallback for i in outcome.issues.values()} >= {"1 backbone view, 2 members"} and MEANS not in {
+        i.fallback for i in outcome.issues.values()}
 
 
 def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
@@ -109,11 +116,13 @@ def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
 
     def watched(self, photos, paths, level=None, intervals=False):
         steps.append(self.levels.index(level))
-        if len(steps) == 2 + 5: slow.pace *= 5  # two calls measure; from the fifth photo on, everything takes five times as long
+        if len(steps) == 2 + 5:
+            slow.pace *= 5  # two calls measure; from the fifth photo on, everything takes five times as long
         return plain(self, photos, paths, level, intervals)
 
     monkeypatch.setattr(Ensemble, "predict_loaded", watched)
-    table = predict_competition(room / "frozen", room / "data", room / "c.csv", deadline, device_type="cpu", batch_size=1)
+    table = predict_competition(
+        room / "frozen", room / "data", room / "c.csv", deadline, device_type="cpu", batch_size=1)
     levels = steps[2:]
     assert levels[:5] == [0] * 5 and len(levels) == 16 and 0 not in levels[5:12], levels
     assert deadline.left() >= 0 and not is_means(table).any() and len(table.attrs["outcome"].issues) == 16 - levels.count(0)
@@ -121,7 +130,9 @@ def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
 
 def test_no_time_for_anything_but_means(room, monkeypatch):
     slow = SlowBackbones(monkeypatch)
-    table = predict_competition(room / "frozen", room / "data", room / "d.csv", Deadline(slow.whole(1) / 100, lambda: slow.now), device_type="cpu")
+    table = predict_competition(
+        room / "frozen", room / "data", room / "d.csv", Deadline(slow.whole(1) / 100, lambda: slow.now),
+        device_type="cpu")
     assert is_means(table).all() and slow.passes == [1] and check_submission(room / "d.csv", room / "data") is not None
     assert pd.read_csv(room / "d_issues.csv").fallback.tolist() == [MEANS] * 16 and "16 got training means" in "\n".join(summary_lines(table))
 
@@ -137,7 +148,8 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
     monkeypatch.setattr(Backbone, "forward", forward)
     table = predict_competition(room / "frozen", room / "data", room / "e.csv", "6s", device_type="cpu")
     hangs.set()
-    for thread in set(threading.enumerate()) - before: thread.join(30)  # or it would do its batch in the next test
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)  # or it would do its batch in the next test
     assert is_means(table).all() and table.attrs["outcome"].seconds < 30
 
 
@@ -151,7 +163,9 @@ def predicting_for_ever(*words):
 
 def test_the_command_ends_well_while_a_device_is_busy(room, tmp_path):
     "Python's own way out would abort the process, and its exit code would say that there is no submission."
-    words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache", "--device-type", "cpu"]
+    words = [
+        "--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache",
+        "--device-type", "cpu"]
     process = Started(predicting_for_ever, *words, "--deadline", "5s", log=tmp_path / "said")
     assert process.wait(60) == 0, process.said()
     assert "16 got training means" in process.said() and "terminate" not in process.said(), process.said()
@@ -163,7 +177,8 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
     build, plain = Ensemble.__init__, predict.write_submission
 
     def first(self, *args, **options):
-        seen.append((is_means(check_submission(room / "f.csv", room / "data")).all(), set(pd.read_csv(room / "f_issues.csv").reason), slow.passes[:]))
+        seen.append(
+            (is_means(check_submission(room / "f.csv", room / "data")).all(), set(pd.read_csv(room / "f_issues.csv").reason), slow.passes[:]))
         build(self, *args, **options)
 
     monkeypatch.setattr(Ensemble, "__init__", first)
@@ -171,7 +186,9 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
     monkeypatch.setattr(predict, "write_submission", lambda path, rows, photos, grams: (
         saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams)))
     monkeypatch.setattr(predict, "SAVE_EVERY", 1.5 * slow.whole(4))
-    predict_competition(room / "frozen", room / "data", room / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now), device_type="cpu")
+    predict_competition(
+        room / "frozen", room / "data", room / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now),
+        device_type="cpu")
     assert seen == [(True, {"not predicted yet"}, [])], "before anything is loaded or seen"
     assert saves[0] == (0, 16) and saves[-1][1] == 0 and 3 <= len(saves) <= 4, saves
     assert (room / "f.csv").read_bytes() == (room / "whole.csv").read_bytes() and not (room / "f_issues.csv").exists()
@@ -233,8 +250,10 @@ print(shape, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 10
 
 
 def test_a_huge_photo_takes_little_memory(tmp_path):
-    Image.effect_noise((512, 256), 60).resize((14_400, 7_200), Image.NEAREST).convert("RGB").save(tmp_path / "huge.jpg", quality=80)
-    done = subprocess.run([sys.executable, "-c", HUGE, str(tmp_path / "huge.jpg")], capture_output=True, text=True)
+    Image.effect_noise((512, 256), 60).resize((14_400, 7_200), Image.NEAREST).convert("RGB").save(
+        tmp_path / "huge.jpg", quality=80)
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, str(tmp_path / "huge.jpg")], capture_output=True, text=True)
     shape, mb = done.stdout.strip().rsplit(" ", 1)
     assert shape == "(3600, 7200, 3)" and int(mb) < 350, "decoded whole, it would take 300 MB for each of its copies"
 
@@ -244,8 +263,11 @@ def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
     plain, never = store.read_photo, threading.Event()
     stuck = list_photos(room / "data/test")[5].name
     monkeypatch.setattr(store, "READ_TIMEOUT", 3.0)
-    monkeypatch.setattr(store, "read_photo", lambda path: never.wait(60) or plain(path) if str(path).endswith(stuck) else plain(path))
-    table = predict_competition(room / "frozen", room / "data", room / "h.csv", device_type="cpu", batch_size=1)
+    monkeypatch.setattr(
+        store, "read_photo",
+        lambda path: never.wait(60) or plain(path) if str(path).endswith(stuck) else plain(path))
+    table = predict_competition(
+        room / "frozen", room / "data", room / "h.csv", device_type="cpu", batch_size=1)
     never.set()
     (row, issue), = table.attrs["outcome"].issues.items()
     assert table.attrs["outcome"].names[row].endswith(stuck) and "was not read in 3 s, twice" in issue.reason and is_means(table)[row]
@@ -257,7 +279,8 @@ def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
 # Devices
 
 MEMORY = {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "python": MemoryError(),
-          "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")}
+          "cpu": RuntimeError(
+              "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")}
 
 
 def small_memory(monkeypatch, photos, whose="gpu"):
@@ -286,21 +309,25 @@ def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, t
 
 def test_what_does_not_fit_one_by_one_is_an_error(room, monkeypatch):
     small_memory(monkeypatch, 0)
-    with pytest.raises(torch.OutOfMemoryError): predict_competition(room / "frozen", room / "data", room / "j.csv", device_type="cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        predict_competition(room / "frozen", room / "data", room / "j.csv", device_type="cpu")
     assert not (room / "j.csv").exists() and not (room / "j_issues.csv").exists(), "no table of means that looks like predictions"
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_two_devices_say_what_one_says(room, monkeypatch, batch_size):
-    one = predict_competition(room / "frozen", room / "data", room / "k1.csv", device_type="cpu", batch_size=batch_size)
+    one = predict_competition(
+        room / "frozen", room / "data", room / "k1.csv", device_type="cpu", batch_size=batch_size)
     who, plain, both = set(), Ensemble.predict_loaded, threading.Barrier(2)
 
     def shared(self, *args):
-        if len(who) < 2 and threading.get_ident() not in who: who.add(threading.get_ident()); both.wait(60)  # neither runs away with all photos
+        # neither runs away with all photos
+        if len(who) < 2 and threading.get_ident() not in who: who.add(threading.get_ident()); both.wait(60)
         return plain(self, *args)
 
     monkeypatch.setattr(Ensemble, "predict_loaded", shared)
-    two = predict_competition(room / "frozen", room / "data", room / "k2.csv", devices=[CPU, CPU], batch_size=batch_size)
+    two = predict_competition(
+        room / "frozen", room / "data", room / "k2.csv", devices=[CPU, CPU], batch_size=batch_size)
     assert len(who) == 2 and two.attrs["outcome"].devices == ["cpu in fp32"] * 2 and not two.attrs["outcome"].issues
     assert_close(by_photo(two), by_photo(one))
     assert len(one) == 80
@@ -318,7 +345,8 @@ def test_two_devices_share_the_time(room, monkeypatch):
 
     monkeypatch.setattr(slow, "see", see)
     deadline = Deadline(10 * one, lambda: times.get(threading.get_ident(), 0))
-    table = predict_competition(room / "frozen", room / "data", room / "l.csv", deadline, devices=[CPU, CPU], batch_size=1)
+    table = predict_competition(
+        room / "frozen", room / "data", room / "l.csv", deadline, devices=[CPU, CPU], batch_size=1)
     assert not is_means(table).any() and len(times) == 2 and max(times.values()) <= deadline.seconds
 
 
@@ -331,17 +359,25 @@ def test_a_device_that_fails_leaves_its_photos_to_the_other(room, whole, monkeyp
             if not failing: failing.append(self)
         if failing[0] is self: raise RuntimeError("CUDA error: unspecified launch failure\nmore")
 
-    monkeypatch.setattr(Ensemble, "__init__", lambda self, *args: (fails(self) if when == "loading" else None, build(self, *args))[1])
-    monkeypatch.setattr(Ensemble, "predict_loaded", lambda self, *args: (fails(self) if when == "working" else None, plain(self, *args))[1])
+    monkeypatch.setattr(
+        Ensemble, "__init__", lambda self,
+        *args: (fails(self) if when == "loading" else None, build(self, *args))[1])
+    monkeypatch.setattr(
+        Ensemble, "predict_loaded", lambda self,
+        *args: (fails(self) if when == "working" else None, plain(self, *args))[1])
     table = predict_competition(room / "frozen", room / "data", room / "m.csv", devices=[CPU, CPU])
     assert_close(by_photo(table), by_photo(whole))
     assert not table.attrs["outcome"].issues
-    assert any("cpu failed (CUDA error: unspecified launch failure); its photos went to cpu" in line for line in summary_lines(table))
+    assert any(
+        "cpu failed (CUDA error: unspecified launch failure); its photos went to cpu" in line
+        for line in summary_lines(table))
 
 
 def test_gpus_that_launch_nothing_leave_it_to_the_cpu(room, whole, monkeypatch):
-    def launches(device): raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)): monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    def launches(device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla P100")
     monkeypatch.setattr(device, "launches", launches)
     table = predict_competition(room / "frozen", room / "data", room / "n.csv")
@@ -386,9 +422,11 @@ def overflow(monkeypatch, bad, everywhere=False):
 
 def test_no_number_in_half_precision_is_computed_again(room, whole, monkeypatch):
     calls = overflow(monkeypatch, slice(0, 1))  # the first photo of each batch
-    table = predict_competition(room / "frozen", room / "data", room / "p.csv", device_type="cpu", precision="bf16")
+    table = predict_competition(
+        room / "frozen", room / "data", room / "p.csv", device_type="cpu", precision="bf16")
     outcome = table.attrs["outcome"]
-    assert sorted(outcome.issues) == [0, 4, 8, 12] and {tuple(i) for i in outcome.issues.values()} == {("no number in bf16", "the whole in fp32")}
+    assert sorted(outcome.issues) == [0, 4, 8, 12] and {tuple(i) for i in outcome.issues.values()} == {
+        ("no number in bf16", "the whole in fp32")}
     assert_close(by_photo(table)[::4], by_photo(whole)[::4])
     assert calls.count(False) == 4 * 6
     assert np.abs(by_photo(table) - by_photo(whole)).max() < 2 and "4 got the whole in fp32" in "\n".join(summary_lines(table))
@@ -408,9 +446,11 @@ def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, val
     monkeypatch.setattr(type(bundle), "load_model", load_model)
     table = predict_competition(bundle, room / "data", room / "q.csv", device_type="cpu", precision="bf16")
     issues = pd.read_csv(room / "q_issues.csv")
-    if broken == 10: assert is_means(table).all() and set(issues.reason) == {"no member gave a number"} and set(issues.fallback) == {MEANS}
+    if broken == 10:
+        assert is_means(table).all() and set(issues.reason) == {"no member gave a number"} and set(issues.fallback) == {MEANS}
     else:
-        assert set(issues.reason) == {"no number from 2x2-0"} and set(issues.fallback) == {"the other 9 members"} and not is_means(table).any()
+        assert set(issues.reason) == {"no number from 2x2-0"} and set(issues.fallback) == {"the other 9 "
+                                                                                           "members"} and not is_means(table).any()
         monkeypatch.undo()
         others = bundle._replace(manifest={**bundle.manifest, "members": bundle.members[1:]})
         due = predict_competition(others, room / "data", room / "r.csv", device_type="cpu")
@@ -433,10 +473,12 @@ def test_without_an_outcome_nothing_is_made_up(room, monkeypatch):
 
 def test_a_wrong_option_writes_nothing(room):
     for options in ({"views": ["diagonal"]}, {"device_type": "tpu"}, {"deadline": "8:30"}, {"threshold": 0.1}):
-        with pytest.raises(BiomassError): predict_competition(room / "frozen", room / "data", room / "never.csv", **options)
+        with pytest.raises(BiomassError):
+            predict_competition(room / "frozen", room / "data", room / "never.csv", **options)
     assert not (room / "never.csv").exists()
 
 
 def test_a_table_keeps_its_intervals_and_its_deadline(room, tmp_path):
-    table = predict_folder(room / "frozen", room / "data/test", tmp_path / "t.csv", deadline="1h", device_type="cpu")
+    table = predict_folder(
+        room / "frozen", room / "data/test", tmp_path / "t.csv", deadline="1h", device_type="cpu")
     assert len(table) == 16 and not table.attrs["outcome"].issues and "16 photos" in summary_lines(table)[0] and "cpu in fp32" in summary_lines(table)[0]

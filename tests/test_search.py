@@ -34,7 +34,8 @@ def searching(out, processes, hangs_at, *words):
     plain = running.train_member
 
     def write(run, k, what):
-        with open(diary_of(out), "a") as diary: diary.write(f"{run.config.out.relative_to(out)} {k} {what} {os.getpid()}\n")
+        with open(diary_of(out), "a") as diary:
+            diary.write(f"{run.config.out.relative_to(out)} {k} {what} {os.getpid()}\n")
 
     def waits():
         lines = [line.split() for line in diary_of(out).read_text().splitlines()]
@@ -74,13 +75,16 @@ def diary(out):
     "(run folder, fold) -> how often it was begun, and how often done."
     path = diary_of(out)
     lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
-    return tuple(collections.Counter((run, fold) for run, fold, what, _ in lines if what == which) for which in ("begins", "done"))
+    return tuple(
+        collections.Counter((run, fold) for run, fold, what, _ in lines if what == which)
+        for which in ("begins", "done"))
 
 
 def check_finished(out, said):
     "The study has its trials, all different, each trained once, and one process said which is best."
     table, found = pd.read_csv(out / "trials.csv"), json.loads((out / "search.json").read_text())
-    assert len(table) == TRIALS == len(table[SEARCHED].drop_duplicates()) and set(table.columns) >= {"floor_constant", "floor_state"}
+    assert len(table) == TRIALS == len(table[SEARCHED].drop_duplicates()) and set(table.columns) >= {
+        "floor_constant", "floor_state"}
     folders = [p for p in (out / "trials").iterdir() if p.is_dir()]
     assert len(folders) == TRIALS
     assert table.trial[table.default].tolist() == [0], "one process begins with what biomass_train would make of the options"

@@ -21,7 +21,8 @@ def tracked(folder):
     seen = {}
     events = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
     for run, tags in events.Runs().items():
-        for tag in tags["scalars"]: seen.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(run, tag)})
+        for tag in tags["scalars"]:
+            seen.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(run, tag)})
     return seen
 
 
@@ -37,7 +38,9 @@ def check(folder, runs):
 
 
 def test_tensorboard_on_disk(config, finished, tmp_path):
-    runs = expand(dataclasses.replace(config, out=tmp_path / "runs", trackers=("tensorboard",), train_folds=(0, 1)), ((1, 2), (2, 2)))
+    runs = expand(
+        dataclasses.replace(config, out=tmp_path / "runs", trackers=("tensorboard",), train_folds=(0, 1)),
+        ((1, 2), (2, 2)))
     train_runs(runs, **quiet)
     check(tmp_path / "runs", runs)
     assert not list(finished.rglob(LOGS)), "off unless asked for"
@@ -54,4 +57,5 @@ def test_members_of_other_processes_are_tracked_too(config, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(config, tmp_path):
-    with pytest.raises(BiomassError, match="pip install clearml"): train(dataclasses.replace(config, out=tmp_path / "run", trackers=("clearml",)), **quiet)
+    with pytest.raises(BiomassError, match="pip install clearml"):
+        train(dataclasses.replace(config, out=tmp_path / "run", trackers=("clearml",)), **quiet)

@@ -39,7 +39,8 @@ def atomic_path(
         os.replace(temporary, path)
     except OSError as e:
         raise BiomassError(
-            f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then give the same command again") from e
+            f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then "
+            "give the same command again") from e
     finally:
         with suppress(OSError): temporary.unlink(missing_ok=True)
 
@@ -98,9 +99,13 @@ def read_json(path) -> dict:
     "Read one of the kit's own JSON objects; one that is damaged is named."
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise BiomassError(f"{path}: damaged, not JSON ({e}); delete it and give the same command again, or copy its folder anew") from None
+        raise BiomassError(
+            f"{path}: damaged, not JSON ({e}); delete it and give the same command again, or copy its folder "
+            "anew") from None
     if not isinstance(found, dict):
-        raise BiomassError(f"{path}: damaged, not what the kit writes there; delete it and give the same command again, or copy its folder anew")
+        raise BiomassError(
+            f"{path}: damaged, not what the kit writes there; delete it and give the same command again, or "
+            "copy its folder anew")
     return found
 
 # %% ../../nbs/1_data/4_files.ipynb #a8ebbe08
@@ -121,7 +126,9 @@ def copy_file(source, path) -> Path:
     return Path(path)
 
 # %% ../../nbs/1_data/4_files.ipynb #a13d0002
-HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
+HIDDEN = (
+    "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db",
+    "desktop.ini")
 WEIGHTS_SUFFIX = ".safetensors"  # a subfolder with such a file is a bundle, photos in it are its reference
 
 

@@ -72,7 +72,8 @@ def strategy(
     cv: str,  # a key of `options.CV_STRATEGIES`
 ) -> Strategy:
     "The strategy of that name."
-    if cv not in CV_STRATEGIES: raise BiomassError(f"--cv {cv}: unknown; choose one of {', '.join(CV_STRATEGIES)}")
+    if cv not in CV_STRATEGIES:
+        raise BiomassError(f"--cv {cv}: unknown; choose one of {', '.join(CV_STRATEGIES)}")
     return resolve_name(CV_STRATEGIES[cv])
 
 # %% ../../nbs/1_data/8_folds.ipynb #76b6786d
@@ -80,14 +81,22 @@ def _count_folds(cv, n_folds, n_groups, seed):
     "The number of folds of a strategy, or an error that names one that works."
     if n_groups < 2:
         raise BiomassError(
-            f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another --cv, or label photos of another day")
+            f"--cv {cv}: the data has a single group, so nothing would be left to train on; use another "
+            "--cv, or label photos of another day")
     if cv not in LEAVE_ONE:
         n_folds = DEFAULT_FOLDS if n_folds is None else n_folds
         if 2 <= n_folds <= n_groups: return n_folds
-        raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups; use 2 to {n_groups} folds or another --cv")
+        raise BiomassError(
+            f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups; use 2 to {n_groups} folds "
+            "or another --cv")
     if n_folds not in (None, n_groups):
-        raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups and each is a fold; use --n-folds {n_groups} or drop it")
-    if seed: raise BiomassError(f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to deal; drop --fold-seed")
+        raise BiomassError(
+            f"--n-folds {n_folds} with --cv {cv}: the data has {n_groups} groups and each is a fold; use "
+            f"--n-folds {n_groups} or drop it")
+    if seed:
+        raise BiomassError(
+            f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to deal; drop "
+            "--fold-seed")
     return n_groups
 
 # %% ../../nbs/1_data/8_folds.ipynb #a5d1e101
@@ -99,7 +108,8 @@ def _splits(table, groups, cv, n_folds, seed):
     if cv == "random": return KFold(n_folds, shuffle=True, random_state=seed).split(table)
     if cv in LEAVE_ONE: return LeaveOneGroupOut().split(table, groups=groups)
     if class_of is None and seed == 0: return GroupKFold(n_folds).split(table, groups=groups)
-    classes = class_of(table) if class_of else np.zeros(len(table), int)  # one class: balanced by the number of photos
+    # one class: balanced by the number of photos
+    classes = class_of(table) if class_of else np.zeros(len(table), int)
     largest = np.unique(classes, return_counts=True)[1].max()
     if largest < n_folds:
         raise BiomassError(
@@ -119,10 +129,13 @@ def make_folds(
     n_folds = _count_folds(cv, n_folds, len(set(groups)), seed)
     fold = np.full(len(table), -1, dtype=np.int64)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # rare bins are expected with whole groups
+        # rare bins are expected with whole groups
+        warnings.filterwarnings("ignore", message="The least populated class")
         for k, (_, scored) in enumerate(_splits(table, groups, cv, n_folds, seed)): fold[scored] = k
     empty = sorted(set(range(n_folds)) - set(fold))
-    if empty: raise BiomassError(f"--n-folds {n_folds} with --cv {cv}: fold {empty[0]} got no photo; use fewer folds")
+    if empty:
+        raise BiomassError(
+            f"--n-folds {n_folds} with --cv {cv}: fold {empty[0]} got no photo; use fewer folds")
     return fold
 
 # %% ../../nbs/1_data/8_folds.ipynb #23cfa5e9
@@ -207,7 +220,8 @@ def score_beside_floors(
     floors = {kind: floor_predictions(table, fold, kind)[scored] for kind in FLOORS}
     y, dates = table.loc[scored, list(TARGETS)], table.loc[scored, "Sampling_Date"]
     return {
-        name: {"weighted_r2": weighted_r2(y, p), "interval_90": date_interval(y, p, dates), "per_target": per_target_scores(y, p)}
+        name: {
+            "weighted_r2": weighted_r2(y, p), "interval_90": date_interval(y, p, dates), "per_target": per_target_scores(y, p)}
         for name, p in {**predictions, **floors}.items()
     }
 
@@ -220,7 +234,10 @@ def inner_split(
 ) -> tuple:  # (indices to fit on, indices to choose the epoch on)
     "Split the training part of a fold by date."
     groups = _dates(table).to_numpy()[train]
-    if len(set(groups)) < 2: raise BiomassError("--checkpoint best: the training part has one sampling date, nothing to hold back; use --checkpoint last")
+    if len(set(groups)) < 2:
+        raise BiomassError(
+            "--checkpoint best: the training part has one sampling date, nothing to hold back; use "
+            "--checkpoint last")
     fit, choose = next(GroupShuffleSplit(1, test_size=part, random_state=seed).split(train, groups=groups))
     return train[fit], train[choose]
 
@@ -239,7 +256,8 @@ def write_folds(
 # %% ../../nbs/1_data/8_folds.ipynb #65350dfc
 def read_table(path) -> pd.DataFrame:
     "Read a CSV that the kit wrote: names stay text, floats come back to the last bit, dates are dates."
-    exact = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}  # pandas 3 always is
+    # pandas 3 always is
+    exact = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
     text = dict.fromkeys(("photo", "image_path", "State", "Species", "run"), str)
     frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], **exact)
     frame = frame.fillna(dict.fromkeys(set(text) & set(frame), ""))
@@ -250,6 +268,7 @@ def read_folds(
     path,  # from `write_folds`
 ) -> tuple:  # (table: one row per photo, fold: int64 [N])
     "Read what `write_folds` wrote."
-    if not Path(path).is_file(): raise BiomassError(f"{path}: no such file; give the --out folder of a finished biomass_train")
+    if not Path(path).is_file():
+        raise BiomassError(f"{path}: no such file; give the --out folder of a finished biomass_train")
     table = read_table(path)
     return table.drop(columns="fold"), table["fold"].to_numpy(dtype=np.int64)

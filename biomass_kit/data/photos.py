@@ -81,7 +81,8 @@ def missing_decoders(
 
 # %% ../../nbs/1_data/5_photos.ipynb #ade4e059
 MIN_HEIGHT = 32  # pixels
-MIN_CONTRAST = 2.0  # grey levels, standard deviation: noise behind a lens cap has less, the flattest of 80 real photos has 45
+# grey levels, standard deviation: noise behind a lens cap has less, the flattest of 80 real photos has 45
+MIN_CONTRAST = 2.0
 MAX_PIXELS = 64_000_000  # decoded at once, 0.2 GB; a larger JPEG is decoded at half its size
 
 
@@ -89,7 +90,8 @@ def _eight_bits(im):
     "Greyscale of 16 bits a pixel at 8; Pillow's own conversion would cut off all above 255."
     if im.mode[0] not in "IF": return im
     deep = np.asarray(im)
-    if im.mode == "F" or deep.min() < 0 or deep.max() > 65535: raise ValueError(f"pixels of 32 bits, whose white is unknown (mode {im.mode})")
+    if im.mode == "F" or deep.min() < 0 or deep.max() > 65535:
+        raise ValueError(f"pixels of 32 bits, whose white is unknown (mode {im.mode})")
     return Image.fromarray((deep >> 8).astype(np.uint8))
 
 
@@ -97,9 +99,12 @@ def _pixels(source) -> np.ndarray:
     "Pixels, upright, uint8 [H, W, 3] RGB; raises whatever a decoder raises."
     with _open_photo(source) as im:
         size = im.size
-        if im.width * im.height > MAX_PIXELS: im.draft(None, (im.width // 2, im.height // 2))  # does nothing where the format cannot
         if im.width * im.height > MAX_PIXELS:
-            raise ValueError(f"{size[0]}x{size[1]} pixels, over {MAX_PIXELS / 1e6:g} million, the most that are read of a {im.format}")
+            im.draft(None, (im.width // 2, im.height // 2))  # does nothing where the format cannot
+        if im.width * im.height > MAX_PIXELS:
+            raise ValueError(
+                f"{size[0]}x{size[1]} pixels, over {MAX_PIXELS / 1e6:g} million, the most that are read of a "
+                f"{im.format}")
         return np.array(_eight_bits(ImageOps.exif_transpose(im)).convert("RGB"))
 
 # %% ../../nbs/1_data/5_photos.ipynb #a13d0023
@@ -179,9 +184,13 @@ def read_photo(
     try: photo = _decode(path)
     except Exception as e: raise _unreadable(path, e) from None
     if crop_of(*photo.shape[:2]).side < MIN_HEIGHT:
-        raise BiomassError(f"{path}: {photo.shape[1]}x{photo.shape[0]} pixels is too small; at least {2 * MIN_HEIGHT}x{MIN_HEIGHT}")
+        raise BiomassError(
+            f"{path}: {photo.shape[1]}x{photo.shape[0]} pixels is too small; at least "
+            f"{2 * MIN_HEIGHT}x{MIN_HEIGHT}")
     if photo[::8, ::8].std() < MIN_CONTRAST:
-        raise BiomassError(f"{path}: shows nothing, all of it is about the colour {photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
+        raise BiomassError(
+            f"{path}: shows nothing, all of it is about the colour "
+            f"{photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
     return photo
 
 

@@ -13,7 +13,8 @@ from tqdm.std import TqdmWarning, tqdm
 
 # %% ../../nbs/1_data/2_progress.ipynb #a0b10005
 LINE_SECONDS = 10.0  # at least, between two lines of one step
-LINE_SHARE = 0.1  # of the step's time so far: at least this long between two lines, so nine hours make 70 lines, not 3,000
+# of the step's time so far: at least this long between two lines, so nine hours make 70 lines, not 3,000
+LINE_SHARE = 0.1
 PLURALS = {"batch": "batches"}  # the units that do not just take an s
 
 
@@ -29,7 +30,8 @@ class Lines(tqdm):
     due = 0.0  # seconds from the start, before which no other line is printed
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **{**options, "mininterval": LINE_SECONDS, "miniters": 1, "dynamic_ncols": False})
+        super().__init__(
+            *args, **{**options, "mininterval": LINE_SECONDS, "miniters": 1, "dynamic_ncols": False})
 
     def display(self, msg=None, pos=None):
         "Print the state where a line is due; tqdm asks every `mininterval`, which must stay as it was."
@@ -46,7 +48,8 @@ class Lines(tqdm):
     def line(self, d: dict) -> str:
         "The state in words."
         clock, rate = self.format_interval, d["rate"] or d["n"] / max(d["elapsed"], 1e-9)
-        if d["total"] is None or d["n"] >= d["total"]: return f"{d['prefix']}: {counted(d['n'], d['unit'])} in {clock(d['elapsed'])}"
+        if d["total"] is None or d["n"] >= d["total"]:
+            return f"{d['prefix']}: {counted(d['n'], d['unit'])} in {clock(d['elapsed'])}"
         return (
             f"{d['prefix']}: {d['n']} of {counted(d['total'], d['unit'])}, {d['n'] / d['total']:.0%}, "
             f"{clock(d['elapsed'])} so far, about {clock((d['total'] - d['n']) / rate)} to go")
@@ -67,7 +70,8 @@ def progress(
     **options,  # desc, total, unit: as tqdm takes them
 ):
     "Wrap a slow iteration: tqdm's bar where somebody watches, a terminal or a notebook with widgets; `Lines` elsewhere."
-    with warnings.catch_warnings(action="ignore", category=TqdmWarning):  # of a notebook without ipywidgets, which gets lines
+    # of a notebook without ipywidgets, which gets lines
+    with warnings.catch_warnings(action="ignore", category=TqdmWarning):
         from tqdm.auto import tqdm as bar
         from tqdm.notebook import tqdm as widget
 

@@ -202,7 +202,9 @@ def draw_clover(canvas, rng, grams):
     n, size = element_count(rng, grams, LEAVES_PER_GRAM)
     centre, _ = scatter(rng, n, groups=14, spread=0.13, stray=0.3)
     angle, radius = rng.uniform(0, 2 * np.pi, n), size * rng.uniform(0.026, 0.042, n)
-    parts = [leaflet_outlines(centre, angle + k * 2 * np.pi / 3 + rng.normal(0, 0.12, n), radius) for k in range(3)]
+    parts = [
+        leaflet_outlines(centre, angle + k * 2 * np.pi / 3 + rng.normal(0, 0.12, n), radius)
+        for k in range(3)]
     leaflets, chevrons = (np.stack(p, 1) for p in zip(*parts))
     colours = shades(rng, CLOVERS, n, 0.75)
     pale = 0.55 * colours + 0.45 * CHEVRON
@@ -227,9 +229,10 @@ MIN_CANVAS = 500  # pixels: smaller photos are painted at a multiple of their he
 
 def _check_height(height):
     if height < MIN_HEIGHT or height % 2:
-        raise BiomassError(f"height {height}: a synthetic photo needs an even height of {MIN_HEIGHT} pixels or more")
+        raise BiomassError(
+            f"height {height}: a synthetic photo needs an even height of {MIN_HEIGHT} pixels or more")
 
-
+# %% ../../nbs/1_data/7_synthetic.ipynb #90712ef6
 def draw_photo(
     amounts,  # (green, dead, clover) grams
     seed,  # an int or a sequence of ints, such as [seed, index]
@@ -239,7 +242,8 @@ def draw_photo(
     _check_height(height)
     grams = np.asarray(amounts, dtype=np.float64)
     if grams.shape != (3,) or not np.isfinite(grams).all() or (grams < 0).any():
-        raise BiomassError(f"amounts {amounts}: give three finite grams, (green, dead, clover), each 0 or more")
+        raise BiomassError(
+            f"amounts {amounts}: give three finite grams, (green, dead, clover), each 0 or more")
     green, dead, clover = grams
     soil, straw, grass, leaves, sky = np.random.default_rng(seed).spawn(5)
     canvas = draw_soil(soil, height * -(-MIN_CANVAS // height))
@@ -249,7 +253,8 @@ def draw_photo(
     draw_straw(canvas, litter, 0.8, 1)
     draw_clover(canvas, leaves, clover)
     light(canvas, sky)
-    return canvas if len(canvas) == height else cv2.resize(canvas, (2 * height, height), interpolation=cv2.INTER_AREA)
+    return canvas if len(canvas) == height else cv2.resize(
+        canvas, (2 * height, height), interpolation=cv2.INTER_AREA)
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #71441a97
 SAMPLINGS = {  # state -> days in the year 2015
@@ -259,7 +264,8 @@ SAMPLINGS = {  # state -> days in the year 2015
     "WA": "7/17 8/21 10/21",
 }
 STATE_PHOTOS = {"Tas": 138, "Vic": 112, "NSW": 75, "WA": 32}  # of the competition's 357
-STATE_MEANS = {"Tas": (20, 14, 5), "Vic": (31, 10, 8.5), "NSW": (55, 17, 2), "WA": (9, 0, 29)}  # green, dead, clover, g
+# green, dead, clover, g
+STATE_MEANS = {"Tas": (20, 14, 5), "Vic": (31, 10, 8.5), "NSW": (55, 17, 2), "WA": (9, 0, 29)}
 NO_CLOVER = {"Tas": 0.40, "Vic": 0.22, "NSW": 0.70, "WA": 0.12}  # share of photos
 NO_GREEN = {"Tas": 0.04, "Vic": 0.04, "NSW": 0.04, "WA": 0.35}  # share of the photos that have clover
 NO_DEAD = {"Tas": 0.024, "Vic": 0.024, "NSW": 0.024, "WA": 1.0}
@@ -298,7 +304,8 @@ def draw_amounts(
     present = rng.uniform(size=absent.shape) >= absent
     present[:, 0] |= ~present[:, 2]
     season = np.exp(rng.normal(0, 0.2, (30, 3)))[groups]
-    mean = np.array([STATE_MEANS[s] for s in states]).reshape(-1, 3) * season / np.where(absent < 1, 1 - absent, 1)
+    mean = np.array([STATE_MEANS[s] for s in states]).reshape(-1, 3) * season / np.where(
+        absent < 1, 1 - absent, 1)
     grams = _below(rng.gamma(GAMMA_SHAPE, mean / GAMMA_SHAPE), MOST) * present
     total = grams.sum(1, keepdims=True)
     return np.round(grams * _below(total, MOST_TOTAL, 10) / total, 4)
@@ -341,7 +348,8 @@ def make_table(
     species = [name_species(rng, s, g, c) for s, g, c in zip(states, green, clover)]
     grams = dict(zip(TARGETS, (green, dead, clover, gdm, np.round(gdm + dead, 4))))
     return pd.DataFrame({
-        "photo": photos, "image_path": [f"train/{p}.jpg" for p in photos], "Sampling_Date": [f"2015/{d}" for d in days],
+        "photo": photos, "image_path": [f"train/{p}.jpg" for p in photos],
+        "Sampling_Date": [f"2015/{d}" for d in days],
         "State": states, "Species": species, "Pre_GSHH_NDVI": ndvi.clip(0.16, 0.91).round(2),
         "Height_Ave_cm": cm.clip(1, 70).round(4), **grams,
     })
@@ -382,7 +390,8 @@ def write_dataset(
     test["image_path"] = [f"test/{p}.jpg" for p in test["photo"]]
     jobs = [(p, a, [seed, first + i]) for table, first in ((train, 0), (test, TEST_INDEX))
             for i, (p, a) in enumerate(zip(table["image_path"], table[list(TARGETS[:3])].to_numpy()))]
-    for image_path, amounts, index in progress(jobs, desc="drawing", unit="photo"): write_photo(out / image_path, amounts, index, height)
+    for image_path, amounts, index in progress(jobs, desc="drawing", unit="photo"):
+        write_photo(out / image_path, amounts, index, height)
     rows = long_rows(test)
     write_csv(out / "test.csv", rows[["sample_id", "image_path", "target_name"]])
     write_csv(out / "test_labels.csv", rows[["sample_id", "target"]])

@@ -61,7 +61,9 @@ def class_labels(
     shown = {"state": table["State"], "month": table["Sampling_Date"].dt.month, "species": table["Species"]}
     for kind, values in labels.items():
         strange = sorted(map(str, set(shown[kind][values < 0])))
-        if strange: warnings.warn(f"{kind} never seen by the kit, left out of the auxiliary loss: {', '.join(strange)}")
+        if strange:
+            warnings.warn(
+                f"{kind} never seen by the kit, left out of the auxiliary loss: {', '.join(strange)}")
     return labels
 
 # %% ../../nbs/1_data/6_table.ipynb #13654d06
@@ -76,7 +78,8 @@ def _records(path, columns) -> tuple:  # (header: its names; rows: line at which
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.reader(f, strict=True)
         full = [v.strip() for v in next(reader, [])]
-        header = full[: max((i for i, name in enumerate(full, 1) if name), default=0)]  # a comma at each line's end names nothing
+        # a comma at each line's end names nothing
+        header = full[: max((i for i, name in enumerate(full, 1) if name), default=0)]
         _check_header(path, header, columns)
         rows, last = {}, reader.line_num
         for values in reader:
@@ -99,7 +102,8 @@ def read_rows(
     if not path.is_file(): raise BiomassError(f"{path}: no such file; give the folder that holds {path.name}")
     try: header, rows = _records(path, columns)
     except (csv.Error, UnicodeDecodeError, OSError) as e:
-        raise BiomassError(f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
+        raise BiomassError(
+            f"{path}: not a UTF-8 comma-separated table ({e}); save it again as CSV UTF-8") from None
     if not rows: raise BiomassError(f"{path}: has a header but no rows")
     return pd.DataFrame(list(rows.values()), index=list(rows), columns=header)
 
@@ -218,7 +222,8 @@ def photo_paths(
     _say_moved(path, root, fitting, strict, rows)
     present = rows["image_path"].map(lambda p: os.path.isfile(found[p]))
     if not present.any():
-        raise BiomassError(f"{path}: none of its {len(found)} photos is in {root}, first {next(iter(found))}; give the folder that holds them")
+        raise BiomassError(
+            f"{path}: none of its {len(found)} photos is in {root}, first {next(iter(found))}; give the folder that holds them")
     if strict: _refuse(path, rows, ~present, lambda r: f"photo {r.image_path} of {r.sample_id} is not in {root}; copy it there or drop its rows")
     there = rows[present]
     out = there["image_path"].map({p: _leads_out(root, found[p]) for p in set(there["image_path"])}.get)
@@ -232,7 +237,8 @@ def _refuse_two_names(path, rows, found):
     first, real = {}, {p: os.path.realpath(f) for p, f in found.items()}
     for p in found: first.setdefault(real[p], p)
     _refuse(path, rows, rows["image_path"].map(lambda p: first[real[p]] != p),
-            lambda r: f"image_path '{r.image_path}' is the same photo as '{first[real[r.image_path]]}'; name it in one way")
+            lambda r: f"image_path '{r.image_path}' is the same photo as '{first[real[r.image_path]]}'; name "
+                      "it in one way")
 
 # %% ../../nbs/1_data/6_table.ipynb #939dfdd8
 PLAUSIBLE_GRAMS = 1000.0  # the heaviest of 80 labelled photos has 158 g; a large quadrat may hold more
@@ -272,22 +278,33 @@ def _sampling_dates(rows, path) -> pd.Series:
     "Sampling dates, written `2015/9/4`, `2015-09-04` or, with a time, as ISO does: `2015-09-04T10:30:00Z`."
     plain = rows["Sampling_Date"].map(_without_time).str.replace("-", "/")
     dates = pd.to_datetime(plain, format="%Y/%m/%d", errors="coerce")
-    _refuse(path, rows, dates.isna(), lambda r: f"Sampling_Date '{r.Sampling_Date}' of {r.sample_id} is not a date; write year/month/day")
+    _refuse(
+        path, rows, dates.isna(),
+        lambda r: f"Sampling_Date '{r.Sampling_Date}' of {r.sample_id} is not a date; write year/month/day")
     return dates
 
 # %% ../../nbs/1_data/6_table.ipynb #6e2d2e6c
 def _check_targets(rows, path):
     "Every photo has each of the five targets exactly once, and one set of metadata."
     known = rows["target_name"].isin(TARGETS)
-    _refuse(path, rows, ~known, lambda r: f"target_name '{r.target_name}' of {r.sample_id} is none of {', '.join(TARGETS)}")
+    _refuse(
+        path, rows, ~known,
+        lambda r: f"target_name '{r.target_name}' of {r.sample_id} is none of {', '.join(TARGETS)}")
     twice = rows.duplicated(["image_path", "target_name"])
-    _refuse(path, rows, twice, lambda r: f"{r.target_name} of photo {r.image_path} appears a second time; keep one row")
+    _refuse(
+        path, rows, twice,
+        lambda r: f"{r.target_name} of photo {r.image_path} appears a second time; keep one row")
     for column in ("Sampling_Date", "State", "Species"):
         differs = rows[column] != rows.groupby("image_path")[column].transform("first")
-        _refuse(path, rows, differs, lambda r: f"{column} '{r[column]}' differs from the photo's earlier rows; make them agree")
+        _refuse(
+            path, rows, differs,
+            lambda r: f"{column} '{r[column]}' differs from the photo's earlier rows; make them agree")
     short = rows.groupby("image_path")["target_name"].transform("count") < len(TARGETS)
-    absent = lambda r: ", ".join(t for t in TARGETS if t not in set(rows.target_name[rows.image_path == r.image_path]))
-    _refuse(path, rows, short, lambda r: f"photo {r.image_path} has no row for {absent(r)}; add it or drop the photo")
+    absent = lambda r: ", ".join(
+        t for t in TARGETS if t not in set(rows.target_name[rows.image_path == r.image_path]))
+    _refuse(
+        path, rows, short,
+        lambda r: f"photo {r.image_path} has no row for {absent(r)}; add it or drop the photo")
 
 # %% ../../nbs/1_data/6_table.ipynb #7b5052df
 IDENTITY_TOLERANCE = 0.01  # grams
@@ -297,7 +314,9 @@ def _warn_identities(table, path):
     "Warn of photos whose labels break an identity: they train, but their label deserves a look."
     off = np.abs(identity_residuals(table[list(TARGETS)])).max(1)
     for i in np.flatnonzero(off > IDENTITY_TOLERANCE):
-        warnings.warn(f"{path}: labels of photo {table.photo[i]} break GDM = green + clover or total = GDM + dead by {off[i]:.2f} g")
+        warnings.warn(
+            f"{path}: labels of photo {table.photo[i]} break GDM = green + clover or total = GDM + dead by "
+            f"{off[i]:.2f} g")
 
 # %% ../../nbs/1_data/6_table.ipynb #a13d0008
 def _inside(folder, written: str, file: Path) -> str:
@@ -328,7 +347,8 @@ def read_train(
     found = photo_paths(folder, rows, path)
     _check_targets(rows, path)
     first = rows.assign(Sampling_Date=dates).drop_duplicates("image_path").set_index("image_path")
-    wide = rows.assign(grams=grams).pivot(index="image_path", columns="target_name", values="grams").loc[first.index, list(TARGETS)]
+    wide = rows.assign(grams=grams).pivot(index="image_path", columns="target_name", values="grams").loc[
+        first.index, list(TARGETS)]
     extra = [c for c in rows.columns if c not in (*TRAIN_COLUMNS, *TARGETS, "photo", "path", "")]
     table = first[["Sampling_Date", "State", "Species", *extra]].join(wide).rename_axis(columns=None).reset_index()
     table.insert(1, "path", [str(found[p]) for p in table["image_path"]])
@@ -345,13 +365,20 @@ def read_test(
     "The test table, checked, and its distinct photos."
     path = Path(folder) / "test.csv"
     rows = read_rows(path, TEST_COLUMNS)
-    _refuse(path, rows, ~rows["target_name"].isin(TARGETS), lambda r: f"target_name '{r.target_name}' is none of {', '.join(TARGETS)}")
-    _refuse(path, rows, rows["sample_id"] == "", lambda r: f"sample_id of {r.image_path} is empty; write ID__target")
-    _refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
+    _refuse(
+        path, rows, ~rows["target_name"].isin(TARGETS),
+        lambda r: f"target_name '{r.target_name}' is none of {', '.join(TARGETS)}")
+    _refuse(
+        path, rows, rows["sample_id"] == "",
+        lambda r: f"sample_id of {r.image_path} is empty; write ID__target")
+    _refuse(
+        path, rows, rows["sample_id"].duplicated(),
+        lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
     found = photo_paths(folder, rows, path, strict=False)
     sample = Path(folder) / "sample_submission.csv"
     due = list(read_rows(sample, ("sample_id",))["sample_id"]) if sample.is_file() else []
-    if set(due) == set(rows["sample_id"]) and len(due) == len(rows): rows = rows.set_index("sample_id", drop=False).loc[due]
+    if set(due) == set(rows["sample_id"]) and len(due) == len(rows):
+        rows = rows.set_index("sample_id", drop=False).loc[due]
     return rows, found
 
 # %% ../../nbs/1_data/6_table.ipynb #3be81c3e
@@ -363,7 +390,10 @@ def write_submission(
 ) -> Path:
     "Write `sample_id,target` in the order of `rows`, atomically; grams with six decimals."
     grams = as_grams(grams, f"{path}: predictions")
-    if (grams < 0).any(): raise BiomassError(f"{path}: a prediction of {grams.min():g} g; clamp predictions to the training bounds first (`physics.clamp`)")
+    if (grams < 0).any():
+        raise BiomassError(
+            f"{path}: a prediction of {grams.min():g} g; clamp predictions to the training bounds first "
+            "(`physics.clamp`)")
     values = dict(zip(photos, grams, strict=True))
     column = {t: i for i, t in enumerate(TARGETS)}
     target = [values[p][column[t]] for p, t in zip(rows["image_path"], rows["target_name"])]
@@ -373,12 +403,17 @@ def write_submission(
 # %% ../../nbs/1_data/6_table.ipynb #2e3bd33d
 def _check_bytes(path):
     "Refuse what a reader of tables would forgive and Kaggle would not."
-    if not path.is_file(): raise BiomassError(f"{path}: no such file; write it with biomass_predict --data DIR --out {path.name}")
+    if not path.is_file():
+        raise BiomassError(
+            f"{path}: no such file; write it with biomass_predict --data DIR --out {path.name}")
     data = path.read_bytes()
     if data.startswith(b"\xef\xbb\xbf"):
-        raise BiomassError(f"{path}: begins with a byte-order mark, which becomes part of the first column's name; save it as plain UTF-8")
+        raise BiomassError(
+            f"{path}: begins with a byte-order mark, which becomes part of the first column's name; save it "
+            "as plain UTF-8")
     for line, text in enumerate(data.splitlines(), 1):
-        if any(part != part.strip() for part in text.split(b",")): raise BiomassError(f"{path} line {line}: has blanks around a value; remove them")
+        if any(part != part.strip() for part in text.split(b",")):
+            raise BiomassError(f"{path} line {line}: has blanks around a value; remove them")
 
 # %% ../../nbs/1_data/6_table.ipynb #a5d1da02
 def check_submission(

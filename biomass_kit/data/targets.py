@@ -15,7 +15,8 @@ import numpy as np
 TARGETS = ("Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g", "GDM_g", "Dry_Total_g")
 GREEN, DEAD, CLOVER, GDM, TOTAL = range(5)
 WEIGHTS = (0.1, 0.1, 0.1, 0.2, 0.5)  # of the official score, in the order of TARGETS
-ENDS, OWN_ENDS = ("_low", "_high"), ("_low_raw", "_high_raw")  # behind a target's name: its interval as given, and as the members' own heads say
+# behind a target's name: its interval as given, and as the members' own heads say
+ENDS, OWN_ENDS = ("_low", "_high"), ("_low_raw", "_high_raw")
 
 # %% ../../nbs/1_data/1_targets.ipynb #9f772cb9
 class BiomassError(ValueError):
@@ -36,10 +37,13 @@ def as_grams(
     "Check that `values` is a finite table of the five targets."
     a = np.asarray(values, dtype=np.float64)
     if a.ndim != 2 or a.shape[1] != len(TARGETS):
-        raise BiomassError(f"{name}: expected shape [photos, {len(TARGETS)}], one column for each of {TARGETS}, got {list(a.shape)}")
+        raise BiomassError(
+            f"{name}: expected shape [photos, {len(TARGETS)}], one column for each of {TARGETS}, got "
+            f"{list(a.shape)}")
     if not np.isfinite(a).all():
         row, col = np.argwhere(~np.isfinite(a))[0]
-        raise BiomassError(f"{name}: row {row}, {TARGETS[col]} is {a[row, col]}, not a finite number of grams")
+        raise BiomassError(
+            f"{name}: row {row}, {TARGETS[col]} is {a[row, col]}, not a finite number of grams")
     return a
 
 # %% ../../nbs/1_data/1_targets.ipynb #079901c7
@@ -48,7 +52,8 @@ def identity_residuals(
 ) -> np.ndarray:  # `[N, 2]` grams: GDM - (green + clover), total - (GDM + dead); zeros when consistent
     "By how many grams each row breaks the two identities."
     v = np.asarray(values, dtype=np.float64)
-    return np.stack([v[..., GDM] - v[..., GREEN] - v[..., CLOVER], v[..., TOTAL] - v[..., GDM] - v[..., DEAD]], -1)
+    return np.stack(
+        [v[..., GDM] - v[..., GREEN] - v[..., CLOVER], v[..., TOTAL] - v[..., GDM] - v[..., DEAD]], -1)
 
 # %% ../../nbs/1_data/1_targets.ipynb #9896dcab
 def weighted_r2(
@@ -88,7 +93,8 @@ def quadrat_area(
     a, b = quadrat_cm
     area = a * b
     if not (min(a, b) > 0 and 0 < area < float("inf")):
-        raise BiomassError(f"--quadrat-cm {a:g} {b:g}: both sides must be positive and finite, in centimetres")
+        raise BiomassError(
+            f"--quadrat-cm {a:g} {b:g}: both sides must be positive and finite, in centimetres")
     return area
 
 
@@ -113,7 +119,8 @@ LOG_TARGETS = {"none": (), "dead_clover": (DEAD, CLOVER), "all": tuple(range(len
 def _change(values, chosen, name, low):
     "`values` with the method or numpy function `name` applied to the `chosen` columns, cut at `low` first, in 32 bits or more."
     if not len(chosen): return values
-    if hasattr(values, "clone"): out = values.clone() if values.dtype.is_floating_point and values.element_size() >= 4 else values.float()
+    if hasattr(values, "clone"):
+        out = values.clone() if values.dtype.is_floating_point and values.element_size() >= 4 else values.float()
     else: out = np.array(values, dtype=np.result_type(np.asarray(values).dtype, np.float32))
     part = out[..., list(chosen)]
     part = part if low is None else part.clip(low)
@@ -142,18 +149,23 @@ TRIM = 0.2  # share of the members that a trimmed mean drops at each end
 
 def trimmed_mean(
     predictions,  # [M, N, 5] grams, one slice a member
-    share: float = TRIM,  # of the members dropped at each end; where that is no whole number, the next one counts in part
+    # of the members dropped at each end; where that is no whole number, the next one counts in part
+    share: float = TRIM,
 ) -> np.ndarray:  # [N, 5]
     "Mean of the middle members: towards a share of 0 the mean, towards 0.5 the median, without a jump between."
-    if not 0 < share < 0.5: raise BiomassError(f"trim {share}: the share dropped at each end must lie between 0 and 0.5, such as 0.2")
+    if not 0 < share < 0.5:
+        raise BiomassError(
+            f"trim {share}: the share dropped at each end must lie between 0 and 0.5, such as 0.2")
     edges = np.linspace(0, 1, len(predictions) + 1).clip(share, 1 - share)
     return np.tensordot(np.diff(edges) / (1 - 2 * share), np.sort(predictions, 0), 1)
 
 # %% ../../nbs/1_data/1_targets.ipynb #a80ff589
 def _weighted(p, weights):
     if weights is None or len(weights) != len(p):
-        raise BiomassError(f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
-    if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6: raise BiomassError(f"weighted: weights must not be negative and must sum to 1, got {list(weights)}")
+        raise BiomassError(
+            f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
+    if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+        raise BiomassError(f"weighted: weights must not be negative and must sum to 1, got {list(weights)}")
     return np.tensordot(np.asarray(weights, dtype=np.float64), p, 1)
 
 
@@ -171,6 +183,8 @@ def combine(
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
 ) -> np.ndarray:  # float32 [N, 5]
     "One prediction from those of several members."
-    if how not in COMBINATIONS: raise BiomassError(f"combine by {how}: unknown; choose one of {', '.join(COMBINATIONS)}")
-    if weights is not None and how != "weighted": raise BiomassError(f"weights are read by weighted alone, not by {how}; drop them")
+    if how not in COMBINATIONS:
+        raise BiomassError(f"combine by {how}: unknown; choose one of {', '.join(COMBINATIONS)}")
+    if weights is not None and how != "weighted":
+        raise BiomassError(f"weights are read by weighted alone, not by {how}; drop them")
     return COMBINATIONS[how](np.asarray(predictions, dtype=np.float64), weights, trim).astype(np.float32)

@@ -32,9 +32,12 @@ def paired_difference(
     "Paired bootstrap over sampling dates of the difference in weighted R2."
     scores = bootstrap_scores(measured, [*first, *second], dates, **options)
     draws = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
-    plain = np.mean([weighted_r2(measured, p) for p in first]) - np.mean([weighted_r2(measured, p) for p in second])
+    plain = np.mean([weighted_r2(measured, p) for p in first]) - np.mean(
+        [weighted_r2(measured, p) for p in second])
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return {"difference": float(plain), "interval": [float(low), float(high)], "share_positive": float(np.mean(draws > 0))}
+    return {
+        "difference": float(plain), "interval": [float(low), float(high)],
+        "share_positive": float(np.mean(draws > 0))}
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #6a1f0c52
 def difference_text(
@@ -51,19 +54,23 @@ def verdict(
     low, high = d["interval"]
     return "helps" if low > 0 else "hurts" if high < 0 else "cannot be told"
 
-
+# %% ../../nbs/6_evidence/2_compare.ipynb #294c2427
 def difference_table(
-    rows: list,  # dicts: "row", "weighted_r2" and, where they exist, "difference" to the row "against" and "minus_probe", from `paired_difference`
+    # dicts: "row", "weighted_r2" and, where they exist, "difference" to the row "against" and "minus_probe",
+    # from `paired_difference`
+    rows: list,
     base: str = "plan",  # the row whose name need not be repeated
 ) -> pd.DataFrame:  # text: row, weighted R², minus what it differs from, minus linear probe, verdict
     "Switches beside what they are compared with."
     def compared(r):
         if "difference" not in r: return ""
-        return difference_text(r["difference"]) + ("" if r["against"] == base else f", against {r['against']}")
+        return difference_text(r["difference"]) + (
+            "" if r["against"] == base else f", against {r['against']}")
 
     return pd.DataFrame([{
         "row": r["row"], "weighted R²": f"{r['weighted_r2']:.3f}", "minus " + base: compared(r),
-        "minus linear probe": difference_text(r["minus_probe"]) if "minus_probe" in r else "", "verdict": verdict(r["difference"]) if "difference" in r else "",
+        "minus linear probe": difference_text(r["minus_probe"]) if "minus_probe" in r else "",
+        "verdict": verdict(r["difference"]) if "difference" in r else "",
     } for r in rows])
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #27061335
@@ -139,7 +146,10 @@ def dates_of(
     "Sampling dates of photos; refuses a photo that the table does not know."
     known = read_train(data).assign(path=lambda t: t["path"].map(lambda p: str(Path(p).resolve()))).set_index("path")["Sampling_Date"]
     undated = [p for p in photos if str(Path(p).resolve()) not in known]
-    if undated: raise BiomassError(f"{Path(data) / 'train.csv'}: knows no date of {undated[0]}; give the folder that names these photos")
+    if undated:
+        raise BiomassError(
+            f"{Path(data) / 'train.csv'}: knows no date of {undated[0]}; give the folder that names these "
+            "photos")
     return [known[str(Path(p).resolve())] for p in photos]
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #c0b00006
@@ -150,7 +160,8 @@ def adversarial_lines(
     lines = ["AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(
         *found["photos"], *found["chance"], **found)]
     if found["other_dates"]:
-        lines.append("two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))
+        lines.append(
+            "two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))
     for side in ("first", "second"):
         names = ", ".join(f"{name} ({p:.2f})" for name, p in found["foreign"][side])
         lines.append(f"most unlike the others in {side}: {names}")

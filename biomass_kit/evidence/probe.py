@@ -76,8 +76,11 @@ def bundle_features(
     "Tile features of photos through a bundle's backbone, which must not have learned from labels: its features would know them."
     bundle = read_bundle(weights)
     if not bundle.members[0]["config"].get("freeze_backbone"):
-        raise BiomassError(f"{weights}: its backbone was trained on labels, which its features would give away; give a bundle trained with --freeze-backbone")
+        raise BiomassError(
+            f"{weights}: its backbone was trained on labels, which its features would give away; give a "
+            "bundle trained with --freeze-backbone")
     for line in crop_lines(photo_crops({str(path): path for path in paths})): warnings.warn(line)
     ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
-    return np.concatenate([f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])
+    return np.concatenate(
+        [f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])

@@ -51,7 +51,8 @@ def search_identity(s: Search) -> dict:  # JSON types only
     "All that the trials of a search share; contents, not paths."
     alike = {name: value for name, value in s.identity.items() if name not in s.space}
     searched = {name: list(map(as_text, values)) for name, values in s.space.items()}
-    return json.loads(json.dumps({**alike, "train_folds": s.config.train_folds, "seeds": s.seeds, "searched": searched}))
+    return json.loads(
+        json.dumps({**alike, "train_folds": s.config.train_folds, "seeds": s.seeds, "searched": searched}))
 
 
 def claim_folder(s: Search):
@@ -274,7 +275,8 @@ def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: i
     check_config(config)
     space = open_fields(config, given, log)
     built = {}
-    for grid in space.get("grid", (config.grid,)): start = prepare(dataclasses.replace(config, grid=grid), built)
+    for grid in space.get("grid", (config.grid,)):
+        start = prepare(dataclasses.replace(config, grid=grid), built)
     device = pick_device(config.device_type)
     arithmetic = arithmetic_text(config, device, pick_precision(device, config.precision))
     identity = run_identity(config, start.table, start.backbone, arithmetic)
@@ -302,7 +304,8 @@ def search(
     with study_lock(s):
         claim_folder(s)
         study = open_study(s)
-    log(f"{s.config.out}: {len(study.trials)} trials begun of {trials}; seeds {', '.join(map(str, s.seeds))}; "
+    log(f"{s.config.out}: {len(study.trials)} trials begun of {trials}; seeds "
+        f"{', '.join(map(str, s.seeds))}; "
         "only the best trial keeps its weights")
     while True:
         with study_lock(s): taken = next_trial(s, study, trials)
@@ -349,20 +352,23 @@ def _say_best(found: dict, log: Callable):
     if best["trial"] == default["trial"]: return log("it is the default: no other trial scored higher")
     log(f"default: trial {default['trial']}, {_said(default)}")
     if difference:
-        log(f"best minus default {difference_text(difference)}, optimistically biased: the best was chosen on these folds")
+        log(f"best minus default {difference_text(difference)}, optimistically biased: the best was chosen "
+            "on these folds")
 
 
 def _fresh(s: Search, recipes: dict, progress: Callable, log: Callable) -> dict:  # of `score_again`, or None
     "Best and default on folds that had no part in the choice, in words that say what to report."
     seed = other_fold_seed(s.config)
     if seed is None:
-        log("folds cannot be assigned in another way (each group is a fold, or a teacher is bound to its folds), "
+        log("folds cannot be assigned in another way (each group is a fold, or a teacher is bound to its "
+            "folds), "
             "so there is no unbiased score")
         return None
     log(f"training {' and '.join(recipes)} again on another assignment of the folds (--fold-seed {seed}), "
         "which had no part in the choice")
     fresh = score_again(s, recipes, seed, progress)
     for name in recipes: log(f"  {name:8s}{_said(fresh[name])}")
-    if fresh["difference"]: log(f"  best minus default {difference_text(fresh['difference'])}, 90 % over dates")
+    if fresh["difference"]:
+        log(f"  best minus default {difference_text(fresh['difference'])}, 90 % over dates")
     log("  report these; the folds are fresh, the photos are the same")
     return fresh

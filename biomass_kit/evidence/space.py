@@ -39,7 +39,8 @@ def check_space(
     for name, value in ((n, v) for n, values in space.items() for v in values):
         if name not in kinds: raise BiomassError(f"search table: TrainConfig has no field {name}")
         if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):
-            raise BiomassError(f"search table: {name} cannot be {value!r}; choose from {', '.join(get_args(kinds[name]))}")
+            raise BiomassError(
+                f"search table: {name} cannot be {value!r}; choose from {', '.join(get_args(kinds[name]))}")
         check_config(dataclasses.replace(config, **{name: value}))
 
 # %% ../../nbs/6_evidence/5_space.ipynb #4be6a0b0
@@ -53,7 +54,7 @@ def own_value(config: TrainConfig, name: str):
     value = getattr(config, name)
     return config.lr if name == "head_lr_stage1" and value is None else value
 
-
+# %% ../../nbs/6_evidence/5_space.ipynb #e3adceac
 def open_fields(
     config: TrainConfig,
     given: tuple = (),  # fields that keep the config's value
@@ -61,12 +62,17 @@ def open_fields(
 ) -> dict:  # field -> values, the config's own among them
     "What of the table is searched around a config."
     space = {name: values for name, values in SPACE.items() if name not in given}
-    if "lr" in given and config.freeze_backbone: space.pop("head_lr_stage1", None)  # the given rate is the heads' only one
-    tried = [dataclasses.replace(config, use_aux_heads=on) for on in space.get("use_aux_heads", (config.use_aux_heads,))]
+    if "lr" in given and config.freeze_backbone:
+        space.pop("head_lr_stage1", None)  # the given rate is the heads' only one
+    tried = [
+        dataclasses.replace(config, use_aux_heads=on)
+        for on in space.get("use_aux_heads", (config.use_aux_heads,))]
     for name in [name for name in space if not any(is_read(c, name) for c in tried)]:
         log(f"--{name.replace('_', '-')} is not searched: it is read only with {READ_ONLY_WHEN[name][1]}")
         del space[name]
-    if not space: raise BiomassError("every option of the search table is given, so nothing is left to search; drop one of them")
+    if not space:
+        raise BiomassError(
+            "every option of the search table is given, so nothing is left to search; drop one of them")
     check_space(tried[-1], space)
     own = {name: [own_value(config, name)] for name in space if is_read(config, name)}
     return {name: tuple(dict.fromkeys([*values, *own.get(name, [])])) for name, values in space.items()}
@@ -91,7 +97,8 @@ def command_line(
     "The `biomass_train` command of these runs; on their own folder it finds them finished."
     runs = expand(config, (), seeds)
     if len(runs) == 1: words = as_options(runs[0])
-    else: words = [*as_options(dataclasses.replace(config, seed=TrainConfig.seed)), "--seeds", *map(str, seeds)]
+    else:
+        words = [*as_options(dataclasses.replace(config, seed=TrainConfig.seed)), "--seeds", *map(str, seeds)]
     return shlex.join(["biomass_train", *words])
 
 # %% ../../nbs/6_evidence/5_space.ipynb #56ff065d
@@ -112,7 +119,9 @@ def as_text(value):  # of optuna's types, which know no tuple
 
 def trial_values(s: Search, stored: dict) -> dict:
     "The config's values of what the study stores; fields that a trial does not read are in neither."
-    return {name: next(v for v in s.space[name] if as_text(v) == stored[name]) for name in s.space if name in stored}
+    return {
+        name: next(v for v in s.space[name] if as_text(v) == stored[name]) for name in s.space
+        if name in stored}
 
 
 def trial_config(

@@ -31,7 +31,11 @@ def crossfit_stack(
 ) -> np.ndarray:  # [N, 5] grams
     "Out-of-fold predictions of the weighted mean, cross-fitted: each fold with weights from the other folds."
     p, y, fold = np.asarray(predictions, dtype=np.float64), as_grams(measured, "measured"), np.asarray(fold)
-    if len(np.unique(fold)) < 2: raise BiomassError("weighted: one fold has no other folds to find weights on; train two folds or more, or combine by mean")
+    if len(np.unique(fold)) < 2:
+        raise BiomassError(
+            "weighted: one fold has no other folds to find weights on; train two folds or more, or combine "
+            "by mean")
     out = np.empty(p.shape[1:])
-    for k in np.unique(fold): out[fold == k] = np.tensordot(stack_weights(p[:, fold != k], y[fold != k]), p[:, fold == k], 1)
+    for k in np.unique(fold):
+        out[fold == k] = np.tensordot(stack_weights(p[:, fold != k], y[fold != k]), p[:, fold == k], 1)
     return out

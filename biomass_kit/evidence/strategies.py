@@ -27,13 +27,17 @@ def strategy_table(
 ) -> pd.DataFrame:  # one row a strategy: folds, shared_dates, the weighted R2 of probe and floors with 90 % intervals over dates, the probe's difference
     "The linear probe's score under each CV strategy, beside the floors."
     y, dates = table[list(TARGETS)], table["Sampling_Date"]
-    folds = {cv: make_folds(table, cv, *((None, 0) if cv in LEAVE_ONE else (n_folds, seed))) for cv in dict.fromkeys([against, *strategies])}
+    folds = {
+        cv: make_folds(table, cv, *((None, 0) if cv in LEAVE_ONE else (n_folds, seed)))
+        for cv in dict.fromkeys([against, *strategies])}
     probes = {cv: linear_probe(features, table, fold, within=cv) for cv, fold in folds.items()}
     rows = {}
     for cv in strategies:
         rows[cv] = {"folds": len(set(folds[cv])), "shared_dates": shared_dates(table, folds[cv])}
         for name, s in score_beside_floors(table, folds[cv], {"probe": probes[cv]}).items():
-            rows[cv] |= {name: s["weighted_r2"], **dict(zip((f"{name}_low", f"{name}_high"), s["interval_90"] or (np.nan, np.nan)))}
+            rows[cv] |= {
+                name: s["weighted_r2"],
+                **dict(zip((f"{name}_low", f"{name}_high"), s["interval_90"] or (np.nan, np.nan)))}
         d = paired_difference(y, [probes[cv]], [probes[against]], dates, **options)
         rows[cv] |= {"difference": d["difference"], "difference_low": d["interval"][0], "difference_high": d["interval"][1]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cv")
@@ -44,8 +48,10 @@ def strategy_text(
 ) -> str:
     "The table in the width of a terminal: scores, those that decide with their interval."
     ends = lambda name: found[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-    with_ends = lambda name, sign: [f"{v:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" for v, low, high in ends(name)]
+    with_ends = lambda name, sign: [
+        f"{v:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" for v, low, high in ends(name)]
     columns = {"folds": found["folds"], "shared dates": found["shared_dates"].map("{:.0%}".format), "linear probe": with_ends("probe", ""),
-               "constant": found["floor_constant"].map("{:.3f}".format), "by state": found["floor_state"].map("{:.3f}".format),
+               "constant": found["floor_constant"].map("{:.3f}".format),
+               "by state": found["floor_state"].map("{:.3f}".format),
                "minus group_date": with_ends("difference", "+")}
     return pd.DataFrame(columns, found.index).rename_axis(None).to_string()

@@ -12,7 +12,8 @@ import math
 import os
 from typing import NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks the network for its version otherwise
+# albumentations asks the network for its version otherwise
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 import numpy as np
@@ -40,12 +41,14 @@ class SameSizeCrop(A.ImageOnlyTransform):
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         h, w = params["shape"][:2]
         area, ratio = self.py_random.uniform(*self.scale), self.py_random.uniform(*self.ratio)
-        ch, cw = min(h, max(1, round(h * (area / ratio) ** 0.5))), min(w, max(1, round(w * (area * ratio) ** 0.5)))
+        ch, cw = min(h, max(1, round(h * (area / ratio) ** 0.5))), min(
+            w, max(1, round(w * (area * ratio) ** 0.5)))
         return {"crop": (self.py_random.randint(0, h - ch), self.py_random.randint(0, w - cw), ch, cw)}
 
     def apply(self, img: np.ndarray, crop: tuple, **params) -> np.ndarray:
         top, left, h, w = crop
-        return cv2.resize(img[top : top + h, left : left + w], img.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(
+            img[top : top + h, left : left + w], img.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/2_features/3_augment.ipynb #0274a2c0
 def excess_green(
@@ -77,7 +80,9 @@ class GreenJitter(A.ImageOnlyTransform):
         self.hue, self.saturation, self.value, self.ramp = hue, saturation, value, ramp
 
     def get_params(self) -> dict:
-        return {"moves": [self.py_random.uniform(-limit, limit) for limit in (self.hue, self.saturation, self.value)]}
+        return {
+            "moves": [
+                self.py_random.uniform(-limit, limit) for limit in (self.hue, self.saturation, self.value)]}
 
     def apply(self, img: np.ndarray, moves: list, **params) -> np.ndarray:
         x = img.astype(np.float32)
@@ -99,12 +104,14 @@ def pixel_transform(
             *([SameSizeCrop()] if crop else []),
             A.HorizontalFlip(p=0.5),
             A.VerticalFlip(p=0.5),
-            A.Affine(translate_percent=(-0.05, 0.05), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=cv2.BORDER_REFLECT_101, p=0.5),
+            A.Affine(
+                translate_percent=(-0.05, 0.05), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=cv2.BORDER_REFLECT_101, p=0.5),
             A.OneOf([A.GaussNoise(std_range=(0.01, 0.05)), A.GaussianBlur(blur_limit=(3, 5))], p=0.3),
             A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5),
             A.HueSaturationValue(hue_shift_limit=6, sat_shift_limit=15, val_shift_limit=10, p=0.5),
             *([GreenJitter()] if green else []),
-            A.CoarseDropout(num_holes_range=(1, 4), hole_height_range=(0.05, 0.12), hole_width_range=(0.05, 0.12), p=0.2),
+            A.CoarseDropout(
+                num_holes_range=(1, 4), hole_height_range=(0.05, 0.12), hole_width_range=(0.05, 0.12), p=0.2),
         ],
         additional_targets={"right": "image"},
     )
@@ -118,7 +125,8 @@ def draw_seed(
     *numbers: int,  # what names the augmented copy within its kind (seed, fold, epoch, photo, ...)
 ) -> int:  # 64 bits
     "One well-mixed seed from the name of an augmented copy."
-    return int(np.random.SeedSequence([len(numbers), DRAWS.index(kind), *numbers]).generate_state(1, np.uint64)[0])
+    return int(
+        np.random.SeedSequence([len(numbers), DRAWS.index(kind), *numbers]).generate_state(1, np.uint64)[0])
 
 
 def draw_rng(kind: str, *numbers: int) -> np.random.Generator:
@@ -224,7 +232,8 @@ def cutmix_pairs(
 ) -> np.ndarray:  # uint8 [2, S, S, 3]; what stays of `pair` is `box.share(S, S)`
     "Paste the box of the partner's halves into a pair's, before tiles are cut."
     rows, cols = box.slices(*pair.shape[1:3])
-    if other.shape != pair.shape: other = np.stack([cv2.resize(h, pair.shape[2:0:-1], interpolation=cv2.INTER_AREA) for h in other])
+    if other.shape != pair.shape:
+        other = np.stack([cv2.resize(h, pair.shape[2:0:-1], interpolation=cv2.INTER_AREA) for h in other])
     out = pair.copy()
     out[:, rows, cols] = other[:, rows, cols]
     return out

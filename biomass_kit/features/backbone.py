@@ -77,19 +77,23 @@ class Backbone(nn.Module):
         if self.statistic and self.statistic.needs_token and not has_token:
             raise BiomassError(f"--pooling {pooling}: {name} has no class token; use --pooling own")
         if self.pooling == "own" and blocks:
-            raise BiomassError("--pooling own is the pooling of the output; with --feature-blocks use mean, cls or cls_mean")
+            raise BiomassError(
+                "--pooling own is the pooling of the output; with --feature-blocks use mean, cls or cls_mean")
         if self.statistic: self.dim = self.statistic.parts * sum(self._channels())
         else: self.dim = getattr(model, "head_hidden_size", model.num_features)
         for key in ("mean", "std"):
-            self.register_buffer(key, 255 * torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
+            self.register_buffer(
+                key, 255 * torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
 
     def _channels(self) -> list:
         "Channels of each block that is read."
         if not self.blocks: return [self.model.num_features]
-        if not hasattr(self.model, "forward_intermediates"): raise BiomassError(f"--feature-blocks: {self.name} does not give the features of its blocks")
+        if not hasattr(self.model, "forward_intermediates"):
+            raise BiomassError(f"--feature-blocks: {self.name} does not give the features of its blocks")
         known = [i["num_chs"] for i in self.model.feature_info]
         for i in self.blocks:
-            if not 0 <= i < len(known): raise BiomassError(f"--feature-blocks {i}: {self.name} has blocks 0 to {len(known) - 1}")
+            if not 0 <= i < len(known):
+                raise BiomassError(f"--feature-blocks {i}: {self.name} has blocks 0 to {len(known) - 1}")
         return [known[i] for i in self.blocks]
 
     def _tokens(self, x) -> list:
@@ -98,7 +102,8 @@ class Backbone(nn.Module):
             y = self.model.forward_features(x)
             return [(y[:, 0], y[:, self.prefix :])] if y.ndim == 3 else [(None, y.flatten(2).mT)]
         extra = dict(return_prefix_tokens=True, norm=True) if self.prefix else {}
-        found = self.model.forward_intermediates(x, indices=list(self.blocks), intermediates_only=True, output_fmt="NCHW", **extra)
+        found = self.model.forward_intermediates(
+            x, indices=list(self.blocks), intermediates_only=True, output_fmt="NCHW", **extra)
         return [(f[1][:, 0], f[0].flatten(2).mT) if self.prefix else (None, f.flatten(2).mT) for f in found]
 
     def forward(
@@ -113,7 +118,8 @@ class Backbone(nn.Module):
         x: torch.Tensor,  # float [n, 3, s, s], normalised
     ) -> torch.Tensor:  # [n, dim]
         "What the model makes of normalised tiles, pooled."
-        if self.statistic is None: return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        if self.statistic is None:
+            return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
         return torch.cat([part for tokens in self._tokens(x) for part in self.statistic.of(*tokens)], -1)
 
 # %% ../../nbs/2_features/5_backbone.ipynb #bf757f45
@@ -136,14 +142,18 @@ def _check_name(name: str):
     if _is_model(name): return
     owner, _, plain = re.sub("^hf[-_]hub:", "", name).rpartition("/")
     if owner == "timm" and _is_model(plain):
-        raise BiomassError(f"--backbone {name}: write --backbone {plain}; timm fetches its weights from the hub by itself")
+        raise BiomassError(
+            f"--backbone {name}: write --backbone {plain}; timm fetches its weights from the hub by itself")
     if owner:
         raise BiomassError(
-            f"--backbone {name}: a backbone is named as timm names it, without an owner; download model.safetensors from "
-            f"https://huggingface.co/{owner}/{plain} and give --backbone NAME_IN_TIMM --backbone-weights model.safetensors")
+            f"--backbone {name}: a backbone is named as timm names it, without an owner; download "
+            "model.safetensors from "
+            f"https://huggingface.co/{owner}/{plain} and give --backbone NAME_IN_TIMM --backbone-weights "
+            "model.safetensors")
     near = difflib.get_close_matches(plain, [*timm.list_models(), *timm.list_pretrained()], 3)
     raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; "
-                       + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it has"))
+                       + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it "
+                                                                          "has"))
 
 
 # %% ../../nbs/2_features/5_backbone.ipynb #3532c419
@@ -215,11 +225,13 @@ def _check_size(name: str, size: int):
     fault, own = _fault(name, size), own_tile_size(name)
     if not fault: return
     try: model = _create(name, own)
-    except Exception as e: raise BiomassError(f"--backbone {name}: cannot be built here ({e}); choose another") from e
+    except Exception as e:
+        raise BiomassError(f"--backbone {name}: cannot be built here ({e}); choose another") from e
     step = patch_size(model) if getattr(model, "dynamic_img_size", False) else 32
     near = sorted({*range(step, size + 2 * step, step)} - {size}, key=lambda s: (abs(s - size), s))[:4]
     works = next((s for s in near if not _fault(name, s)), own)
-    raise BiomassError(f"--tile-size {size}: {name} takes no tiles of this size ({fault}); use --tile-size {works}, "
+    raise BiomassError(f"--tile-size {size}: {name} takes no tiles of this size ({fault}); use --tile-size "
+                       f"{works}, "
                        f"or leave the option out for the model's own {own}")
 
 
@@ -251,13 +263,15 @@ def _misfit(name: str, held: dict, due: dict) -> str:
     "Why a file does not fill a model: tensors that are absent, called something else, or of another shape."
     absent = [k for k in due if k not in held]
     differ = [k for k in due if k in held and held[k] != due[k]]
-    if absent and 2 * len(absent) < len(due): return f"it lacks {len(absent)} of {len(due)} tensors, first {absent[0]}"
+    if absent and 2 * len(absent) < len(due):
+        return f"it lacks {len(absent)} of {len(due)} tensors, first {absent[0]}"
     if not absent and differ:
         k = differ[-1]
         return (f"{len(differ)} of its tensors have the shapes of another model or of another --tile-size: "
                 f"{k} is {held[k]} there and {due[k]} in the model")
     there, here = (", ".join(f"{k} {shape}" for k, shape in sorted(d.items())[:3]) for d in (held, due))
-    return (f"its {len(held)} tensors are called {there}, ..., and the model's {len(due)} {here}, ...; give a file of timm's, "
+    return (f"its {len(held)} tensors are called {there}, ..., and the model's {len(due)} {here}, ...; give "
+            "a file of timm's, "
             f"such as model.safetensors of https://huggingface.co/timm/{name}, or rename the tensors")
 
 
@@ -291,13 +305,15 @@ def _from_prefixed(name: str, tile_size: int, path: Path):
 def _from_file(name: str, tile_size: int, path: Path):
     "A model with the weights of a safetensors file."
     say = f"--backbone-weights {path}: "
-    if path.suffix != ".safetensors": raise BiomassError(f"{say}only .safetensors files are loaded, since they cannot run code")
+    if path.suffix != ".safetensors":
+        raise BiomassError(f"{say}only .safetensors files are loaded, since they cannot run code")
     if not path.is_file(): raise BiomassError(f"{say}no such file")
     try: return _filled(name, tile_size, file=str(path), custom_load=False)
     except Exception: pass  # what is wrong with it, if anything, is found out next
     try: return _from_prefixed(name, tile_size, path)
     except BiomassError as e: raise BiomassError(f"{say}{e}") from e
-    except (SafetensorError, OSError) as e: raise BiomassError(f"{say}cannot be read ({e}); download it again") from None
+    except (SafetensorError, OSError) as e:
+        raise BiomassError(f"{say}cannot be read ({e}); download it again") from None
 
 
 # %% ../../nbs/2_features/5_backbone.ipynb #edf986e8
@@ -344,13 +360,19 @@ def lora_layers(
     size: int,  # pixels of a tile
 ) -> list:  # names of the linear layers that LoRA adapts
     "Attention and MLP layers that a tile really passes through; a backbone without any is refused."
-    if importlib.util.find_spec("peft") is None: raise BiomassError("--lora-rank needs the peft package, and only to train; pip install peft")
-    called, named = [], {n: m for n, m in backbone.model.named_modules() if n.rpartition(".")[2] in LORA_LAYERS and isinstance(m, torch.nn.Linear)}
+    if importlib.util.find_spec("peft") is None:
+        raise BiomassError("--lora-rank needs the peft package, and only to train; pip install peft")
+    called, named = [], {
+        n: m for n,
+        m in backbone.model.named_modules()
+        if n.rpartition(".")[2] in LORA_LAYERS and isinstance(m, torch.nn.Linear)}
     hooks = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in named.items()]
-    with torch.no_grad(): backbone.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=backbone.mean.device))
+    with torch.no_grad():
+        backbone.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=backbone.mean.device))
     for hook in hooks: hook.remove()
     if not called:
-        raise BiomassError(f"--lora-rank: {backbone.name} has no linear attention or MLP layers ({', '.join(LORA_LAYERS)}) to adapt; "
+        raise BiomassError(f"--lora-rank: {backbone.name} has no linear attention or MLP layers "
+                           f"({', '.join(LORA_LAYERS)}) to adapt; "
                            "use a vision transformer, or drop it")
     return sorted(set(called))
 
@@ -378,7 +400,9 @@ def take_lora(backbone) -> dict:  # as `bundle.save_lora` takes it: {"factors", 
     "Take the LoRA factors off a backbone, in place; its weights are the starting ones again."
     factors, scale = {}, 1.0
     for name, m in adapted_layers(backbone).items():
-        factors |= {f"{name}.A": m.lora_A["default"].weight.detach(), f"{name}.B": m.lora_B["default"].weight.detach()}
+        factors |= {
+            f"{name}.A": m.lora_A["default"].weight.detach(),
+            f"{name}.B": m.lora_B["default"].weight.detach()}
         scale = m.scaling["default"]
         backbone.model.set_submodule(name, m.base_layer)
     if factors: del backbone.model.peft_config

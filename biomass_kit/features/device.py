@@ -36,7 +36,8 @@ ANSWER_SECONDS = 120.0  # for a GPU's first kernel; it takes seconds, more where
 
 def launches(device: torch.device) -> bool:
     "Whether a GPU computes a small product rightly; raises RuntimeError where it cannot launch a kernel."
-    with cublas_workspace(): return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
+    with cublas_workspace():
+        return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item() == 8
 
 # %% ../../nbs/2_features/4_device.ipynb #e0d50019b
 def _count_gpus() -> int:
@@ -75,14 +76,19 @@ def pick_devices(
     say: Callable = warnings.warn,  # takes what is wrong with a GPU
 ):  # yields torch.devices
     "The devices asked for, all GPUs that work, or `BiomassError` where there is none."
-    if kind not in DEVICE_TYPES: raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
-    present = {"cuda": working_gpus(say), "mps": iter([torch.device("mps")] * torch.backends.mps.is_available()), "cpu": iter([torch.device("cpu")])}
+    if kind not in DEVICE_TYPES:
+        raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
+    present = {
+        "cuda": working_gpus(say), "mps": iter([torch.device("mps")] * torch.backends.mps.is_available()),
+        "cpu": iter([torch.device("cpu")])}
     for k in present if kind == "auto" else (kind,):
         if (first := next(present[k], None)) is not None:
             yield first
             yield from present[k]
             return
-    raise BiomassError(f"--device-type {kind}: this machine has no {kind} device that works; use --device-type {pick_device('auto', lambda line: None).type}")
+    raise BiomassError(
+        f"--device-type {kind}: this machine has no {kind} device that works; use --device-type "
+        f"{pick_device('auto', lambda line: None).type}")
 
 
 def pick_device(
@@ -98,7 +104,8 @@ def pick_precision(
     kind: str = "auto",  # one of PRECISIONS
 ) -> str:  # "fp32", "fp16" or "bf16"
     "The fastest precision that the device has in hardware, unless one is asked for."
-    if kind not in PRECISIONS: raise BiomassError(f"--precision {kind}: unknown; choose one of {', '.join(PRECISIONS)}")
+    if kind not in PRECISIONS:
+        raise BiomassError(f"--precision {kind}: unknown; choose one of {', '.join(PRECISIONS)}")
     if kind != "auto": return kind
     if device.type != "cuda": return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

@@ -12,7 +12,8 @@ STATISTICS = {  # of a tile's tokens, pooled into its feature: name -> where it 
     "cls": "biomass_kit.features.backbone:CLS",
     "mean": "biomass_kit.features.backbone:MEAN",
 }
-POOLINGS = ("auto", *STATISTICS, "own")  # auto takes what suits the backbone, own is the backbone's own pooling
+# auto takes what suits the backbone, own is the backbone's own pooling
+POOLINGS = ("auto", *STATISTICS, "own")
 DEVICE_TYPES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 CACHE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # how features lie on disk: name -> NumPy's

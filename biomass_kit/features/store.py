@@ -101,7 +101,8 @@ class FeatureCache:
         buffer = io.BytesIO()
         np.save(buffer, features.astype(self.dtype))
         try:
-            with atomic_path(self.path(digest, variant)) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
+            with atomic_path(self.path(digest, variant)) as tmp:
+                tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
         except BiomassError as e:
             self._fault(f"{self.folder}: cannot be written", e.__cause__.strerror or e.__cause__)
 
@@ -250,7 +251,9 @@ def _digest(path, requests) -> str:
     if not any(r.cache or any(isinstance(v, Draw) for v in r.variants) for r in requests): return ""
     try: return file_digest(path)
     except FileNotFoundError: raise BiomassError(f"{path}: no such photo") from None
-    except OSError as e: raise BiomassError(f"{path}: not a readable photo ({e.strerror}); export it again as JPEG or PNG") from None
+    except OSError as e:
+        raise BiomassError(
+            f"{path}: not a readable photo ({e.strerror}); export it again as JPEG or PNG") from None
 
 
 def faulty_photo(fault: str, requests: list) -> LoadedPhoto:
@@ -303,7 +306,9 @@ def _tiles(pair, request, variants, digest, cut) -> dict:
     for v in variants:
         draw = v if isinstance(v, Draw) else None
         key = request.spec, draw and draw.key
-        if key not in cut: cut[key] = _cut(draw.apply(pair, digest) if draw else pair, request.spec, request.backbone.mean.device)
+        if key not in cut:
+            cut[key] = _cut(
+                draw.apply(pair, digest) if draw else pair, request.spec, request.backbone.mean.device)
     return {v: cut[request.spec, v.key if isinstance(v, Draw) else None] for v in variants}
 
 # %% ../../nbs/2_features/6_store.ipynb #51716a1b
@@ -312,16 +317,20 @@ def _variant_features(photos, i, request, variant, precision) -> torch.Tensor:
     spec, device = request.spec, request.backbone.mean.device
     out = torch.zeros(len(photos), 2, spec.rows * spec.cols, request.backbone.dim, device=device)
     stored = [b for b, p in enumerate(photos) if variant in p.found[i]]
-    if stored: out[stored] = torch.from_numpy(np.stack([photos[b].found[i][variant] for b in stored])).to(device).float()
+    if stored:
+        out[stored] = torch.from_numpy(np.stack([photos[b].found[i][variant] for b in stored])).to(device).float()
     fresh = [b for b, p in enumerate(photos) if variant in p.tiles[i]]
     if not fresh: return out
     tiles = torch.stack([photos[b].tiles[i][variant].to(device) for b in fresh])
-    with autocast(device, precision): features = request.backbone(flip_pixels(tiles, variant) if isinstance(variant, View) else tiles)
+    with autocast(device, precision):
+        features = request.backbone(flip_pixels(tiles, variant) if isinstance(variant, View) else tiles)
     if request.cache:
         kept = features.cpu().numpy().astype(request.cache.dtype)
         for b, f in zip(fresh, kept):
-            if np.isfinite(f).all(): request.cache.put(photos[b].digest, variant, f)  # an overflow is not worth remembering
-        features = torch.from_numpy(kept).to(device).float()  # what a later reader gets, so that both see the same
+            if np.isfinite(f).all():
+                request.cache.put(photos[b].digest, variant, f)  # an overflow is not worth remembering
+        # what a later reader gets, so that both see the same
+        features = torch.from_numpy(kept).to(device).float()
     out[fresh] = features
     return out
 
@@ -335,13 +344,16 @@ def photo_batches(
     say: Callable = warnings.warn,  # takes a note when threads are given up
 ):  # yields lists of LoadedPhotos
     "All photos, loaded ahead of their use, a batch at a time, in order."
-    late = refuse_late if strict else lambda path: faulty_photo(f"{path}: was not read in {READ_TIMEOUT:g} s, twice", requests)
-    loaded = read_ahead(partial(load_photo, requests=requests, strict=strict), paths, num_workers, 2 * batch_size, READ_TIMEOUT, late, say)
+    late = refuse_late if strict else lambda path: faulty_photo(
+        f"{path}: was not read in {READ_TIMEOUT:g} s, twice", requests)
+    loaded = read_ahead(
+        partial(load_photo, requests=requests, strict=strict), paths, num_workers, 2 * batch_size,
+        READ_TIMEOUT, late, say)
     try:
         while photos := list(islice(loaded, batch_size)): yield photos
     finally: loaded.close()
 
-
+# %% ../../nbs/2_features/6_store.ipynb #1cac4539
 @torch.inference_mode()
 def loaded_features(
     photos: list,  # B LoadedPhotos
@@ -349,7 +361,9 @@ def loaded_features(
     precision: str = "fp32",  # of the backbones' arithmetic
 ) -> list:  # for each request: variant -> float32 [B, 2, T, D] on the device
     "What the backbones make of one batch."
-    return [{v: _variant_features(photos, i, r, v, precision) for v in r.variants} for i, r in enumerate(requests)]
+    return [
+        {v: _variant_features(photos, i, r, v, precision) for v in r.variants} for i,
+        r in enumerate(requests)]
 
 # %% ../../nbs/2_features/6_store.ipynb #73e9b174
 def feature_batches(

@@ -41,7 +41,8 @@ def _resize(x, size, as_float):
 def cut_tiles(
     pair: torch.Tensor,  # uint8 [2, S, S, 3], or a numpy array
     spec: TileSpec,
-    as_float: bool = None,  # resize in float32; by default where the pixels lie on a GPU, which has no uint8 resize
+    # resize in float32; by default where the pixels lie on a GPU, which has no uint8 resize
+    as_float: bool = None,
 ) -> torch.Tensor:  # uint8 [2, T, 3, s, s], tiles in reading order, on the device of the pixels
     "Cut both halves at native resolution, then resize each tile (bilinear, antialiased)."
     x = torch.as_tensor(pair).permute(0, 3, 1, 2)

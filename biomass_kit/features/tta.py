@@ -32,12 +32,15 @@ def parse_view(
     "A view from its name."
     parts = [] if text == "plain" else text.split("+")
     if not set(parts) <= set(View._fields) or len(set(parts)) < len(parts):
-        raise BiomassError(f"--tta {text}: a view is 'plain' or flips of {', '.join(View._fields)} joined by '+', such as h+swap")
+        raise BiomassError(
+            f"--tta {text}: a view is 'plain' or flips of {', '.join(View._fields)} joined by '+', such as "
+            "h+swap")
     return View(*(f in parts for f in View._fields))
 
 
 DEFAULT_VIEWS = ("plain", "h", "v", "swap")
-STORED_VIEWS = (View(), View(h=True), View(v=True), View(h=True, v=True))  # all that a backbone can be asked for
+# all that a backbone can be asked for
+STORED_VIEWS = (View(), View(h=True), View(v=True), View(h=True, v=True))
 
 # %% ../../nbs/2_features/1_tta.ipynb #8bfc8425
 def backbone_views(

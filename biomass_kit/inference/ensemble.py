@@ -72,7 +72,8 @@ class Members:
         views: list = None,  # names of views; None takes the bundle's
         device_type="auto",  # "cpu", "cuda", "mps" or "auto", or a torch.device
         precision: str = "auto",  # "fp32", "fp16", "bf16" or "auto", of the backbone
-        cache_dir=None,  # where features are kept; True is the default folder, if it can be used; None keeps none
+        # where features are kept; True is the default folder, if it can be used; None keeps none
+        cache_dir=None,
         say: Callable = warnings.warn,  # takes notes of what befalls the device
     ):
         self.bundle, self.say = bundle, say
@@ -118,7 +119,8 @@ class Members:
     def predict_members(
         self,
         features: list,  # for each pass: backbone View -> [B, 2, T, D]
-        read: Callable = predict_views,  # function of (model, viewed); `interval_views` gives [M, 2, B, 5] ends instead
+        # function of (model, viewed); `interval_views` gives [M, 2, B, 5] ends instead
+        read: Callable = predict_views,
         level: Level = None,  # None is the richest
     ) -> torch.Tensor:  # float32 [M, B, 5] raw grams on the CPU, one slice a member of the level
         "Each member's mean over views, for one batch of photos."
@@ -134,7 +136,8 @@ class Members:
         requests = [r._replace(variants=self._variants(p, level)) for r, p in zip(self.requests, self.passes)]
         features = loaded_features(photos, requests, precision)
         grams = self.predict_members(features, level=level)[None]
-        if intervals: grams = torch.cat([grams, self.predict_members(features, interval_views, level).transpose(0, 1)])
+        if intervals:
+            grams = torch.cat([grams, self.predict_members(features, interval_views, level).transpose(0, 1)])
         return grams.numpy()
 
     def predict_in_parts(self, photos: list, level: Level, intervals: bool) -> np.ndarray:
@@ -151,7 +154,8 @@ class Members:
             if self.device.type == "cuda": torch.cuda.empty_cache()
         if size < asked:
             self.fits = size
-            self.say(f"{self.device} ran out of memory with {asked} photos at once; {size} at once from here on")
+            self.say(
+                f"{self.device} ran out of memory with {asked} photos at once; {size} at once from here on")
         return np.concatenate(found, 2)
 
     def combine(self, found: np.ndarray, members: tuple) -> np.ndarray:
@@ -163,7 +167,8 @@ class Members:
 class Ensemble(Members):
     "From photos to raw grams: a bundle's members as one, on one device."
 
-    def _mended(self, path, found: np.ndarray, level: Level, intervals: bool) -> tuple:  # (grams [E, 5], Issue)
+    # (grams [E, 5], Issue)
+    def _mended(self, path, found: np.ndarray, level: Level, intervals: bool) -> tuple:
         "One photo again for which a member gave no number: in fp32, then without that member, then the training means."
         again, why = (None, "") if self.precision == "fp32" else self._in_fp32(path, level, intervals)
         if again is not None: found = again
@@ -221,7 +226,8 @@ class Ensemble(Members):
         strict: bool = True,  # raise for photos that cannot be read
         intervals: bool = False,  # lower and upper ends beside each value
         deadline: Deadline = None,  # None takes the time it needs
-        later: Callable = lambda: 0,  # photos that this device may have to do after those it has begun to read
+        # photos that this device may have to do after those it has begun to read
+        later: Callable = lambda: 0,
     ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); ends early when there is no time
         "Raw predictions, a batch at a time, memory bounded by the batch."
         deadline, pace, taken = deadline or Deadline(), Pace(), deque()
@@ -249,7 +255,8 @@ class Ensemble(Members):
         batch_size: int = 4,  # photos
         num_workers: int = 1,  # threads that read photos ahead
         progress: Callable = lambda x, **_: x,  # wraps the iteration, as tqdm does
-        faults: dict = None,  # takes row -> reason for photos that get the training means; None raises for them
+        # takes row -> reason for photos that get the training means; None raises for them
+        faults: dict = None,
         intervals: bool = False,  # lower and upper ends beside each value
     ) -> np.ndarray:  # float32 [N, 5] raw grams, or [N, 3, 5] with the ends; training means and bounds for photos in `faults`
         "Raw predictions of all photos on this device, means over members and views, in as much time as it takes."
@@ -259,7 +266,8 @@ class Ensemble(Members):
         for rows, found, issues in progress(batches, desc="predict", unit="batch", total=-(-len(paths) // batch_size)):
             grams[rows] = found
             nothing = {row: issue.reason for row, issue in issues.items() if issue.fallback == MEANS}
-            if nothing and faults is None: raise BiomassError(f"{paths[min(nothing)]}: {nothing[min(nothing)]}")
+            if nothing and faults is None:
+                raise BiomassError(f"{paths[min(nothing)]}: {nothing[min(nothing)]}")
             if nothing: faults.update(nothing)
         return grams
 
@@ -285,10 +293,12 @@ def _measure(e: Ensemble, photos: list, paths: list, pace: Pace, deadline: Deadl
 # %% ../../nbs/4_inference/6_ensemble.ipynb #7db70db7
 def describe_plan(ensemble: Ensemble) -> str:
     "The distinct backbone passes of an ensemble, one line each, beside what the naive form would run."
-    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views {', '.join(map(str, p.views))}; read by {counted(len(p.members), 'member')}"
+    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views "
+             f"{', '.join(map(str, p.views))}; read by {counted(len(p.members), 'member')}"
              for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
-    return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run {naive}), "
+    return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run "
+                      f"{naive}), "
                       f"on {ensemble.device.type} in {ensemble.precision}:", *lines])
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #e0e00001
@@ -312,7 +322,9 @@ def probe(
     timed, start = paths[batch_size : 3 * batch_size] or paths, time.perf_counter()
     ensemble.predict(timed, batch_size, num_workers, faults={})
     rate = len(timed) / (time.perf_counter() - start)
-    return {"photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate, "peak_bytes": peak_memory(ensemble.device)}
+    return {
+        "photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate,
+        "peak_bytes": peak_memory(ensemble.device)}
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #85fa02cf
 def is_main_process() -> bool:
@@ -369,7 +381,8 @@ def _note_failures(outcome: Outcome, devices: list, failed: dict, others: list):
 def serve_all(
     devices: list,  # torch.devices
     make: Callable,  # device -> Ensemble
-    run: Callable,  # (Ensemble, WorkQueue of its rows, function that gives the photos to come) -> what `Ensemble.run` yields
+    # (Ensemble, WorkQueue of its rows, function that gives the photos to come) -> what `Ensemble.run` yields
+    run: Callable,
     photos: int,
     batch_size: int,
     deadline: Deadline,
@@ -417,7 +430,8 @@ def predict_shared(predict, paths, device_type, outcome):
     mine = list(range(state.process_index, len(paths), state.num_processes))
     own, outcome.issues = Outcome(), {}
     grams = predict([paths[i] for i in mine], own)
-    parts = gather_object([(mine, grams, {mine[i]: issue for i, issue in own.issues.items()}, own.notes, own.devices)])
+    parts = gather_object(
+        [(mine, grams, {mine[i]: issue for i, issue in own.issues.items()}, own.notes, own.devices)])
     out = np.empty((len(paths), *grams.shape[1:]), np.float32)
     for rows, grams, issues, notes, devices in parts:
         out[rows] = grams

@@ -75,7 +75,10 @@ def write_issues(
     "List photos with an issue beside the output, or remove the list of an earlier run."
     path = issues_path(out)
     if not issues: path.unlink(missing_ok=True)
-    else: write_csv(path, pd.DataFrame([(names[i], *issues[i]) for i in sorted(issues)], columns=["photo", *Issue._fields]))
+    else:
+        write_csv(
+            path,
+            pd.DataFrame([(names[i], *issues[i]) for i in sorted(issues)], columns=["photo", *Issue._fields]))
     return path if issues else None
 
 # %% ../../nbs/4_inference/5_issues.ipynb #03a937d1
@@ -84,7 +87,8 @@ def summary_lines(
 ) -> list:  # of text
     "The closing lines: photos, devices, seconds, fallbacks, what was cut, what happened to the machine."
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
-    lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on {' and '.join(o.devices) or 'no device'}: "
+    lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on "
+             f"{' and '.join(o.devices) or 'no device'}: "
              f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]
     for fallback, n in Counter(i.fallback for i in o.issues.values()).most_common():
         rows = sorted(r for r, i in o.issues.items() if i.fallback == fallback)

@@ -43,8 +43,10 @@ def common_grid(
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
     "Yields (row, kind -> map) for each photo, fold by fold; nothing of photos that cannot be read."
     for k in sorted(set(fold)):
-        ensemble, rows = Ensemble(some_members(bundle, lambda m: k in (None, m["fold"])), ["plain"], **options), [i for i, f in enumerate(fold) if f == k]
-        readers = [(i, ensemble.models[m], p.spec.grid) for i, p in enumerate(ensemble.passes) for m in p.members]
+        ensemble, rows = Ensemble(some_members(bundle, lambda m: k in (None, m["fold"])), ["plain"], **options), [
+            i for i, f in enumerate(fold) if f == k]
+        readers = [
+            (i, ensemble.models[m], p.spec.grid) for i, p in enumerate(ensemble.passes) for m in p.members]
         for row, (features, (fault,)) in zip(rows, plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)):
             found = {}
             for i, model, grid in readers if not fault else ():
@@ -52,7 +54,7 @@ def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, optio
                 found.setdefault(kind, []).append(share[0])
             yield row, {kind: common_grid(maps) for kind, maps in found.items()}
 
-
+# %% ../../nbs/4_inference/8_maps.ipynb #38e3457a
 def photo_maps(
     weights,  # a bundle folder, or a checked Bundle
     paths: list,
@@ -63,6 +65,8 @@ def photo_maps(
 ) -> list:  # for each photo kind -> [R, C] in times an even share; empty for one that cannot be read
     "Where members look, on each photo."
     bundle, out = weights if isinstance(weights, Bundle) else read_bundle(weights), [{} for _ in paths]
-    found = _photo_maps(bundle, list(paths), list(fold) if fold is not None else [None] * len(out), num_workers, options)
-    for row, maps in progress(found, desc="where the model looks", unit="photo", total=len(out)): out[row] = maps
+    found = _photo_maps(
+        bundle, list(paths), list(fold) if fold is not None else [None] * len(out), num_workers, options)
+    for row, maps in progress(found, desc="where the model looks", unit="photo", total=len(out)):
+        out[row] = maps
     return out

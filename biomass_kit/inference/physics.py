@@ -93,14 +93,17 @@ def reconcile(
     "The nearest rows that keep both identities and the bounds."
     g, limits = as_grams(grams), _limits(np.asarray(upper, dtype=np.float64))
     if covariance is None: return _nearest_parts(SUMS, g, *limits) @ SUMS.T
-    root = np.linalg.cholesky(_checked_covariance(covariance))  # distance in the metric of W = plain distance after dividing by its root
+    # distance in the metric of W = plain distance after dividing by its root
+    root = np.linalg.cholesky(_checked_covariance(covariance))
     return _nearest_parts(np.linalg.solve(root, SUMS), np.linalg.solve(root, g.T).T, *limits) @ SUMS.T
 
 
 def _checked_covariance(covariance):
     c = np.asarray(covariance, dtype=np.float64)
     if c.shape != (5, 5) or not np.isfinite(c).all() or not np.allclose(c, c.T) or np.linalg.eigvalsh(c)[0] <= 0:
-        raise BiomassError("--physics mint: the covariance of errors must be a symmetric, positive definite 5 x 5 matrix; make it with error_covariance")
+        raise BiomassError(
+            "--physics mint: the covariance of errors must be a symmetric, positive definite 5 x 5 matrix; "
+            "make it with error_covariance")
     return c
 
 # %% ../../nbs/4_inference/1_physics.ipynb #9529b2a6
@@ -131,7 +134,8 @@ def error_covariance(
 # %% ../../nbs/4_inference/1_physics.ipynb #933f3d20
 METHODS = {  # name -> function of (clamped grams [N, 5], bounds [5], threshold, covariance) -> grams [N, 5]
     "none": lambda g, upper, threshold, covariance: g,
-    "derive_dead": lambda g, upper, threshold, covariance: _with_derived_dead(g, inconsistency(g) > threshold),
+    "derive_dead": lambda g, upper, threshold,
+    covariance: _with_derived_dead(g, inconsistency(g) > threshold),
     "always": lambda g, upper, threshold, covariance: _with_derived_dead(g, g[:, TOTAL] > 0),
     "project": lambda g, upper, threshold, covariance: reconcile(g, upper=upper),
     "mint": lambda g, upper, threshold, covariance: reconcile(g, covariance, upper),
@@ -144,13 +148,17 @@ def apply_physics(
     grams,  # [N, 5] raw predictions
     bounds,  # [2, 5] from `training_bounds`, of the training part that the predictions come from
     method: str = "derive_dead",  # a key of METHODS
-    threshold: float = 0.15,  # share of the total above which `derive_dead` corrects; the others do not read it
+    # share of the total above which `derive_dead` corrects; the others do not read it
+    threshold: float = 0.15,
     covariance=None,  # [5, 5] from `error_covariance`, for `mint`; the others do not read it
 ) -> np.ndarray:  # float32 [N, 5], consistent as far as the method makes it
     "Clamp to the training bounds, then correct: in this order, so that what the correction restores stays restored."
-    if method not in METHODS: raise BiomassError(f"--physics {method}: unknown; choose one of {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise BiomassError(f"--physics {method}: unknown; choose one of {', '.join(METHODS)}")
     if method in NEEDS_COVARIANCE and covariance is None:
-        raise BiomassError(f"--physics {method}: needs the covariance of out-of-fold errors; train two folds or more with it, or use --physics project")
+        raise BiomassError(
+            f"--physics {method}: needs the covariance of out-of-fold errors; train two folds or more with "
+            "it, or use --physics project")
     return METHODS[method](clamp(grams, bounds), np.asarray(bounds)[1], threshold, covariance).astype(np.float32)
 
 # %% ../../nbs/4_inference/1_physics.ipynb #12437608
@@ -183,7 +191,8 @@ def crossfit_physics(
         if method in NEEDS_COVARIANCE:
             if at.all():
                 raise BiomassError(
-                    f"--physics {method}: one fold has no other folds to learn its errors from; train two folds or more, or use --physics project")
+                    f"--physics {method}: one fold has no other folds to learn its errors from; train two "
+                    "folds or more, or use --physics project")
             covariance = error_covariance(measured[~at], clamped[~at])
         out[at] = apply_physics(clamped[at], bounds_by_fold[k], method, threshold, covariance)
     return out

@@ -37,7 +37,8 @@ def plan_passes(
         lora = [f"{ref['lora']['file']} x {ref['lora']['scale']:g}"] if "lora" in ref else []
         name = " ".join([ref["file"], *lora, ref["pooling"], *(f"block {b}" for b in ref.get("blocks", ()))])
         groups.setdefault((name, TileSpec(*m["grid"], m["tile_size"])), []).append(i)
-    return [Pass(name, spec, tuple(who), tuple(backbone_views(views))) for (name, spec), who in groups.items()]
+    return [
+        Pass(name, spec, tuple(who), tuple(backbone_views(views))) for (name, spec), who in groups.items()]
 
 # %% ../../nbs/4_inference/4_plan.ipynb #a2be30d6
 class Level(NamedTuple):
@@ -68,7 +69,9 @@ def plan_levels(
 
     def add(n_views, kept):
         some = tuple(v for v in views if v.backbone in seen[:n_views])
-        levels.append(Level(some, tuple(sorted(i for p in kept for i in p.members)), sum(pass_work(p, manifest) for p in kept) * n_views))
+        levels.append(
+            Level(
+                some, tuple(sorted(i for p in kept for i in p.members)), sum(pass_work(p, manifest) for p in kept) * n_views))
 
     for n in range(len(seen), 0, -1): add(n, passes)
     pixels = lambda spec: spec.rows * spec.cols * spec.size**2
@@ -95,7 +98,9 @@ def read_duration(
     units = [unit for _, unit in found]
     seconds = sum(float(n) * UNITS[unit] for n, unit in found)
     if "".join(map("".join, found)) != words or units != [u for u in UNITS if u in units] or not seconds:
-        raise BiomassError(f"--deadline {text}: not a duration; write hours, minutes and seconds in this order, such as 8h30m, 45m or 90s, more than none")
+        raise BiomassError(
+            f"--deadline {text}: not a duration; write hours, minutes and seconds in this order, such as "
+            "8h30m, 45m or 90s, more than none")
     return seconds
 
 # %% ../../nbs/4_inference/4_plan.ipynb #b0949efc

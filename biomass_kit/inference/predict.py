@@ -121,7 +121,8 @@ def _predict_here(job: _Job, progress: Callable, save: Callable, paths: list, ou
     devices = job.devices or list(pick(job.device_type, outcome.note))
     falls_back = job.device_type == "auto" and any(d.type != "cpu" for d in devices)
     batches = serve_all(
-        devices, partial(job.ensemble, outcome.note), partial(job.run, paths), len(paths), job.batch_size, job.deadline,
+        devices, partial(job.ensemble, outcome.note), partial(job.run, paths), len(paths), job.batch_size,
+        job.deadline,
         outcome, spare=torch.device("cpu") if falls_back else None,
         lenient=lambda: not job.strict and bool(job.keep_means or outcome.predicted))
     if is_main_process():
@@ -154,14 +155,16 @@ def predict_photos(
     views: list = None,  # names of views; None takes the bundle's
     physics: str = None,  # a method of `physics.METHODS`; None takes the bundle's
     threshold: float = None,  # None takes the bundle's
-    device_type: str = "auto",  # all devices of this type are used, of "auto" those of the best type that works
+    # all devices of this type are used, of "auto" those of the best type that works
+    device_type: str = "auto",
     precision: str = "auto",
     cache_dir=None,  # where features are kept and found again, as `Ensemble` takes it
     batch_size: int = 4,  # photos
     num_workers: int = 1,  # threads that read photos ahead, for each device
     progress: Callable = lambda x, **_: x,
     intervals: bool = False,  # lower and upper ends too; a bundle for which `has_intervals` is false refuses
-    deadline=None,  # a Deadline, or how long it may take: seconds, or text such as "8h30m"; None takes the time it needs
+    # a Deadline, or how long it may take: seconds, or text such as "8h30m"; None takes the time it needs
+    deadline=None,
     devices: list = None,  # torch.devices to use instead of those of `device_type`
     outcome: Outcome = None,  # takes what happened; without it, a photo without a prediction is an error
     keep_means: bool = False,  # training means will do where all devices fail before any photo is predicted
@@ -248,7 +251,8 @@ def predict_competition(
     weights,  # a bundle folder
     data,  # holds test.csv and its photos
     out,  # submission CSV to write
-    deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    deadline=None,
     keep_means: bool = False,  # leave the table of training means even where no photo is predicted
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission: sample_id, target (grams), with the Outcome in `attrs`; None in all but the main process
@@ -276,7 +280,9 @@ def predict_competition(
 # %% ../../nbs/4_inference/7_predict.ipynb #73eecaa4
 def some_members(bundle: Bundle, keep: Callable) -> Bundle:
     "A bundle of those members alone for which `keep(member)` holds, all of one weight."
-    return bundle._replace(manifest={**bundle.manifest, "members": [m for m in bundle.members if keep(m)], "combine": {"how": "mean"}})
+    return bundle._replace(
+        manifest={
+            **bundle.manifest, "members": [m for m in bundle.members if keep(m)], "combine": {"how": "mean"}})
 
 
 def plain_features(
@@ -287,7 +293,8 @@ def plain_features(
 ):  # yields (for each pass: float32 [B, 2, T, D] of the plain view, for each photo its fault or "")
     "Tile features as the photos are, out of the cache where they are in it."
     requests = [r._replace(variants=(View(),)) for r in ensemble.requests]
-    for found, faults in feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False): yield [f[View()] for f in found], faults
+    for found, faults in feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False):
+        yield [f[View()] for f in found], faults
 
 # %% ../../nbs/4_inference/7_predict.ipynb #c4663390
 def photo_likeness(
@@ -301,8 +308,11 @@ def photo_likeness(
 ) -> np.ndarray:  # [N] in (0, 1], as `uncertainty.likeness` gives it; nan where unread or too late
     "How much photos are like those that a bundle's members were trained on."
     reference = Reference(*(bundle.load_reference()[name].numpy() for name in Reference._fields))
-    ensemble = Ensemble(some_members(bundle, lambda m: m["name"] == bundle.trust["reference"]["member"]), ["plain"], **options)
-    means, batches = np.full((len(paths), reference.features.shape[1]), np.nan, np.float32), plain_features(ensemble, paths, batch_size, num_workers)
+    ensemble = Ensemble(
+        some_members(bundle, lambda m: m["name"] == bundle.trust["reference"]["member"]), ["plain"],
+        **options)
+    means, batches = np.full((len(paths), reference.features.shape[1]), np.nan, np.float32), plain_features(
+        ensemble, paths, batch_size, num_workers)
     for i, ((features,), faults) in enumerate(progress(batches, desc="likeness", unit="batch", total=-(-len(paths) // batch_size))):
         own = features.mean((1, 2)).cpu().numpy()
         own[[f != "" for f in faults]] = np.nan
@@ -365,7 +375,9 @@ def _likeness_in_time(bundle, paths, deadline, outcome, options) -> np.ndarray: 
     if deadline.left() <= 0: return None
     seconds = None if deadline.text is None else deadline.left()
     device = (options.get("devices") or [options.get("device_type", "auto")])[0]
-    own = {k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress") if k in options}
+    own = {
+        k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress")
+        if k in options}
     own |= {"deadline": deadline, "device_type": device, "say": outcome.note}
     run = partial(photo_likeness, bundle, paths, **own)
     try: return in_time(run, seconds, "device")
@@ -394,7 +406,8 @@ def predict_folder(
     weights,  # a bundle folder
     folder,  # photos in it and in its subfolders
     out,  # CSV to write
-    deadline=None,  # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    # how long all of this may take: seconds, or text such as "8h30m"; None takes the time it needs
+    deadline=None,
     quadrat_cm: tuple = None,  # sides of the quadrat whose grams are given; None takes the one trained on
     physics: str = None,  # a method of `physics.METHODS`; None takes FOLDER_PHYSICS
     keep_means: bool = False,  # leave the table of training means even where no photo is predicted
@@ -418,7 +431,9 @@ def predict_folder(
         if not is_main_process(): return None
         if bundle.margins and method not in bundle.margins:
             measured = ", ".join(bundle.margins)
-            outcome.note(f"the width of the intervals was measured on predictions of --physics {measured}, not of {method}")
+            outcome.note(
+                f"the width of the intervals was measured on predictions of --physics {measured}, not of "
+                f"{method}")
         table = save(grams)
         if "reference" in bundle.trust:
             table = save(grams, _likeness_in_time(bundle, paths, deadline, outcome, options))

@@ -28,7 +28,9 @@ def dates_needed(
 
 def conformal_margin(
     measured,  # [N, 5] grams
-    low,  # [N, 5] grams, lower ends for photos that were not trained on; the prediction itself where nothing better is known
+    # [N, 5] grams, lower ends for photos that were not trained on; the prediction itself where nothing better
+    # is known
+    low,
     high,  # [N, 5] grams, upper ends, likewise
     dates,  # [N]
     level: float,  # share of photos that the widened intervals should hold
@@ -50,7 +52,8 @@ def widen(
 ) -> np.ndarray:  # [2, N, 5] grams
     "Intervals with their margin, never below zero."
     low, high, margin, within = np.sqrt(as_grams(low).clip(0)), np.sqrt(as_grams(high).clip(0)), np.asarray(margin), as_grams(within)
-    return np.stack([np.minimum((low - margin).clip(0) ** 2, within), np.maximum((high + margin).clip(0) ** 2, within)])
+    return np.stack(
+        [np.minimum((low - margin).clip(0) ** 2, within), np.maximum((high + margin).clip(0) ** 2, within)])
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #51151924
 def crossfit_intervals(
@@ -140,7 +143,8 @@ def oof_likeness(
     out = np.full(len(fold), np.nan)
     for k in np.unique(fold):
         others = fold != k
-        if reference := others.any() and make_reference(features[others], dates[others]): out[~others] = likeness(reference, features[~others])
+        if reference := others.any() and make_reference(features[others], dates[others]):
+            out[~others] = likeness(reference, features[~others])
     return out
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #de75c1b8
@@ -155,7 +159,9 @@ def has_intervals(bundle: Bundle) -> bool:
 def check_intervals(bundle: Bundle, wanted: bool):
     "Refuse intervals that members cannot give."
     if wanted and not has_intervals(bundle):
-        raise BiomassError(f"{bundle.folder}: not all members say how sure they are, so no interval; train with --uncertainty")
+        raise BiomassError(
+            f"{bundle.folder}: not all members say how sure they are, so no interval; train with "
+            "--uncertainty")
 
 
 def interval_views(

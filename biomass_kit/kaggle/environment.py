@@ -33,7 +33,8 @@ def bare_python(
     own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
     (Path(own) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if subprocess.run([python, "-c", "import biomass_kit"], cwd=folder, capture_output=True).returncode == 0:
-        raise BiomassError("biomass_kit is installed as a plain package here, so the packed wheel cannot be tried alone; "
+        raise BiomassError("biomass_kit is installed as a plain package here, so the packed wheel cannot be "
+                           "tried alone; "
                            "install it with pip install -e .")
     return python
 
@@ -88,7 +89,8 @@ def pip_install(
         for _ in progress(_findings(pip, said), desc="packages found", unit="package"): pass
         last = said[-1] if said else ""
         total = len(last.split(",")) if last.startswith("Installing collected packages: ") else 0
-        for _ in progress(_arrivals(pip, site, total), total=total, desc="packages in place", unit="package"): pass
+        for _ in progress(_arrivals(pip, site, total), total=total, desc="packages in place", unit="package"):
+            pass
         said.extend(pip.stdout)
     if pip.returncode: raise BiomassError(f"pip said: {''.join(said).strip()[-800:]}")
 
@@ -114,7 +116,8 @@ def kaggle_python(
     rest = [n for n in (*PREDICT_REQUIREMENTS, "matplotlib") if n not in (*ASKED, "torch")]
     try: pip_install(python, [*_torch_pins(has), *pins, *rest, *RUNS_NOTEBOOKS], progress)
     except BiomassError as e:
-        raise BiomassError("an environment like Kaggle's could not be built; is a package registry within reach? "
+        raise BiomassError("an environment like Kaggle's could not be built; is a package registry within "
+                           "reach? "
                            f"--share takes this environment's packages. {e}") from None
     return python
 

@@ -41,7 +41,9 @@ def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells 
     distinct = {content: folder for folder, content in sorted(found.items(), reverse=True)}
     if len(distinct) == 1: return distinct.popitem()[1]
     listed = ", ".join(map(str, sorted(distinct.values()))) or "none"
-    raise BiomassError(f"{root}: expected one {what}, found {listed}; {'add it' if not distinct else 'remove all but one'} under Input of the notebook")
+    raise BiomassError(
+        f"{root}: expected one {what}, found {listed}; {'add it' if not distinct else 'remove all but one'} "
+        "under Input of the notebook")
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #e0d50061
 MOUNTED_BELOW = {"datasets": 3, "competitions": 2}  # folder of `root` -> folders down to one input; else one
@@ -104,10 +106,13 @@ def write_reference(
 
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n_photos): Image.fromarray(draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)).save(folder / f"{i}.png")
-    table = pd.DataFrame(predict_photos(weights, list_photos(folder), physics="none", device_type="cpu", batch_size=1, **options), columns=list(TARGETS))
+    for i in range(n_photos):
+        Image.fromarray(draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)).save(folder / f"{i}.png")
+    table = pd.DataFrame(
+        predict_photos(weights, list_photos(folder), physics="none", device_type="cpu", batch_size=1, **options), columns=list(TARGETS))
     table.insert(0, "photo", [p.name for p in list_photos(folder)])
-    write_csv(folder / REFERENCE_TABLE, table, float_format="%.3f")  # the last bits depend on how many threads added them up
+    # the last bits depend on how many threads added them up
+    write_csv(folder / REFERENCE_TABLE, table, float_format="%.3f")
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #9070b80e
 def _afterwards(run, seconds: float) -> tuple:  # (what it returns or None, why there is nothing or "")
@@ -139,7 +144,9 @@ def check_reference(
         print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
         return None
     worst = table["difference"].max()
-    print(f"reference photos: largest difference {worst:.2g} g, {SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
+    print(
+        f"reference photos: largest difference {worst:.2g} g, "
+        f"{SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
     return table
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #5ca80ded
@@ -206,11 +213,15 @@ def show_predictions(
 # %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7bf
 NOTEBOOK_CELLS = (
     ("markdown", "# Pasture biomass from photographs\n\n"
-     "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for each, how many grams of dry matter "
-     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - Image2Biomass Prediction*; "
+     "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for "
+     "each, how many grams of dry matter "
+     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - "
+     "Image2Biomass Prediction*; "
      "with your own photos attached instead of the competition, it predicts those.\n\n"
-     "It needs no internet. Under *Input*, three things are attached: a dataset with the library `biomass_kit`, one with the trained weights, "
-     "and the photos. Everything that happens below lives in that library, whose own notebooks explain and test each step.\n\n"
+     "It needs no internet. Under *Input*, three things are attached: a dataset with the library "
+     "`biomass_kit`, one with the trained weights, "
+     "and the photos. Everything that happens below lives in that library, whose own notebooks explain and "
+     "test each step.\n\n"
      "## Set up\n\nThe library is installed from its dataset; the rest is what Kaggle provides."),
     ("code", "import os, subprocess, sys\nfrom pathlib import Path\n\n"
      "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
@@ -224,22 +235,32 @@ NOTEBOOK_CELLS = (
      "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
      "subprocess.run([*pip, *wheels], check=True)"),
     ("markdown", "## Predict\n\n"
-     "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into tiles at its full resolution; "
-     "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored views) each give their five figures, "
-     "which are averaged, kept within what was measured in training, and mended where they contradict each other.\n\n"
-     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a plausible number of grams. "
-     "For your own photos it is `grams.csv`, one row a photo: grams in a quadrat like those trained on, and kg DM/ha. "
+     "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into "
+     "tiles at its full resolution; "
+     "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored "
+     "views) each give their five figures, "
+     "which are averaged, kept within what was measured in training, and mended where they contradict each "
+     "other.\n\n"
+     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a "
+     "plausible number of grams. "
+     "For your own photos it is `grams.csv`, one row a photo: grams in a quadrat like those trained on, and "
+     "kg DM/ha. "
      "A photo that cannot be read is named in a table beside it.\n\n"
      "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
-     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer models, and the closing lines say how many."),
-    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, show_predictions, summary_lines\n\n"
+     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer "
+     "models, and the closing lines say how many."),
+    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, "
+             "show_predictions, summary_lines\n\n"
      "data, weights = find_inputs(inputs)\n"
-     "table = predict_inputs(weights, data, working, deadline=\"8h30m\", progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
+     "table = predict_inputs(weights, data, working, deadline=\"8h30m\", "
+     "progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
     ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. "
      "A bare quadrat beside a long bar would be a reason to stop."),
     ("code", "show_predictions(data, table)"),
-    ("markdown", "## The same answer as at home?\n\nThree drawn photos travel with the weights, with the predictions that were made when they were packed. "
-     "`difference` is in grams and should be near zero; a large one means that this machine computes something else."),
+    ("markdown", "## The same answer as at home?\n\nThree drawn photos travel with the weights, with the "
+                 "predictions that were made when they were packed. "
+     "`difference` is in grams and should be near zero; a large one means that this machine computes "
+     "something else."),
     ("code", "check_reference(weights)"),
 )
 
@@ -247,8 +268,13 @@ NOTEBOOK_CELLS = (
 def inference_notebook() -> dict:  # nbformat 4.5
     "The Kaggle notebook as JSON."
     def cell(i, kind, text):
-        made = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(keepends=True)}
+        made = {
+            "cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(keepends=True)}
         return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
-    return {"cells": [cell(i, *c) for i, c in enumerate(NOTEBOOK_CELLS)], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"}}
+    return {
+        "cells": [cell(i, *c) for i, c in enumerate(NOTEBOOK_CELLS)], "metadata": kernel, "nbformat": 4,
+        "nbformat_minor": 5}

@@ -38,7 +38,9 @@ DATASET_METADATA, KERNEL_METADATA, NOTEBOOK = "dataset-metadata.json", "kernel-m
 COMPETITION = "csiro-biomass"
 DEFAULT_USER = "your-kaggle-name"
 ABOUT = {  # slug -> (licence, description)
-    LIB: ("apache-2.0", "The Python library biomass_kit as a wheel: photographs of pasture in, grams of dry matter out."),
+    LIB: (
+        "apache-2.0", "The Python library biomass_kit as a wheel: photographs of pasture in, grams of dry "
+                      "matter out."),
     WEIGHTS: ("other", "Weights trained by biomass_kit, with its manifest and reference predictions. "
               "Their licence follows from the backbone's and the training photos'."),
 }
@@ -47,22 +49,29 @@ ABOUT = {  # slug -> (licence, description)
 def dataset_metadata(slug: str, user: str) -> dict:
     "Kaggle's dataset-metadata.json of one of our two datasets."
     licence, description = ABOUT[slug]
-    return {"title": slug.replace("-", " "), "id": f"{user}/{slug}", "licenses": [{"name": licence}], "description": description}
+    return {
+        "title": slug.replace("-", " "), "id": f"{user}/{slug}", "licenses": [{"name": licence}],
+        "description": description}
 
-
+# %% ../../nbs/8_kaggle/2_packing.ipynb #2e525bf0
 def kernel_metadata(user: str) -> dict:
     "Kaggle's kernel-metadata.json; internet must be off, and the Kaggle command line's own default is on."
     return {
-        "id": f"{user}/{KERNEL}", "title": KERNEL.replace("-", " "), "code_file": NOTEBOOK, "language": "python", "kernel_type": "notebook",
+        "id": f"{user}/{KERNEL}", "title": KERNEL.replace("-", " "), "code_file": NOTEBOOK,
+        "language": "python", "kernel_type": "notebook",
         "is_private": True, "enable_gpu": True, "enable_tpu": False, "enable_internet": False,
-        "dataset_sources": [f"{user}/{LIB}", f"{user}/{WEIGHTS}"], "competition_sources": [COMPETITION], "kernel_sources": [], "model_sources": [],
+        "dataset_sources": [f"{user}/{LIB}", f"{user}/{WEIGHTS}"], "competition_sources": [COMPETITION],
+        "kernel_sources": [], "model_sources": [],
     }
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #fdc8dd4b
 LICENCES = (  # the names that Kaggle's documentation of dataset-metadata.json lists
-    "CC0-1.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0", "ODbL-1.0", "DbCL-1.0", "copyright-authors", "other", "unknown",
-    "CC-BY-4.0", "CC-BY-NC-4.0", "PDDL", "CC-BY-3.0", "CC-BY-3.0-IGO", "US-Government-Works", "CC-BY-NC-SA-3.0-IGO", "CDLA-Permissive-1.0",
-    "CDLA-Sharing-1.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-4.0", "ODC-BY-1.0", "LGPL-3.0", "AGPL-3.0", "FDL-1.3", "EU-ODP-Legal-Notice",
+    "CC0-1.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0", "ODbL-1.0", "DbCL-1.0",
+    "copyright-authors", "other", "unknown",
+    "CC-BY-4.0", "CC-BY-NC-4.0", "PDDL", "CC-BY-3.0", "CC-BY-3.0-IGO", "US-Government-Works",
+    "CC-BY-NC-SA-3.0-IGO", "CDLA-Permissive-1.0",
+    "CDLA-Sharing-1.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-4.0", "ODC-BY-1.0", "LGPL-3.0", "AGPL-3.0", "FDL-1.3",
+    "EU-ODP-Legal-Notice",
     "apache-2.0", "GPL-3.0",
 )
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -71,7 +80,9 @@ SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 def check_user(user: str) -> str:
     "A Kaggle name that can stand in an id."
     if not SLUG.fullmatch(user):
-        raise BiomassError(f"--user '{user}': no Kaggle name; give it as it stands in kaggle.com/NAME: lower-case letters, digits, single dashes")
+        raise BiomassError(
+            f"--user '{user}': no Kaggle name; give it as it stands in kaggle.com/NAME: lower-case letters, "
+            "digits, single dashes")
     return user
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #74ea4c78
@@ -88,17 +99,20 @@ def _dataset_faults(made: dict):
     "The dataset's own."
     names = [l.get("name") for l in made.get("licenses", [])]
     if len(names) != 1: yield f"licenses {names}: give exactly one"
-    elif names[0] not in LICENCES: yield f"licence '{names[0]}' is not in Kaggle's list; take one of {', '.join(LICENCES)}"
-    elif names[0] == "other" and not made.get("description"): yield "licence 'other' must be told in description; add one"
+    elif names[0] not in LICENCES:
+        yield f"licence '{names[0]}' is not in Kaggle's list; take one of {', '.join(LICENCES)}"
+    elif names[0] == "other" and not made.get("description"):
+        yield "licence 'other' must be told in description; add one"
 
-
+# %% ../../nbs/8_kaggle/2_packing.ipynb #23eed894
 def _kernel_faults(made: dict, folder: Path):
     "The notebook's own."
     for key, due in (("enable_internet", False), ("enable_gpu", True), ("language", "python"), ("kernel_type", "notebook")):
         if made.get(key) != due: yield f"{key} is {made.get(key)!r}; write {json.dumps(due)}"
     if made.get("id", "").partition("/")[2] != made.get("title", "").lower().replace(" ", "-"):
         yield f"id '{made.get('id')}' does not end in the title with dashes for spaces, which is the slug that Kaggle makes; mend one of them"
-    if not (folder / made.get("code_file", "")).is_file(): yield f"code_file '{made.get('code_file')}' is not in {folder}; pack again"
+    if not (folder / made.get("code_file", "")).is_file():
+        yield f"code_file '{made.get('code_file')}' is not in {folder}; pack again"
     sources = made.get("dataset_sources", [])
     missing = [s for s in (LIB, WEIGHTS) if s not in {d.partition("/")[2] for d in sources}]
     if missing: yield f"dataset_sources {sources} lack {', '.join(missing)}; add user/slug"
@@ -112,7 +126,8 @@ def check_metadata(
     "Read a metadata file; raises `BiomassError` for what Kaggle would refuse, with the remedy."
     path = Path(path)
     try: made = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise BiomassError(f"{path}: cannot be read ({e}); run biomass_pack again") from None
+    except (OSError, ValueError) as e:
+        raise BiomassError(f"{path}: cannot be read ({e}); run biomass_pack again") from None
     own = _kernel_faults(made, path.parent) if path.name == KERNEL_METADATA else _dataset_faults(made)
     faults = [*_common_faults(made), *own]
     if faults: raise BiomassError(f"{path}: {'; '.join(faults)}")
@@ -122,7 +137,8 @@ def check_metadata(
 # inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings safetensors and tqdm,
 # Kaggle/docker-python lists matplotlib
 KAGGLE_IMAGE = {
-    "python": "3.12", "torch": "2.10.0", "torchvision": "0.25.0", "timm": "1.0.26", "albumentations": "2.0.8", "numpy": "2.0.2", "pandas": "2.2.2",
+    "python": "3.12", "torch": "2.10.0", "torchvision": "0.25.0", "timm": "1.0.26", "albumentations": "2.0.8",
+    "numpy": "2.0.2", "pandas": "2.2.2",
     "pillow": None, "safetensors": None, "tqdm": None, "matplotlib": None,
 }
 WHEEL_LIST = "wheels.json"
@@ -139,7 +155,8 @@ def image_gaps(
     gaps = {}
     for name in needs:
         if name not in image: gaps[str(asked[name])] = "not in Kaggle's image"
-        elif image[name] and not asked[name].specifier.contains(image[name]): gaps[str(asked[name])] = f"Kaggle's image has {image[name]}"
+        elif image[name] and not asked[name].specifier.contains(image[name]):
+            gaps[str(asked[name])] = f"Kaggle's image has {image[name]}"
     return gaps
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #c1b83fdb
@@ -149,7 +166,9 @@ def wheels_wanted(
     "What `--wheels` shall bring; refuses where there is nothing to bring."
     wanted = image_gaps() | {
         name: "asked for with --wheels; "
-        f"Kaggle's image has {KAGGLE_IMAGE.get(re.split('[^A-Za-z0-9_.-]', name)[0].lower()) or 'a version of its own or none'}" for name in names}
+        "Kaggle's image has "
+        f"{KAGGLE_IMAGE.get(re.split('[^A-Za-z0-9_.-]', name)[0].lower()) or 'a version of its own or none'}"
+        for name in names}
     if not wanted:
         has = ", ".join(f"{n} {KAGGLE_IMAGE[n] or ''}".strip() for n in PREDICT_REQUIREMENTS)
         raise BiomassError(f"--wheels: Kaggle's image lacks nothing that the notebook needs (it has {has}); "
@@ -169,9 +188,11 @@ def download_wheels(
                        *(a for p in ("manylinux_2_28_x86_64", "manylinux2014_x86_64") for a in ("--platform", p)), "--dest", folder, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise BiomassError(f"--wheels {requirement}: no wheel for Kaggle's Python {KAGGLE_IMAGE['python']} could be had. "
+                raise BiomassError(f"--wheels {requirement}: no wheel for Kaggle's Python "
+                                   f"{KAGGLE_IMAGE['python']} could be had. "
                                    f"pip said: {done.stderr.strip()[-300:]}")
-            for wheel in Path(folder).glob("*.whl"): listed.append({"file": copy_file(wheel, Path(out) / wheel.name).name, "reason": reason})
+            for wheel in Path(folder).glob("*.whl"):
+                listed.append({"file": copy_file(wheel, Path(out) / wheel.name).name, "reason": reason})
     write_json(Path(out) / WHEEL_LIST, listed)
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #a638ee53
@@ -237,13 +258,22 @@ def build_wheel(
     "Build the library's wheel from the checkout that this library runs from; the same sources give the same bytes."
     source, out = Path(biomass_kit.__file__).resolve().parent.parent, Path(out).resolve()
     if not (source / "setup.py").is_file():
-        raise BiomassError(f"{source}: no setup.py, so no wheel can be built here; run biomass_pack from a checkout (pip install -e .) or give --wheel FILE")
+        raise BiomassError(
+            f"{source}: no setup.py, so no wheel can be built here; run biomass_pack from a checkout (pip "
+            "install -e .) or give --wheel FILE")
     with tempfile.TemporaryDirectory() as copy:
         for name in ("setup.py", "settings.ini", "README.md"): shutil.copy(source / name, copy)
-        shutil.copytree(source / "biomass_kit", Path(copy) / "biomass_kit", ignore=shutil.ignore_patterns("__pycache__"))
-        for path in Path(copy).rglob("*"): path.chmod(0o755 if path.is_dir() else 0o644)  # a wheel keeps modes, and a checkout's depend on its owner
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", f"{copy}/wheels", copy]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"}, umask=0o022)
+        shutil.copytree(
+            source / "biomass_kit", Path(copy) / "biomass_kit", ignore=shutil.ignore_patterns("__pycache__"))
+        for path in Path(copy).rglob("*"):
+            # a wheel keeps modes, and a checkout's depend on its owner
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        command = [
+            sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+            "--no-index", "--wheel-dir", f"{copy}/wheels", copy]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"},
+            umask=0o022)
         if done.returncode: raise BiomassError(f"the wheel could not be built; pip install setuptools wheel. pip said: {done.stderr.strip()[-500:]}")
         made = next(Path(copy).glob(f"wheels/biomass_kit-{biomass_kit.__version__}-*.whl"))
         return copy_file(made, out / made.name)
@@ -267,11 +297,14 @@ def check_packed(
     "Raise `BiomassError` unless what was packed is complete, fits together and can be uploaded."
     packed = Path(packed)
     if not (packed / KERNEL / KERNEL_METADATA).is_file():
-        raise BiomassError(f"{packed}: nothing is packed here; run biomass_pack --weights BUNDLE --out {packed}")
+        raise BiomassError(
+            f"{packed}: nothing is packed here; run biomass_pack --weights BUNDLE --out {packed}")
     made = {slug: check_metadata(packed / slug / DATASET_METADATA)["id"] for slug in (LIB, WEIGHTS)}
     kernel = check_metadata(packed / KERNEL / KERNEL_METADATA)
     absent = [i for i in made.values() if i not in kernel["dataset_sources"]]
-    if absent: raise BiomassError(f"{packed / KERNEL / KERNEL_METADATA}: dataset_sources lack {', '.join(absent)}; pack again with one --user")
+    if absent:
+        raise BiomassError(
+            f"{packed / KERNEL / KERNEL_METADATA}: dataset_sources lack {', '.join(absent)}; pack again with one --user")
     if json.loads((packed / KERNEL / NOTEBOOK).read_text(encoding="utf-8")) != inference_notebook():
         raise BiomassError(f"{packed / KERNEL / NOTEBOOK}: not the notebook that this library writes; run biomass_pack again, "
                            "and edit a copy on Kaggle if you must")
@@ -299,7 +332,9 @@ def pack(
     bundle, out, wanted = read_bundle(weights), Path(out), {} if wheels is None else wheels_wanted(wheels)
     for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
         if source.resolve().is_relative_to(out.resolve()):
-            raise BiomassError(f"{source} lies inside --out {out}, which is emptied first; give the original, or another --out")
+            raise BiomassError(
+                f"{source} lies inside --out {out}, which is emptied first; give the original, or another "
+                "--out")
     for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
         for old in (p for pattern in patterns for p in (out / slug).glob(pattern)):
             if old.is_file(): old.unlink()

@@ -32,7 +32,8 @@ from .packing import COMPETITION, KERNEL, LIB, NOTEBOOK, WEIGHTS, check_packed
 PROBE = "mount --bind . /tmp && mount -o remount,bind,ro /tmp && mount -t tmpfs -o size=1m tmpfs /tmp"
 
 
-def network_cut() -> list:  # command prefix, with "--mount" where inputs can be mounted too; empty where no namespace is allowed
+# command prefix, with "--mount" where inputs can be mounted too; empty where no namespace is allowed
+def network_cut() -> list:
     "How a process is started without a network here."
     if not shutil.which("unshare"): return []
     for root in ([], ["--map-root-user"]):
@@ -130,7 +131,8 @@ def knock(
         alone = host == "127.0.0.1"
         words = KNOCK.format(host="192.0.2.1" if alone else host, port=server.getsockname()[1])
         if not alone and _run(sys.executable, "-c", words).returncode:
-            raise BiomassError(f"a server on {host} could not be reached with the network on, so the cut cannot be tried; "
+            raise BiomassError(f"a server on {host} could not be reached with the network on, so the cut "
+                               "cannot be tried; "
                                "is a firewall between?")
         _knock_at_guard(room, cut, words)
         if not cut: return "a forbidden connection failed, counted by the guard"
@@ -162,12 +164,14 @@ def _state(folder) -> dict:
     "Sizes and times of all files, to see whether something wrote."
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.is_file(): found[str(path.relative_to(folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
+        if path.is_file():
+            found[str(path.relative_to(folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
     return found
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000001
 COUNTERS = "cat /proc/net/snmp /proc/net/snmp6 >"  # what `unrouted` reads
-OURS = ("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL", "NO_ALBUMENTATIONS")  # variables that a run does not inherit, by their beginning
+# variables that a run does not inherit, by their beginning
+OURS = ("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL", "NO_ALBUMENTATIONS")
 
 
 def _quoted(path) -> str: return shlex.quote(str(path))
@@ -200,15 +204,18 @@ class Sandbox:
     def facts(self) -> dict:
         "How the run is cut off, in words."
         return {
-            "network": "a network namespace with no interface" if self.cut else "a guard that refuses every connection",
+            "network": "a network namespace with no interface"
+            if self.cut else "a guard that refuses every connection",
             "input": "mounted read-only" if self.mounting else "a copy, compared afterwards",
         }
 
     def variables(self) -> dict:
         "The environment variables of the run."
         return {k: v for k, v in os.environ.items() if not k.startswith(OURS)} | {
-            "KAGGLE_INPUT": str(self.inputs), "KAGGLE_WORKING": str(self.working), "HOME": str(self.root / "home"),
-            "PYTHONPATH": str(self.root / "guard"), "NETWORK_LOG": str(self.log), "JUPYTER_PLATFORM_DIRS": "1",
+            "KAGGLE_INPUT": str(self.inputs), "KAGGLE_WORKING": str(self.working),
+            "HOME": str(self.root / "home"),
+            "PYTHONPATH": str(self.root / "guard"), "NETWORK_LOG": str(self.log),
+            "JUPYTER_PLATFORM_DIRS": "1",
         }
 
     def script(self, command: list, size: int, python) -> str:
@@ -226,7 +233,8 @@ class Sandbox:
             f"{_quoted(python)} -I -c {_quoted(LOOPBACK)}",
             "set +e",
             *run,
-            f"touch {_quoted(self.inputs / 'written')} 2>/dev/null && echo 'the input can be written to' >&2 && code=3",
+            f"touch {_quoted(self.inputs / 'written')} 2>/dev/null && echo 'the input can be written to' >&2 "
+            "&& code=3",
             count,
             f"cp -a . {_quoted(self.out)}",
             "exit $code",
@@ -240,7 +248,8 @@ class Sandbox:
     def check_input(self):
         "Refuse a run that wrote to a copied input; a mounted one cannot be written to."
         if self.before is not None and self.before != _state(self.inputs):
-            raise BiomassError("the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
+            raise BiomassError(
+                "the notebook wrote to its input, which is read-only on Kaggle; write to /kaggle/working")
 
     def check_silence(self):
         "Refuse a run that tried to reach the network."
@@ -337,7 +346,8 @@ def _run_watched(box: Sandbox, script: str, say: Callable) -> tuple:  # (exit co
 def _check_end(box: Sandbox, code: int, peaks: dict, said: str, executed: Path, most: int):
     "Refuse a run that failed, took too long or wrote too much, or where it should not."
     if peaks["seconds"] > KAGGLE_LIMITS["seconds"]:
-        raise BiomassError(f"the packed notebook ran for more than Kaggle's {KAGGLE_LIMITS['seconds'] / 3600:g} hours "
+        raise BiomassError("the packed notebook ran for more than Kaggle's "
+                           f"{KAGGLE_LIMITS['seconds'] / 3600:g} hours "
                            f"and was ended; see {executed}")
     if code: raise BiomassError(f"the packed notebook failed offline; see {executed}\n{said}")
     box.check_input()
@@ -372,4 +382,5 @@ def run_offline(
         code, peaks, said = _run_watched(box, box.script(command, room_bytes, python), say)
         box.carry(keep)
         _check_end(box, code, peaks, said, keep / EXECUTED, room_bytes)
-    return seen | peaks | {"attempts": 0, "submission": keep / SUBMISSION, "notebook": keep / EXECUTED, "form": form}
+    return seen | peaks | {
+        "attempts": 0, "submission": keep / SUBMISSION, "notebook": keep / EXECUTED, "form": form}

@@ -46,7 +46,8 @@ def _count_rows(done: dict, data) -> int:
     table, due = pd.read_csv(path), photo_names(data, list_photos(data))
     grams = table[list(TARGETS)]
     if list(table["photo"]) != due or not (np.isfinite(grams) & (grams >= 0)).all(axis=None):
-        raise BiomassError(f"{path}: not one row of grams for each of the {len(due)} photos; see {done['notebook']}")
+        raise BiomassError(
+            f"{path}: not one row of grams for each of the {len(due)} photos; see {done['notebook']}")
     return len(table)
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #ve000002
@@ -61,7 +62,8 @@ def check_run(
     found = [line for line in lines if line.startswith("reference photos:")]
     said = found[0] if found else "reference photos: nothing was said"
     if not said.endswith(f"g, {SAME}"):
-        raise BiomassError(f"{said}; the room's versions compute something else than packing did, see {done['notebook']}")
+        raise BiomassError(
+            f"{said}; the room's versions compute something else than packing did, see {done['notebook']}")
     if not any("image/png" in o.get("data", {}) for o in outputs):
         raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
     over = [_in_units(kind, done[kind]) for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
@@ -95,7 +97,8 @@ def _check_wheels(packed: Path):
     for path in sorted((packed / LIB).glob("*.whl")):
         if parse_wheel_filename(path.name)[3].isdisjoint(sys_tags()):
             wanted = KAGGLE_IMAGE["python"]
-            raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; verify under "
+            raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; "
+                               "verify under "
                                f"Kaggle's Python {wanted} (make PYTHON=python{wanted} demo builds its .venv)")
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #d6f79079
@@ -105,7 +108,8 @@ def _build_python(folder: Path, share: bool, say: Callable, progress: Callable) 
     if share:
         python, how = bare_python(folder), "shares the packages of this one, so nothing is proved about versions"
     else:
-        say("building an environment with Kaggle's versions: a minute or two, more where packages are not cached")
+        say("building an environment with Kaggle's versions: a minute or two, more where packages are not "
+            "cached")
         python = kaggle_python(folder, progress)
         how = f"built in {time.time() - start:.0f} s"
     found = versions(python)
@@ -133,7 +137,8 @@ def verify(
     check_packed(packed)
     _check_wheels(packed)
     with tempfile.TemporaryDirectory() as folder:
-        if data is None: data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        if data is None:
+            data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
         n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
         python, found = _build_python(Path(folder) / "venv", share, say, progress)
         runs = []

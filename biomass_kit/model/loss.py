@@ -184,13 +184,15 @@ def check_loss(options: LossOptions):
     "Refuse a name that is in no list."
     for name, table in (("kind", LOSS_KINDS), ("target_weights", TARGET_WEIGHTS)):
         chosen = getattr(options, name)
-        if chosen not in table: raise BiomassError(f"loss option {name} '{chosen}': choose one of {', '.join(table)}")
+        if chosen not in table:
+            raise BiomassError(f"loss option {name} '{chosen}': choose one of {', '.join(table)}")
 
 # %% ../../nbs/3_model/3_loss.ipynb #40afab6e
 def total_loss(
     outputs: dict,  # of `BiomassModel.outputs`
-    batch: dict,  # labels, unmixed: "grams" [B, 5], "teacher" [B, 5] if asked for, one [B] for each auxiliary head;
-    #              if the photos are mixed, their "share" (float or [B]) and "partner" int64 [B]
+    # labels, unmixed: "grams" [B, 5], "teacher" [B, 5] if asked for, one [B] for each auxiliary head; if the
+    # photos are mixed, their "share" (float or [B]) and "partner" int64 [B]
+    batch: dict,
     units: Units,  # of the model
     options: LossOptions = LossOptions(),
 ) -> tuple:  # (scalar to minimise, term -> detached scalar)
@@ -204,7 +206,8 @@ def total_loss(
         amounts, counted = amount_labels(amounts, present)
         terms["presence"] = 1.0, presence_loss(outputs["presence"], present, weights)
     found, measured = outputs["loss_space"], to_log(amounts, units.log)
-    if "log_variance" in outputs: regression = gaussian_loss(found, outputs["log_variance"], measured, weights, units.scale, counted)
+    if "log_variance" in outputs:
+        regression = gaussian_loss(found, outputs["log_variance"], measured, weights, units.scale, counted)
     else: regression = regression_loss(found, measured, weights, units.scale, options.kind, counted)
     terms["regression"] = 1.0, regression
     if options.constraint: terms["constraint"] = options.constraint, constraint_loss(grams, units.grams)
@@ -212,6 +215,9 @@ def total_loss(
         sevenths = interval_labels(batch["grams"], units.borders)
         terms["interval"] = options.interval, interval_loss(outputs["interval"], sevenths, weights, *mixing)
     if options.distillation:
-        terms["distillation"] = options.distillation, distillation_loss(grams, mix(batch["teacher"], *mixing), weights, units.grams)
-    for name, logits in outputs["aux"].items(): terms[name] = options.aux[name], mixed_class_loss(logits, batch[name], *mixing)
-    return sum(w * value for w, value in terms.values()), {k: value.detach() for k, (_, value) in terms.items()}
+        terms["distillation"] = options.distillation, distillation_loss(
+            grams, mix(batch["teacher"], *mixing), weights, units.grams)
+    for name, logits in outputs["aux"].items():
+        terms[name] = options.aux[name], mixed_class_loss(logits, batch[name], *mixing)
+    return sum(w * value for w, value in terms.values()), {
+        k: value.detach() for k, (_, value) in terms.items()}

@@ -32,7 +32,8 @@ class Trunk(nn.Module):
         self.embed = nn.Linear(dim, hidden)
         if fusion == "film": self.film = FiLM(hidden, hidden // 2, dropout)
         if fusion == "cross_attention": self.attend = CrossAttention(hidden, dropout)
-        if fusion == "gated": self.gated = nn.Sequential(GatedConv(hidden, dropout), GatedConv(hidden, dropout))
+        if fusion == "gated":
+            self.gated = nn.Sequential(GatedConv(hidden, dropout), GatedConv(hidden, dropout))
         if pooled: self.pool = AttentionPool(hidden, hidden // 2)
         wide = nn.Linear(2 * hidden if pooled else hidden, hidden)
         self.project = nn.Sequential(nn.Dropout(dropout), wide, nn.GELU(), nn.Dropout(dropout))
@@ -42,12 +43,14 @@ class Trunk(nn.Module):
         flat = features.reshape(-1, features.shape[-1]).float()
         self.input_mean.copy_(flat.mean(0))
         std = flat.std(0)
-        self.input_std.copy_(torch.where(std > 1e-3 * std.median(), std, 1.0))  # a channel silent in training must not shout later
+        # a channel silent in training must not shout later
+        self.input_std.copy_(torch.where(std > 1e-3 * std.median(), std, 1.0))
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
         "Embedded tiles `[B, 2, T, hidden]`, each half informed by the other."
         left, right = x[:, 0], x[:, 1]
-        if self.fusion == "film": return torch.stack([self.film(left, right.mean(1)), self.film(right, left.mean(1))], 1)
+        if self.fusion == "film":
+            return torch.stack([self.film(left, right.mean(1)), self.film(right, left.mean(1))], 1)
         if self.fusion == "cross_attention": return self.attend(x)
         if self.fusion == "none": return x
         row = lambda y: self.gated(y.flatten(1, 2)).view_as(y)
@@ -61,7 +64,9 @@ class Trunk(nn.Module):
 
     def attention_map(self, features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` -> `[B, 2, T]`, each tile's weight in the pooling of its half."
-        if not self.pooled: raise BiomassError("this member adds tiles up instead of pooling them, so no attention; ask for its density_map")
+        if not self.pooled:
+            raise BiomassError(
+                "this member adds tiles up instead of pooling them, so no attention; ask for its density_map")
         return self.pool.weights(self.informed(features).flatten(0, 1)).squeeze(-1).unflatten(0, (len(features), 2))
 
     def shared(
@@ -72,13 +77,15 @@ class Trunk(nn.Module):
         x = self.informed(features)
         if not self.pooled: return self.project(x)
         left, right = self.pool(x[:, 0]), self.pool(x[:, 1])
-        return self.project(torch.cat([(left + right) / 2, (left - right).abs()] if self.symmetric else [left, right], -1))
+        return self.project(
+            torch.cat([(left + right) / 2, (left - right).abs()] if self.symmetric else [left, right], -1))
 
 # %% ../../nbs/3_model/2_model.ipynb #f5ce88d4
 AUX_CLASSES = {"state": len(STATES), "month": len(MONTHS), "species": len(SPECIES_GROUPS)}
 TWO_PART = (DEAD, CLOVER)  # the targets that are often exactly zero
 N_INTERVALS = 7  # quantile intervals of each target, for the training-only interval head
-LOG_VARIANCE = (-6.0, 3.0)  # range of a log-variance in units of the scale squared: 0.05 to 4.5 scales of standard deviation
+# range of a log-variance in units of the scale squared: 0.05 to 4.5 scales of standard deviation
+LOG_VARIANCE = (-6.0, 3.0)
 LOG_CEILING = 12.0  # no head is believed above exp(12) g; keeps expm1 finite while a head is still wild
 
 
@@ -102,10 +109,13 @@ def space_statistics(
 # %% ../../nbs/3_model/2_model.ipynb #4e5f91e1
 def check_model(log_targets: str, fusion: str, density: bool):
     "Refuse options that a model cannot have."
-    if log_targets not in LOG_TARGETS: raise BiomassError(f"log targets '{log_targets}': choose one of {', '.join(LOG_TARGETS)}")
+    if log_targets not in LOG_TARGETS:
+        raise BiomassError(f"log targets '{log_targets}': choose one of {', '.join(LOG_TARGETS)}")
     if fusion not in FUSIONS: raise BiomassError(f"fusion '{fusion}': choose one of {', '.join(FUSIONS)}")
     if density and LOG_TARGETS[log_targets]:
-        raise BiomassError(f"density adds tiles up, log targets ({log_targets}) predict logs, and no sum of logs is a log; drop one of them")
+        raise BiomassError(
+            f"density adds tiles up, log targets ({log_targets}) predict logs, and no sum of logs is a log; "
+            "drop one of them")
 
 
 def to_grams(figures: torch.Tensor, log: tuple) -> torch.Tensor:
@@ -166,7 +176,8 @@ class BiomassModel(Trunk):
         hidden = max(8, int(dim * hidden_ratio))
         super().__init__(dim, hidden, dropout, learning, fusion, symmetric, pooled=not density)
         self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
-                         two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric, density=density)
+                         two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric,
+                         density=density)
         self.log, self.density = LOG_TARGETS[log_targets], density
         self.register_buffer("output_scale", torch.ones(len(TARGETS)) if self.log else torch.ones(()))
         self.register_buffer("gram_scale", torch.ones(()), persistent=False)

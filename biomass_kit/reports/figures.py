@@ -43,7 +43,8 @@ def score_table(
     scores,  # name -> {"weighted_r2", "interval_90", "per_target": {target: {"r2", "rmse_g"}}}
 ) -> str:
     "One row a name: the weighted R² with its interval, then R² and RMSE of each target."
-    columns = [("Predictions", 0), ("R²", 3), ("90 % interval", 2), *[("R²", 2), ("RMSE, g", 1)] * len(TARGETS)]
+    columns = [
+        ("Predictions", 0), ("R²", 3), ("90 % interval", 2), *[("R²", 2), ("RMSE, g", 1)] * len(TARGETS)]
     rows = []
     for name, s in scores.items():
         own = [(s.get("per_target") or {}).get(t) or {} for t in TARGETS]
@@ -55,7 +56,8 @@ def score_table(
 
 # %% ../../nbs/7_reports/3_figures.ipynb #4fcb7d1d
 def fold_table(
-    per_fold,  # [{"fold", "photos", "model", "floor_constant", "floor_state"}]; further names become further columns
+    # [{"fold", "photos", "model", "floor_constant", "floor_state"}]; further names become further columns
+    per_fold,
 ) -> str:
     "Weighted R² of each fold alone, beside the floors of that fold."
     names = list(dict.fromkeys(["fold", "photos", "model", *[k for row in per_fold for k in row]]))
@@ -74,8 +76,10 @@ def oof_grams(
     names = [t + suffix for t in TARGETS]
     missing = [c for c in names if c not in oof.columns]
     if missing:
-        raise BiomassError(f"out-of-fold table: no column {', '.join(missing)}; needs T, T_pred, T_raw of every target")
-    if not len(oof): raise BiomassError("out-of-fold table: no rows, nothing to report; train at least one fold")
+        raise BiomassError(
+            f"out-of-fold table: no column {', '.join(missing)}; needs T, T_pred, T_raw of every target")
+    if not len(oof):
+        raise BiomassError("out-of-fold table: no rows, nothing to report; train at least one fold")
     return as_grams(oof[names].to_numpy(), f"out-of-fold table, {names[0]}..{names[-1]}")
 
 # %% ../../nbs/7_reports/3_figures.ipynb #9d276b51
@@ -100,7 +104,9 @@ def plot_predicted(
     y, p = oof_grams(oof), oof_grams(oof, "_pred")
     own = per_target_scores(y, p)
     state = oof["State"].astype(object).where(oof["State"].notna(), "unknown").astype(str).to_numpy()
-    styles = {s: dict(color=COLORS[i % 7], marker=MARKERS[(i + i // 7) % 7]) for i, s in enumerate(sorted(set(state)))}
+    styles = {
+        s: dict(color=COLORS[i % 7], marker=MARKERS[(i + i // 7) % 7]) for i,
+        s in enumerate(sorted(set(state)))}
     fig = Figure(figsize=(5, 7.5), layout="constrained", facecolor="white")
     axes = fig.subplots(3, 2).ravel()
     for i, (ax, t) in enumerate(zip(axes, TARGETS)):
@@ -115,7 +121,8 @@ def plot_predicted(
     axes[-1].axis("off")
     handles = [Line2D([], [], ls="", ms=7, **style) for style in styles.values()]
     handles.append(Line2D([], [], color="#999999", lw=1))
-    plain_legend(axes[-1], handles, [*styles, "predicted = measured"], loc="center", fontsize=11, frameon=False)
+    plain_legend(
+        axes[-1], handles, [*styles, "predicted = measured"], loc="center", fontsize=11, frameon=False)
     fig.supxlabel("measured, g", fontsize=12)
     fig.supylabel("predicted, g", fontsize=12)
     return fig
@@ -251,7 +258,8 @@ def residual_table(
     rows = [[f"{name}: {key}", len(at), *wrong[at].mean(0), float(np.sqrt((wrong[at, TOTAL] ** 2).mean()))]
             for name, of in residual_groups(oof).items() for key, at in of]
     columns = [("Group", 0), ("Photos", 0), *[(SHORT[t], 1) for t in TARGETS], ("Total", 1)]
-    return table(columns, rows, "Mean of predicted minus measured grams in each group, and the root mean squared error of the total.",
+    return table(columns, rows, "Mean of predicted minus measured grams in each group, and the root mean "
+                                "squared error of the total.",
                  [("", 2), ("mean residual, g", len(TARGETS)), ("RMSE, g", 1)])
 
 # %% ../../nbs/7_reports/3_figures.ipynb #f616a4b5
@@ -263,11 +271,15 @@ def plot_intervals(
     order, inside = np.argsort(p, kind="stable"), (low <= y) & (y <= high)
     fig = Figure(figsize=(5, 3.6), layout="constrained", facecolor="white")
     ax, at = fig.subplots(), np.arange(len(y))
-    ax.vlines(at, low[order], high[order], color=COLORS[5], lw=max(1, min(4, 220 / len(y))), alpha=.6, label="interval")
+    ax.vlines(
+        at, low[order], high[order], color=COLORS[5], lw=max(1, min(4, 220 / len(y))), alpha=.6,
+        label="interval")
     ax.plot(at, p[order], color=COLORS[0], lw=1.2, label="predicted")
     for held, color, marker in ((True, "#333333", "."), (False, COLORS[1], "x")):
         mine = at[inside[order] == held]
-        ax.plot(mine, y[order[mine]], marker, color=color, ms=6, label=f"measured, {'inside' if held else 'outside'}")
+        ax.plot(
+            mine, y[order[mine]], marker, color=color, ms=6,
+            label=f"measured, {'inside' if held else 'outside'}")
     ax.set_xlabel("photos, by predicted total", fontsize=12)
     ax.set_ylabel("total, g", fontsize=12)
     ax.legend(fontsize=9.5, frameon=False)

@@ -71,7 +71,8 @@ def summary_table(
     predicted,  # the table
 ) -> str:
     "Mean, median and range of each target."
-    rows = [[SHORT[t], predicted[t].mean(), *(getattr(predicted[k], f)() for f in ("mean", "median", "min", "max"))] for t, k in zip(TARGETS, KG_HA)]
+    rows = [
+        [SHORT[t], predicted[t].mean(), *(getattr(predicted[k], f)() for f in ("mean", "median", "min", "max"))] for t, k in zip(TARGETS, KG_HA)]
     columns = [("Dry matter", 0), ("mean, g", 1), ("mean", 0), ("median", 0), ("lowest", 0), ("highest", 0)]
     caption = "Over all photos. GDM is green and clover together, total GDM and dead."
     return table(columns, rows, caption, [("", 1), ("quadrat", 1), (HECTARE, 4)])
@@ -85,10 +86,13 @@ def plot_totals(
     order, flagged, at = np.argsort(total, kind="stable"), (predicted["flag"] != "").to_numpy(), np.arange(len(total))
     fig = Figure(figsize=(5, 3.6), layout="constrained", facecolor="white")
     ax, ends = fig.subplots(), [e[order, TOTAL] for e in ends_of(predicted, KG_HA)]
-    if ends: ax.vlines(at, *ends, color=COLORS[5], lw=max(1, min(6, 220 / len(total))), alpha=.6, label="interval")
+    if ends:
+        ax.vlines(at, *ends, color=COLORS[5], lw=max(1, min(6, 220 / len(total))), alpha=.6, label="interval")
     for odd, color, marker in ((False, COLORS[0], "o"), (True, COLORS[1], "X")):
         mine = at[flagged[order] == odd]
-        if len(mine): ax.plot(mine, total[order][mine], marker, color=color, ms=5, label="flagged" if odd else "predicted")
+        if len(mine):
+            ax.plot(
+                mine, total[order][mine], marker, color=color, ms=5, label="flagged" if odd else "predicted")
     ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("photos, by predicted total", fontsize=12)
@@ -112,7 +116,7 @@ def shown_photos(
     kept = {*odd, *rest[: n // 2], *rest[len(rest) - (n - n // 2):]}
     return [int(i) for i in order if i in kept]
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #9535a6d4
 def photo_table(
     predicted,  # the table
 ) -> str:
@@ -122,8 +126,11 @@ def photo_table(
     alike = predicted["likeness"] if "likeness" in predicted else [None] * len(predicted)
     rows = [[p, g, t, span, *parts, a, flag] for p, g, t, span, parts, a, flag in zip(
         predicted["photo"], predicted[TARGETS[TOTAL]], predicted[KG_HA[TOTAL]], spans, predicted[list(KG_HA[:TOTAL])].to_numpy(), alike, predicted["flag"])]
-    columns = [("Photo", 0), ("Total, g", 1), ("Total", 0), ("interval", 0), *[(SHORT[t], 0) for t in TARGETS[:TOTAL]], ("Likeness", 2), ("Flag", 0)]
-    return table(columns, rows, "Every photo; likeness is the share of training photos that lie as far from those of other dates "
+    columns = [
+        ("Photo", 0), ("Total, g", 1), ("Total", 0), ("interval", 0),
+        *[(SHORT[t], 0) for t in TARGETS[:TOTAL]], ("Likeness", 2), ("Flag", 0)]
+    return table(columns, rows, "Every photo; likeness is the share of training photos that lie as far from "
+                                "those of other dates "
                  "as this one does from all of them.", [("", 2), (HECTARE, 2 + TOTAL), ("", 2)])
 
 # %% ../../nbs/7_reports/5_folder.ipynb #3fe6b316
@@ -133,16 +140,22 @@ TITLE = "Pasture biomass: predicted photos"
 def _care(predicted, facts) -> str:
     "What speaks against predictions."
     odd = predicted[predicted["flag"] != ""]
-    text = paragraph("No photo is flagged." if not len(odd) else f"{len(odd)} of {len(predicted)} photos are flagged. "
-                     "A figure for a photo unlike the training photos may be anything; training means say nothing of the photo at all.")
-    if "likeness" not in predicted: text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
+    text = paragraph("No photo is flagged." if not len(odd) else f"{len(odd)} of {len(predicted)} photos are "
+                                                                 "flagged. "
+                     "A figure for a photo unlike the training photos may be anything; training means say "
+                     "nothing of the photo at all.")
+    if "likeness" not in predicted:
+        text += paragraph("The bundle remembers no training photos, so unlike ones cannot be told.")
     if facts.get("level") is None: text += paragraph("The bundle knows no intervals.")
     elif facts.get("shared_dates"):
-        text += paragraph(f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than meant may lie inside.")
+        text += paragraph(
+            f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than "
+            "meant may lie inside.")
     text += "".join(map(paragraph, facts.get("said of photos", [])))
-    return text + (table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
+    return text + (
+        table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), "Photos that need care.") if len(odd) else "")
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #21194030
 def _photos(predicted, facts, photos) -> str:
     "The shown photos with bars and maps."
     if not photos: return paragraph("Photos were left out of this report.")
@@ -150,8 +163,10 @@ def _photos(predicted, facts, photos) -> str:
     full = max((ends[1] if ends else grams)[rows].max(), 1.0)
     of = lambda i: photos.get(predicted["photo"].iloc[i], Seen(fault="not looked up"))
     note = lambda i: f"total {number(predicted[KG_HA[TOTAL]].iloc[i], 0)} {HECTARE}"
-    warning = lambda i: predicted["flag"].iloc[i] if of(i).image is not None else ""  # where there is no picture, its place says why
-    made = [card(predicted["photo"].iloc[i], note(i), of(i), bars(grams[i], full, None, [e[i] for e in ends] or None), warning(i)) for i in rows]
+    # where there is no picture, its place says why
+    warning = lambda i: predicted["flag"].iloc[i] if of(i).image is not None else ""
+    made = [
+        card(predicted["photo"].iloc[i], note(i), of(i), bars(grams[i], full, None, [e[i] for e in ends] or None), warning(i)) for i in rows]
     which = "All photos" if len(rows) == len(predicted) else f"{len(rows)} of {len(predicted)} photos: those flagged and those with the least and the most"
     kinds = sorted({k for i in rows for k in of(i).maps})
     maps = " Maps are the mean over all members and their tile grids, in the plain view." if kinds else ""
@@ -189,10 +204,13 @@ def _quadrats(facts) -> str:
 # %% ../../nbs/7_reports/5_folder.ipynb #3a4709d3
 def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
-    told = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates", "said of photos")
+    told = (
+        "score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates",
+        "said of photos")
     rest = {k: v for k, v in facts.items() if k not in told}
     return (paragraph(_score(facts)) + paragraph(_sums(facts["physics"])) + paragraph(_quadrats(facts))
-            + f'<details><summary>Command and versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
+            + '<details><summary>Command and '
+              f'versions</summary><h3>Command</h3><pre>{escape(facts["command"])}</pre>'
             f'<h3>Facts</h3>{pairs_table(rest, "What was run.")}<h3>Versions</h3>{pairs_table(facts["versions"], "The libraries it ran with.")}</details>')
 
 # %% ../../nbs/7_reports/5_folder.ipynb #5e15bb04
@@ -206,14 +224,18 @@ def page(
 ) -> str:
     "The whole report as HTML text."
     every = photo_table(predicted)
-    if len(predicted) > MOST: every = f"<details><summary>All {len(predicted)} photos</summary>{every}</details>"
+    if len(predicted) > MOST:
+        every = f"<details><summary>All {len(predicted)} photos</summary>{every}</details>"
     total = predicted[KG_HA[TOTAL]]
     fig = figure(plot_totals(predicted), f"Predicted totals of {len(total)} photos, sorted, "
-                 f"from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.", "Each photo's total; crosses are flagged.")
+                 f"from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.",
+                 "Each photo's total; crosses are flagged.")
     kinds = sorted({k for seen in photos.values() for k in seen.maps})
     return document(title, headline(predicted), [
-        ("How much there is", summary_table(predicted) + fig), ("To be read with care", _care(predicted, facts)),
-        ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)), ("How it was made", _made(facts)),
+        ("How much there is", summary_table(predicted) + fig),
+        ("To be read with care", _care(predicted, facts)),
+        ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)),
+        ("How it was made", _made(facts)),
     ], gallery_style(kinds))
 
 # %% ../../nbs/7_reports/5_folder.ipynb #2dc30fd8
@@ -235,7 +257,8 @@ def folder_facts(bundle, table, weights, photos, quadrat_cm=None, physics=None) 
     return run_facts() | {
         "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
         "weights": str(weights), "photos": str(photos), "predicted on": outcome.devices,
-        "seconds": round(outcome.seconds, 1), "notes": outcome.notes, "said of photos": outcome.said_of_photos(),
+        "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
+        "said of photos": outcome.said_of_photos(),
         "quadrat_cm": quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
         "physics": physics or FOLDER_PHYSICS, "score": _bundle_score(bundle),
         "level": level if TARGETS[0] + ENDS[0] in table else None}
@@ -258,4 +281,5 @@ def report_folder(
         seen = look_at({name: photos / name for name in names}, bundle, **options)
     # a report may travel, and its reader has no such folder
     shown = table.assign(flag=table["flag"].str.replace(f"{photos}{os.sep}", "", regex=False))
-    return write_folder_page(path, shown, folder_facts(bundle, table, weights, photos, quadrat_cm, physics), seen)
+    return write_folder_page(
+        path, shown, folder_facts(bundle, table, weights, photos, quadrat_cm, physics), seen)

@@ -196,9 +196,11 @@ class _Balance(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag not in self.void: self.open.append(tag)
         if tag in ("h1", "h2", "h3"):
-            if int(tag[1]) > self.level + 1: self.faults.append(f"<{tag}> after a heading of level {self.level}")
+            if int(tag[1]) > self.level + 1:
+                self.faults.append(f"<{tag}> after a heading of level {self.level}")
             self.level = int(tag[1])
-        if tag == "img" and not dict(attrs).get("alt"): self.faults.append("an image without words for those who cannot see it")
+        if tag == "img" and not dict(attrs).get("alt"):
+            self.faults.append("an image without words for those who cannot see it")
 
     def handle_endtag(self, tag):
         held = self.open.pop() if self.open else None
@@ -240,5 +242,6 @@ def write_document(
 ) -> Path:
     "Write a page whole or not at all: whoever opens the path sees the old one or the new one."
     path = Path(path)
-    if path.is_dir(): raise BiomassError(f"{path} is a folder; name the file to write, such as {path / 'report.html'}")
+    if path.is_dir():
+        raise BiomassError(f"{path} is a folder; name the file to write, such as {path / 'report.html'}")
     return write_text(path, text)

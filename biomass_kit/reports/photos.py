@@ -38,7 +38,8 @@ def thumbnail(
     width: int = THUMBNAIL,
 ) -> np.ndarray:  # uint8 [width / 2, width, 3]
     "Both halves side by side, as the model sees them, small."
-    return np.asarray(Image.fromarray(np.concatenate(list(pair), 1)).resize((width, width // 2), Image.Resampling.LANCZOS))
+    return np.asarray(
+        Image.fromarray(np.concatenate(list(pair), 1)).resize((width, width // 2), Image.Resampling.LANCZOS))
 
 
 def image_uri(
@@ -71,8 +72,10 @@ def map_words(
     share = np.asarray(share)
     row, column = np.unravel_index(share.argmax(), share.shape)
     across = "left" if column < share.shape[1] // 2 else "right"
-    return (f"{kind}: {number(share.min())} to {number(share.max())} times an even share, most in the {across} half, "
-            f"row {row + 1} of {share.shape[0]}, column {column % (share.shape[1] // 2) + 1} of {share.shape[1] // 2}")
+    return (f"{kind}: {number(share.min())} to {number(share.max())} times an even share, most in the "
+            f"{across} half, "
+            f"row {row + 1} of {share.shape[0]}, column {column % (share.shape[1] // 2) + 1} of "
+            f"{share.shape[1] // 2}")
 
 # %% ../../nbs/7_reports/2_photos.ipynb #3423765b
 SHORT = dict(zip(TARGETS, ("Green", "Dead", "Clover", "GDM", "Total")))
@@ -86,7 +89,7 @@ def _whisker(low, high, full):
     left, right = (100 * min(max(v / full, 0), 1) for v in (low, high))
     return f'<span class="whisker" style="left:{left:.1f}%;width:{right - left:.1f}%"></span>'
 
-
+# %% ../../nbs/7_reports/2_photos.ipynb #d7cb55d3
 def bars(
     predicted,  # [5] grams
     full: float,  # grams of the longest bar
@@ -96,13 +99,17 @@ def bars(
     "A small table of the five values with bars."
     rows = []
     for i, t in enumerate(TARGETS):
-        drawn = ("" if measured is None else _bar(measured[i], full, "measured")) + _bar(predicted[i], full, "predicted")
+        drawn = ("" if measured is None else _bar(measured[i], full, "measured")) + _bar(
+            predicted[i], full, "predicted")
         if ends is not None: drawn += _whisker(ends[0][i], ends[1][i], full)
-        said = [number(predicted[i], 1)] if measured is None else [number(measured[i], 1), number(predicted[i], 1)]
+        said = [number(predicted[i], 1)] if measured is None else [
+            number(measured[i], 1), number(predicted[i], 1)]
         if ends is not None: said.append(f"{number(ends[0][i], 0)} to {number(ends[1][i], 0)}")
         cells = "".join(f"<td>{s}</td>" for s in said)
-        rows.append(f'<tr><th scope="row">{SHORT[t]}</th>{cells}<td class="bars" aria-hidden="true">{drawn}</td></tr>')
-    heads = (["meas."] if measured is not None else []) + ["pred."] + (["interval"] if ends is not None else [])
+        rows.append(
+            f'<tr><th scope="row">{SHORT[t]}</th>{cells}<td class="bars" aria-hidden="true">{drawn}</td></tr>')
+    heads = (["meas."] if measured is not None else []) + ["pred."] + (
+        ["interval"] if ends is not None else [])
     top = "".join(f'<th scope="col">{h}{"" if h == "interval" else ", g"}</th>' for h in heads)
     return (f'<table class="figures"><thead><tr><td></td>{top}<td aria-hidden="true"></td></tr></thead>'
             f'<tbody>{"".join(rows)}</tbody></table>')
@@ -118,11 +125,13 @@ def card(
     "A photo, or why there is none, with its values."
     if seen.image is None: picture = f'<p class="warn">{escape(seen.fault or "no picture")}</p>'
     else:
-        over = "".join(f'<img class="map {kind}" src="{image_uri(map_pixels(share))}" alt="{escape(map_words(kind, share))}">'
+        over = "".join(f'<img class="map {kind}" src="{image_uri(map_pixels(share))}" '
+                       f'alt="{escape(map_words(kind, share))}">'
                        for kind, share in seen.maps.items())
         picture = f'<div class="seen"><img class="photo" src="{image_uri(seen.image)}" alt="Photo {escape(name)}">{over}</div>'
     warn = f'<p class="warn">{escape(warning)}</p>' if warning else ""
-    return (f'<article class="card" aria-label="{escape(name)}"><p class="name">{escape(name)}</p><p class="note">{escape(note)}</p>'
+    return (f'<article class="card" aria-label="{escape(name)}"><p class="name">{escape(name)}</p><p '
+            f'class="note">{escape(note)}</p>'
             f'{picture}{warn}{figures}</article>')
 
 
@@ -139,9 +148,11 @@ def map_switch(
     "Choose which maps lie over the photos, with a key to their colours."
     if not kinds: return ""
     choice = lambda kind, words, on: f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
-    choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [choice("none", "photos alone", False)]
+    choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [
+        choice("none", "photos alone", False)]
     key = "".join(
-        f'<span><i style="background:rgb{c}"></i>{w}</span>' for c, w in ((MORE, "twice an even share or more"), (LESS, "half or less"))
+        f'<span><i style="background:rgb{c}"></i>{w}</span>' for c,
+        w in ((MORE, "twice an even share or more"), (LESS, "half or less"))
     ) + "<span>clear: an even share</span>"
     return f'<fieldset class="switch"><legend>Drawn over the photos</legend>{"".join(choices)}<p class="key">{key}</p></fieldset>'
 
@@ -150,7 +161,8 @@ def gallery_style(
     kinds: list,  # of maps that are shown
 ) -> str:
     "CSS of cards, bars and maps."
-    rules = [f'body:has(input[name=maps]:checked:not([value="{k}"])) .map.{k} {{ display: none }}' for k in kinds]
+    rules = [
+        f'body:has(input[name=maps]:checked:not([value="{k}"])) .map.{k} {{ display: none }}' for k in kinds]
     return GALLERY_STYLE + "\n".join(rules)
 
 # %% ../../nbs/7_reports/2_photos.ipynb #1b3fc26b
@@ -191,7 +203,9 @@ def bar_key(
 # %% ../../nbs/7_reports/2_photos.ipynb #cd765083
 def _looks(weights, paths: dict, fold, **options) -> dict:  # name -> maps
     "Where members look; nothing, and a warning, where that cannot be computed."
-    try: found = photo_maps(weights, list(paths.values()), fold and [fold[n] for n in paths], progress=progress, **options)
+    try:
+        found = photo_maps(
+            weights, list(paths.values()), fold and [fold[n] for n in paths], progress=progress, **options)
     except Exception as e:  # whatever stops the maps must not cost the report
         warnings.warn(f"the report shows no maps of where the model looks ({in_one_line(e)})")
         return {}

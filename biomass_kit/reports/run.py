@@ -91,7 +91,8 @@ def scores_section(results, oof, history, photos):
 def folds_section(results, oof, history, photos):
     "The fold table, and why its mean is not the headline."
     if not results.get("per_fold"): return ""
-    return fold_table(results["per_fold"]) + paragraph("Each fold's R² is taken around that fold's own mean, so the "
+    return fold_table(results["per_fold"]) + paragraph("Each fold's R² is taken around that fold's own mean, "
+                                                       "so the "
                                                        "average of this column is not the out-of-fold score.")
 
 
@@ -99,7 +100,8 @@ def predicted_section(results, oof, history, photos):
     "Five panels."
     own = per_target_scores(oof_grams(oof), oof_grams(oof, "_pred"))
     said = "; ".join(f"{t}: R² {number(s['r2'])}, RMSE {number(s['rmse_g'], 1)} g" for t, s in own.items())
-    return figure(plot_predicted(oof), f"Scatter plots of predicted against measured grams, one a target. {said}.",
+    return figure(plot_predicted(oof), "Scatter plots of predicted against measured grams, one a target. "
+                                       f"{said}.",
                   "Out-of-fold predictions after physics. Points below the line are underestimated.")
 
 # %% ../../nbs/7_reports/4_run.ipynb #07a9874a
@@ -111,11 +113,14 @@ def worst_section(results, oof, history, photos):
 def residuals_section(results, oof, history, photos):
     "Who is misjudged in the same direction."
     wrong = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL]
-    means = [(f"{name} {key}", wrong[at].mean()) for name, of in residual_groups(oof).items() for key, at in of]
+    means = [
+        (f"{name} {key}", wrong[at].mean()) for name, of in residual_groups(oof).items() for key, at in of]
     group, most = max(means, key=lambda m: abs(m[1]))
-    fig = figure(plot_residuals(oof), f"Box plots of predicted minus measured total by state, month, species and measured amount. "
+    fig = figure(plot_residuals(oof), "Box plots of predicted minus measured total by state, month, species "
+                                      "and measured amount. "
                  f"The largest mean residual is {number(most, 1)} g, of {group}.",
-                 "Left of the line the total is underestimated. Orange: median; box: middle half; in brackets: photos.")
+                 "Left of the line the total is underestimated. Orange: median; box: middle half; in "
+                 "brackets: photos.")
     return fig + f"<details><summary>All targets as a table</summary>{residual_table(oof)}</details>"
 
 # %% ../../nbs/7_reports/4_run.ipynb #5e15aa01
@@ -126,7 +131,8 @@ def _what_intervals_are(results) -> str:
     around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
     text = (f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
             "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted).")
-    if shared: text += " On a date that was not trained on, errors are larger and fewer values may lie inside."
+    if shared:
+        text += " On a date that was not trained on, errors are larger and fewer values may lie inside."
     return paragraph(text)
 
 
@@ -135,7 +141,8 @@ def _how_many_are_flagged(results) -> str:
     unlike = results.get("unlike")
     if not unlike: return ""
     flagged, limit = (number(100 * unlike[name], 0) for name in ("flagged", "limit"))
-    return paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {flagged} % of the photos; "
+    return paragraph(f"Unlike the photos of the other folds, and so flagged in a prediction: {flagged} % of "
+                     "the photos; "
                      f"of a new date about {limit} % are meant.")
 
 # %% ../../nbs/7_reports/4_run.ipynb #run00005
@@ -148,7 +155,8 @@ def intervals_section(results, oof, history, photos):
             "What the heads say of themselves; too few dates to widen it by measured errors.")
     share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
     plot = figure(
-        plot_intervals(oof), f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
+        plot_intervals(oof),
+        f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
         "Crosses are photos whose measured total lies outside its interval.")
     return _what_intervals_are(results) + interval_table(results) + plot + _how_many_are_flagged(results)
 
@@ -191,7 +199,8 @@ def photos_section(results, oof, history, photos):
 def identities_section(results, oof, history, photos):
     "Whether the parts add up."
     said = "; ".join(gap_words(*item) for item in identity_gaps(oof).items())
-    return figure(plot_identities(oof), f"Sorted gaps between the predicted total and the sum of its parts. {said}.",
+    return figure(plot_identities(oof), "Sorted gaps between the predicted total and the sum of its parts. "
+                                        f"{said}.",
                   "By how much the predicted total misses green + dead + clover.")
 
 
@@ -222,7 +231,9 @@ def sources(
     "State of the library's sources and digests of the data, in words."
     git = results.get("git")
     state = "not a git checkout"
-    if git: state = git["commit"] + (f", {git['changed']} files changed since" if git["changed"] else ", unchanged")
+    if git:
+        state = git["commit"] + (
+            f", {git['changed']} files changed since" if git["changed"] else ", unchanged")
     return {"biomass_kit sources": state, **(results.get("digests") or {})}
 
 # %% ../../nbs/7_reports/4_run.ipynb #run00007
@@ -231,7 +242,8 @@ def made_section(results, oof, history, photos):
     text = f"Ran on {results.get('device', '–')} in {duration(results.get('seconds'))}."
     return (f"<details><summary>Command, configuration and versions</summary>{paragraph(text)}"
             f'<h3>Command</h3><pre>{escape(str(results.get("command", "–")))}</pre>'
-            f'<h3>Sources and data</h3>{pairs_table(sources(results), "What it was made from; data as sha256 of its content.")}'
+            '<h3>Sources and '
+            f'data</h3>{pairs_table(sources(results), "What it was made from; data as sha256 of its content.")}'
             f'<h3>Configuration</h3>{pairs_table(results.get("config") or {}, "Every option of the run.")}'
             f'<h3>Versions</h3>{pairs_table(results.get("versions") or {}, "The libraries it ran with.")}</details>')
 

@@ -57,7 +57,8 @@ class Batches:
         if c.use_cutmix: box, partner = draw_cutmix(draw_rng("cutmix", *named), n, c.cutmix_prob, cells)
         if box == Box():
             share, partner = draw_mixup(draw_rng("mixup", *named), n, c.mixup_prob if c.use_mixup else 0)
-        return {"photo": torch.tensor(photos), "share": share, "partner": torch.from_numpy(partner), "box": box}
+        return {
+            "photo": torch.tensor(photos), "share": share, "partner": torch.from_numpy(partner), "box": box}
 
 # %% ../../nbs/5_training/2_batches.ipynb #01d2aa25
 class StoredBatches(Batches):
@@ -80,7 +81,8 @@ class StoredBatches(Batches):
         variants, views = map(list, zip(*map(self._draw, photos)))
         batch = self.batch(photos, grid)
         features = arrange_each(self.stored.gather(photos, variants), views, grid)
-        if batch["box"] == Box(): return {**batch, "features": mix(features, batch["share"], batch["partner"])}
+        if batch["box"] == Box():
+            return {**batch, "features": mix(features, batch["share"], batch["partner"])}
         features, share = cutmix_tiles(features, grid, batch["box"], batch["partner"])
         return {**batch, "features": features, "share": share}
 
@@ -150,4 +152,5 @@ def epoch_order(
 
 def epoch_batches(dataset: Batches, photos: np.ndarray, epoch: int, part: Part = Part()):
     "The batches of `epoch_order`, made ahead of their use."
-    return read_ahead(dataset.__getitem__, epoch_order(dataset, photos, epoch, part), dataset.num_workers, ahead=2)
+    return read_ahead(
+        dataset.__getitem__, epoch_order(dataset, photos, epoch, part), dataset.num_workers, ahead=2)

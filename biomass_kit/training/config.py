@@ -30,7 +30,8 @@ from ..model.options import FUSIONS, LOSS_KINDS, TARGET_WEIGHTS
 
 # %% ../../nbs/5_training/1_config.ipynb #ffdc672f
 AVERAGES = ("auto", "none", "ema", "swa")
-TRACKERS = ("aim", "comet_ml", "mlflow", "tensorboard", "wandb", "clearml", "dvclive", "swanlab", "trackio")  # accelerate's
+# accelerate's
+TRACKERS = ("aim", "comet_ml", "mlflow", "tensorboard", "wandb", "clearml", "dvclive", "swanlab", "trackio")
 LOGGED = tuple(name for name, columns in LOG_TARGETS.items() if columns)
 
 
@@ -40,7 +41,8 @@ class DataConfig:
 
     data: Path  # folder with train.csv and its photos
     out: Path  # folder of this run; the same command on it goes on where it stopped
-    quadrat_cm: tuple[float, float] = QUADRAT_CM  # sides in cm of the quadrat whose grams train.csv holds; kg DM/ha are made from its area
+    # sides in cm of the quadrat whose grams train.csv holds; kg DM/ha are made from its area
+    quadrat_cm: tuple[float, float] = QUADRAT_CM
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class FoldsConfig:
     "How photos are dealt to folds."
 
     cv: Literal[tuple(CV_STRATEGIES)] = "group_date"  # how photos are grouped into folds
-    n_folds: Optional[int] = None  # folds of the assignment, trained or not; 5 by default, or one for each group of a leave_one strategy
+    # folds of the assignment, trained or not; 5 by default, or one for each group of a leave_one strategy
+    n_folds: Optional[int] = None
     fold_seed: int = 0  # of the fold assignment; runs that shall be joined must share it
     train_folds: Optional[tuple[int, ...]] = None  # indices of the folds to train; all by default
 
@@ -62,8 +65,10 @@ class FeaturesConfig:
     backbone: str = DEFAULT_BACKBONE  # any timm model
     backbone_weights: Optional[Path] = None  # safetensors file; timm's hub by default
     pretrained: bool = True  # --no-pretrained starts from random weights
-    pooling: Literal[POOLINGS] = "auto"  # tile feature: class token with mean patch token, one of them, or the backbone's own pooling
-    feature_blocks: tuple[int, ...] = ()  # blocks whose features are laid side by side, such as 6 9 11; the output alone by default
+    # tile feature: class token with mean patch token, one of them, or the backbone's own pooling
+    pooling: Literal[POOLINGS] = "auto"
+    # blocks whose features are laid side by side, such as 6 9 11; the output alone by default
+    feature_blocks: tuple[int, ...] = ()
     freeze_backbone: bool = False  # train heads on features that are computed once
 
 
@@ -73,7 +78,8 @@ class StoreConfig:
 
     cache: bool = True  # keep a frozen backbone's features on disk; --no-cache recomputes them every epoch
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
-    cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"  # how features lie on disk; fp16 takes half the room
+    # how features lie on disk; fp16 takes half the disk space
+    cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"
     cache_gb: float = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
     num_workers: int = 2  # threads that decode and augment photos ahead; 0 works in step
 
@@ -82,7 +88,8 @@ class StoreConfig:
 class AugmentConfig:
     "How training photos are varied and mixed."
 
-    augment: Literal["auto", "none", "flips", "full"] = "auto"  # full = flips and pixel transforms; auto = full, or flips on stored features
+    # full = flips and pixel transforms; auto = full, or flips on stored features
+    augment: Literal["auto", "none", "flips", "full"] = "auto"
     stored_draws: int = 0  # pixel augmentations stored a photo, for a frozen backbone with --augment full
     augment_crop: bool = False  # full also crops and resizes, alike in both halves
     augment_green: bool = False  # full also jitters the hue of what is green
@@ -113,17 +120,21 @@ class ModelConfig:
 class LossConfig:
     "What the head is asked for."
 
-    use_log_targets: bool = True  # compare log(1 + grams) of the targets that --log-targets names; predictions stay grams
+    # compare log(1 + grams) of the targets that --log-targets names; predictions stay grams
+    use_log_targets: bool = True
     log_targets: Literal[LOGGED] = "dead_clover"  # which ones
     loss_kind: Literal[tuple(LOSS_KINDS)] = "smooth_l1"  # of the regression
-    target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"  # of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
+    # of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
+    target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"
     constraint_weight: float = 0.1  # of the identities' break in the loss
     interval_weight: float = 0.3  # of the interval head in the loss
     aux_state_weight: float = 0.1  # of the state head's cross-entropy in the loss
     aux_month_weight: float = 0.1  # of the month head's cross-entropy in the loss
     aux_species_weight: float = 0.1  # of the species head's cross-entropy in the loss
-    distill_aux: bool = False  # train class heads first and pull the predictions to the mean grams of the classes that they see
-    teacher: Optional[Path] = None  # finished run on the same folds, to whose predictions the new ones are pulled
+    # train class heads first and pull the predictions to the mean grams of the classes that they see
+    distill_aux: bool = False
+    # finished run on the same folds, to whose predictions the new ones are pulled
+    teacher: Optional[Path] = None
     distill_weight: float = 0.3  # of that pull in the loss
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16004
@@ -135,12 +146,16 @@ class LoopConfig:
     batch_size: int = 16  # photos
     lr: float = 1e-3  # of the heads
     head_lr_stage1: Optional[float] = None  # of the heads while the backbone is frozen; --lr by default
-    average: Literal[AVERAGES] = "auto"  # of the weights: exponential (ema) or over the last quarter's epochs (swa); auto = swa, or none with --checkpoint best
+    # of the weights: exponential (ema) or over the last quarter's epochs (swa); auto = swa, or none with
+    # --checkpoint best
+    average: Literal[AVERAGES] = "auto"
     ema_decay: float = 0.98  # of the exponential average, a step
     two_stage: bool = False  # heads first on the frozen backbone, then both
     freeze_epochs: int = 10  # length of the first stage
     backbone_lr: float = 1e-5  # of the backbone's last block, where it learns
-    lora_rank: int = 0  # where the backbone learns, only LoRA factors of this rank do, on its attention and MLP layers; at a --backbone-lr of 1e-4 to 1e-3
+    # where the backbone learns, only LoRA factors of this rank do, on its attention and MLP layers; at a
+    # --backbone-lr of 1e-4 to 1e-3
+    lora_rank: int = 0
     layer_decay: float = 1.0  # factor on --backbone-lr from each block to the one before
     grad_checkpointing: bool = False  # less memory for a learning backbone, at the cost of a second forward
     weight_decay: float = 0.05  # of matrices; biases and norms are not decayed
@@ -156,8 +171,10 @@ class RunConfig:
 
     device_type: Literal[DEVICE_TYPES] = "auto"  # an absent device is an error
     precision: Literal[PRECISIONS] = "auto"  # of the backbone and the heads' matrix products
-    shard: Literal["members", "photos"] = "members"  # what processes of `accelerate launch` share: whole members, or each batch of one
-    trackers: tuple[Literal[TRACKERS], ...] = ()  # trackers that follow every epoch, such as tensorboard, which writes to --out/logs; none by default
+    # what processes of `accelerate launch` share: whole members, or each batch of one
+    shard: Literal["members", "photos"] = "members"
+    # trackers that follow every epoch, such as tensorboard, which writes to --out/logs; none by default
+    trackers: tuple[Literal[TRACKERS], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,20 +239,25 @@ def _unread(c) -> list:
     "Options that were set and would be ignored, as (condition, message) pairs."
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     return [
-        (getattr(c, name) != defaults[name] and not read(c), f"{_option(name)} is read only with {needs}; add that or drop it")
+        (getattr(c, name) != defaults[name] and not read(c), f"{_option(name)} is read only with {needs}; "
+                                                             "add that or drop it")
         for name, (read, needs) in READ_ONLY_WHEN.items()
     ]
 
 # %% ../../nbs/5_training/1_config.ipynb #680d8bd4
 NOT_NEGATIVE = (
-    "seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight", "aux_species_weight",
-    "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight", "distill_weight", "lora_rank",
+    "seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight",
+    "aux_species_weight",
+    "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight",
+    "distill_weight", "lora_rank",
 )
 
 
 def _negative(c) -> list:
     "Numbers that cannot be below zero."
-    return [(getattr(c, name) < 0, f"{_option(name)} {getattr(c, name)}: cannot be negative") for name in NOT_NEGATIVE]
+    return [
+        (getattr(c, name) < 0, f"{_option(name)} {getattr(c, name)}: cannot be negative")
+        for name in NOT_NEGATIVE]
 
 
 def _about_backbone(c) -> list:
@@ -265,19 +287,21 @@ def _about_pixels(c) -> list:
         (c.stored_draws and not (stored and c.augment in ("auto", "full")),
          "--stored-draws needs --freeze-backbone, the cache and --augment full"),
         (pixels and stored and not c.stored_draws,
-         "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or --no-cache"),
+         "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws K, or "
+         "--no-cache"),
         (pixels and c.augment in ("none", "flips"),
          "--augment-crop and --augment-green are read only with --augment full"),
     ]
 
-
+# %% ../../nbs/5_training/1_config.ipynb #6f22d4fd
 def _about_objective(c) -> list:
     "What is asked for, and whose weights are kept."
     return [
         (c.density and c.use_log_targets,
          "--density adds tiles up, and no sum of logs is a log: add --no-use-log-targets"),
         (c.average in ("ema", "swa") and c.checkpoint == "best",
-         f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop one of them"),
+         f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; drop "
+         "one of them"),
         (c.distill_aux and c.teacher, "--distill-aux and --teacher: give one of them"),
     ]
 
@@ -325,11 +349,13 @@ def _not_installed(c) -> list:
     from accelerate.tracking import get_available_trackers
 
     here = [t.value for t in get_available_trackers()]
-    return [(name not in here, f"--trackers {name}: is not installed; pip install {name}") for name in c.trackers]
+    return [
+        (name not in here, f"--trackers {name}: is not installed; pip install {name}") for name in c.trackers]
 
 # %% ../../nbs/5_training/1_config.ipynb #co000006
 CHECKS = (
-    _unread, _negative, _about_backbone, _about_pixels, _about_objective, _about_prediction, _out_of_range, _not_installed)
+    _unread, _negative, _about_backbone, _about_pixels, _about_objective, _about_prediction, _out_of_range,
+    _not_installed)
 
 
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved

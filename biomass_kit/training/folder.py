@@ -72,8 +72,10 @@ def run_identity(
     identity = {k: v for k, v in member_config(c).items() if k not in BY_CONTENT}
     photos = hashlib.sha256("".join(map(file_digest, table["path"])).encode()).hexdigest()
     digests = {
-        "train_csv": file_digest(c.data / "train.csv"), "photos": photos, "starting_weights": backbone_digest(backbone)}
-    if c.teacher: digests["teacher"] = file_digest(read_bundle(c.teacher).folder / MANIFEST)  # holds its files' digests
+        "train_csv": file_digest(c.data / "train.csv"), "photos": photos,
+        "starting_weights": backbone_digest(backbone)}
+    if c.teacher:
+        digests["teacher"] = file_digest(read_bundle(c.teacher).folder / MANIFEST)  # holds its files' digests
     identity |= {"arithmetic": arithmetic, "library": biomass_kit.__version__}
     return identity | {f"sha256 of {k}": v for k, v in digests.items()}
 
@@ -121,7 +123,7 @@ def _busy(out: Path, holder: Path) -> BiomassError:
     return BiomassError(f"--out {out}: process {pid} on {host} is at work there since {since} ({command}); "
                         "wait for it, end it, or choose another --out")
 
-
+# %% ../../nbs/5_training/6_folder.ipynb #97b94eb8
 @contextmanager
 def held_by_me(
     out: Path,  # a run folder
@@ -136,7 +138,9 @@ def held_by_me(
     try:
         for folder in (out, out / "folds", out / "bundle"): remove_abandoned(folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": " ".join(sys.argv)})
+        write_json(
+            holder,
+            {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": " ".join(sys.argv)})
         yield
     finally:
         holder.unlink(missing_ok=True)

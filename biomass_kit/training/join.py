@@ -54,7 +54,8 @@ def _check_pair(a: dict, b: dict):
         raise BiomassError(f"{pair} trained different --train-folds; finish both")
     mine, other = (r["bundle"].quadrat_cm for r in (a, b))
     if quadrat_area(mine) != quadrat_area(other):
-        raise BiomassError(f"{pair} predict grams in quadrats of {quadrat_text(mine)} and {quadrat_text(other)}; "
+        raise BiomassError(f"{pair} predict grams in quadrats of {quadrat_text(mine)} and "
+                           f"{quadrat_text(other)}; "
                            "train one of them again with the other's --quadrat-cm")
     targets = list(TARGETS)
     difference = np.abs(a["oof"][targets] - b["oof"].loc[a["oof"].index, targets]).to_numpy().max()
@@ -138,7 +139,7 @@ def _joint_facts(runs: list, how: str, weights: list) -> dict:
 
 # %% ../../nbs/5_training/9_join.ipynb #5ea40734
 def join_runs(
-    folders: list,  # run folders of `train`
+    folders: list,  # run folders of `biomass_train`
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end

@@ -227,7 +227,8 @@ class Loop:
         f, c = self.f, self.f.config
         self.steps = len(epoch_order(f.dataset, f.fit, 0, f.part))
         total = stage.epochs * self.steps
-        f.accelerator.free_memory()  # forgets the last stage's optimizer, whose gradients it would unscale again
+        # forgets the last stage's optimizer, whose gradients it would unscale again
+        f.accelerator.free_memory()
         self.optimizer = f.accelerator.prepare_optimizer(make_optimizer(f.model, f.backbone, stage, c))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer.optimizer, lambda step: cosine_warmup(step, total, c.warmup))
@@ -261,7 +262,9 @@ class Loop:
         tensors = {f"{part}.{k}": v for part, state in self._parts().items() for k, v in state.items()}
         tensors |= random_states(f)
         scaler = f.accelerator.scaler
-        facts = {"epoch": self.epoch, "rows": self.rows, "best": self.best_score, "scaler": scaler and scaler.state_dict()}
+        facts = {
+            "epoch": self.epoch, "rows": self.rows, "best": self.best_score,
+            "scaler": scaler and scaler.state_dict()}
         if f.part.process == 0: write_tensors(f.checkpoint, tensors, {"loop": json.dumps(facts)})
         self.written = time.monotonic()
 
@@ -290,8 +293,10 @@ class Loop:
         inner = self.optimizer.optimizer
         count = sum(len(g["params"]) for g in inner.param_groups)
         moments = {i: named(tensors, f"optimizer{i}") for i in range(count)}
-        inner.load_state_dict({**inner.state_dict(), "state": {i: state for i, state in moments.items() if state}})
+        inner.load_state_dict(
+            {**inner.state_dict(), "state": {i: state for i, state in moments.items() if state}})
         self.schedule.last_epoch = (self.epoch - first) * self.steps
         for group, lr, factor in zip(inner.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
             group["lr"] = lr * factor(self.schedule.last_epoch)
-        for i, (_, average) in enumerate(self.averages): average.load_state_dict(named(tensors, f"average{i}"))
+        for i, (_, average) in enumerate(self.averages):
+            average.load_state_dict(named(tensors, f"average{i}"))

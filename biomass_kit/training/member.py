@@ -37,7 +37,8 @@ def model_options(c: TrainConfig) -> dict:
     "What a config says of the head."
     return dict(
         hidden_ratio=c.hidden_ratio, dropout=c.dropout, learning=not c.freeze_backbone, aux=c.use_aux_heads,
-        log_targets=c.log_targets if c.use_log_targets else "none", two_part=c.two_part, uncertainty=c.uncertainty,
+        log_targets=c.log_targets if c.use_log_targets else "none", two_part=c.two_part,
+        uncertainty=c.uncertainty,
         fusion=c.fusion, symmetric=c.symmetric, density=c.density, interval_head=c.interval_head,
     )
 
@@ -136,7 +137,8 @@ def predict_fold(
     "What the member predicts for some photos, mean over views."
     f.model.eval()
     features = plain_features(f, photos, backbone_views(views))
-    with torch.no_grad(): return predict_views(f.model, view_batch(features, views, f.spec.grid)).cpu().numpy()
+    with torch.no_grad():
+        return predict_views(f.model, view_batch(features, views, f.spec.grid)).cpu().numpy()
 
 # %% ../../nbs/5_training/3_member.ipynb #d9b59e35
 def fold_intervals(f: MemberTrainer) -> dict:

@@ -64,7 +64,9 @@ def finish_fold(
     f: MemberTrainer,
     table: pd.DataFrame,
     history: pd.DataFrame,
-    backbone,  # the Backbone that the member reads; its LoRA factors, if any, are taken off and written beside the member
+    # the Backbone that the member reads; its LoRA factors, if any, are taken off and written beside the
+    # member
+    backbone,
 ):
     "Predict the fold's own photos and write its member, its out-of-fold rows and, last, its mark of completion."
     c, folder = f.config, f.config.out / "folds"
@@ -114,7 +116,8 @@ class Run:
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, self.spec.size) if c.lora_rank else []
         if accelerator.is_main_process:
-            open_run(c.out, run_identity(c, self.table, self.backbone, self.arithmetic), self.table, self.fold)
+            open_run(
+                c.out, run_identity(c, self.table, self.backbone, self.arithmetic), self.table, self.fold)
         self.stored = None
         self.elsewhere = []  # folds that another process trains
 
@@ -142,7 +145,8 @@ class Run:
         self.backbone.to(self.accelerator.device)
         if config.grad_checkpointing: self.backbone.model.set_grad_checkpointing()
         f = MemberTrainer(
-            k, config, self.table, self.fold, self.spec, self.accelerator, self.precision, self.backbone, self.stored)
+            k, config, self.table, self.fold, self.spec, self.accelerator, self.precision, self.backbone,
+            self.stored)
         f.name += name
         f.checkpoint = self.checkpoint(k, name)
         return f
@@ -163,7 +167,8 @@ class Run:
             return teacher_grams(c.teacher, k, list(self.table["path"]), c.device_type, cache_dir)
         if not c.distill_aux: return None
         with self.threads():
-            first = self.new_trainer(k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
+            first = self.new_trainer(
+                k, dataclasses.replace(c, use_aux_heads=True, distill_aux=False), CLASSES)
             run_fold(first, progress)
             return class_teacher(first)
 
@@ -246,7 +251,9 @@ def _share_members(runs: list, accelerator: Accelerator) -> list:  # (Run, fold)
     configs, count = [run.config for run in runs], accelerator.num_processes
     together = configs[0].shard == "photos"
     if together and min(c.batch_size for c in configs) < count:
-        raise BiomassError(f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise --batch-size")
+        raise BiomassError(
+            f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise "
+            "--batch-size")
     members = [(run, k) for run in runs for k in run.folds]
     mine = members if together else members[accelerator.process_index :: count]
     for run, k in members:

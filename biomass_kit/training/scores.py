@@ -164,7 +164,8 @@ def add_intervals(
     ends, intervals = oof_intervals(y, _grams(oof, "_pred"), heads, dates, of)
     for suffix, end in [*zip(OWN_ENDS, heads), *zip(ENDS, ends)]: oof[[t + suffix for t in TARGETS]] = end
     found = {}
-    if heads: found["coverage"] = {"level": INTERVAL_LEVEL, **coverage(y, *(_grams(oof, s) for s in OWN_ENDS))}
+    if heads:
+        found["coverage"] = {"level": INTERVAL_LEVEL, **coverage(y, *(_grams(oof, s) for s in OWN_ENDS))}
     if intervals: found["intervals"] = intervals | {"margins": method_margins(y, corrected, own, dates)}
     return found
 

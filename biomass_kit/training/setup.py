@@ -108,16 +108,18 @@ def check_folds(
     if c.teacher: check_teacher(c.teacher, table, fold, c.quadrat_cm)
     return folds
 
-
+# %% ../../nbs/5_training/7_setup.ipynb #ebf8838d
 def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray, quadrat_cm: tuple):
     "Refuse a teacher that has seen photos on which its pupil will be scored, or that predicts grams of another area."
     theirs, assigned = read_folds(Path(folder) / "folds.csv")
     if dict(zip(theirs["image_path"], assigned)) != dict(zip(table["image_path"], fold)):
-        raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos that would be "
+        raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos "
+                           "that would be "
                            "scored here; give a run with the same --data, --cv, --n-folds and --fold-seed")
     taught = read_bundle(folder).quadrat_cm
     if quadrat_area(taught) != quadrat_area(quadrat_cm):
-        raise BiomassError(f"--teacher {folder}: predicts grams in a quadrat of {quadrat_text(taught)}, and --quadrat-cm is "
+        raise BiomassError(f"--teacher {folder}: predicts grams in a quadrat of {quadrat_text(taught)}, and "
+                           "--quadrat-cm is "
                            f"{quadrat_text(quadrat_cm)}; give a run with the same --quadrat-cm")
 
 # %% ../../nbs/5_training/7_setup.ipynb #12000001
@@ -134,7 +136,8 @@ def check_tiles(
     if not most:
         raise BiomassError(f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; "
                            "use larger photos or another --backbone")
-    raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, would be smaller "
+    raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, "
+                       "would be smaller "
                        f"than a patch of {patch}; use at most {most} rows and columns")
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000010

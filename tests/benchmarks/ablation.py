@@ -53,7 +53,8 @@ from biomass_kit.training.run import expand, train_runs
 
 RESULTS = Path(__file__).with_name("ablation.json")
 PLAN, DEFAULT, PROBE = "plan", "default", "linear probe"
-PLANNED = dict(fusion="film", use_cutmix=False, constraint_weight=0.0, average="none")  # where the rule has moved biomass_train's defaults
+# where the rule has moved biomass_train's defaults
+PLANNED = dict(fusion="film", use_cutmix=False, constraint_weight=0.0, average="none")
 GRAMS, LITE = "grams throughout", "EfficientNet-Lite0"
 BF16, DRAWS, SMALL = "2x2 in bf16", "2x2 pixel transforms, 8 draws", "1x1@126 frozen"
 DEFAULT_BF16 = "default in bf16"
@@ -85,7 +86,8 @@ SWITCHES = {
     "constraint loss 0.1": Switch(dict(constraint_weight=0.1)),
     "interval head": Switch(dict(interval_head=True)),
     "aux heads 0.1": Switch(dict(use_aux_heads=True)),
-    "aux heads 3 5 2": Switch(dict(use_aux_heads=True, aux_state_weight=3.0, aux_month_weight=5.0, aux_species_weight=2.0)),
+    "aux heads 3 5 2": Switch(
+        dict(use_aux_heads=True, aux_state_weight=3.0, aux_month_weight=5.0, aux_species_weight=2.0)),
     "class teacher": Switch(dict(distill_aux=True)),
     "no MixUp": Switch(dict(use_mixup=False)),
     "CutMix of tiles": Switch(dict(use_cutmix=True)),
@@ -111,11 +113,13 @@ SWITCHES = {
     "default, pixel transforms, 8 draws": Switch(DEFAULTS | DRAWN, DEFAULT_BF16),
     SMALL: Switch(REDUCED, None, grids=((1, 1),), seeds=2),
     "1x1@126 two stages": Switch(TUNED, SMALL, grids=((1, 1),), seeds=2),
-    "1x1@126 two stages, LoRA": Switch(TUNED | dict(lora_rank=8, backbone_lr=3e-4), SMALL, grids=((1, 1),), seeds=2),
+    "1x1@126 two stages, LoRA": Switch(
+        TUNED | dict(lora_rank=8, backbone_lr=3e-4), SMALL, grids=((1, 1),), seeds=2),
 }
 MADE = {  # rows that are made of trained ones: row -> rows that must be there
     "raw + log blend": (GRAMS, "log targets, all"),
-    "all heads, mean": (PLAN, GRAMS), "all heads, trimmed": (PLAN, GRAMS), "all heads, weighted (cross-fitted)": (PLAN, GRAMS),
+    "all heads, mean": (PLAN, GRAMS), "all heads, trimmed": (PLAN, GRAMS),
+    "all heads, weighted (cross-fitted)": (PLAN, GRAMS),
 }
 
 
@@ -138,7 +142,8 @@ class Args:
 def config_of(a: Args, row: str) -> TrainConfig:
     "The options of a row; grid, seed and deal of folds are still to be set."
     base = TrainConfig(data=a.data, out=a.out / row.replace(" ", "-").replace(",", ""), backbone=a.backbone,
-                       backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True, device_type="cpu")
+                       backbone_weights=a.backbone_weights, tile_size=a.tile_size, freeze_backbone=True,
+                       device_type="cpu")
     lite = {"backbone_weights": a.lite_weights} if "backbone" in SWITCHES[row].options else {}
     return replace(base, **PLANNED | SWITCHES[row].options, **lite)
 
@@ -148,7 +153,8 @@ def runs_of(a: Args, row: str) -> dict:
     switch, config = SWITCHES[row], config_of(a, row)
     seeds = a.seeds[: switch.seeds]
     pairs = itertools.product(seeds, seeds) if row == DEFAULT else zip(seeds, seeds)
-    dealt = {(s, d): expand(replace(config, seed=s, fold_seed=d, out=config.out / f"deal{d}"), switch.grids or a.grids) for s, d in pairs}
+    dealt = {
+        (s, d): expand(replace(config, seed=s, fold_seed=d, out=config.out / f"deal{d}"), switch.grids or a.grids) for s, d in pairs}
     return {(s, d, c.grid): taught(a, row, c) for (s, d), configs in dealt.items() for c in configs}
 
 
@@ -161,10 +167,12 @@ def raw_predictions(a: Args, row: str, table) -> dict:
     "(seed, deal, grid) -> [N, 5] raw out-of-fold grams; trains what is not there."
     configs = runs_of(a, row)
     recipe = config_record(replace(config_of(a, row), out=Path(), cache_dir=None)) | {
-        "weights": file_digest(config_of(a, row).backbone_weights), "train.csv": file_digest(a.data / "train.csv")}
+        "weights": file_digest(config_of(a, row).backbone_weights),
+        "train.csv": file_digest(a.data / "train.csv")}
     held = config_of(a, row).out / "recipe.json"
     if held.exists() and json.loads(held.read_text(encoding="utf-8")) != json.loads(json.dumps(recipe)):
-        raise BiomassError(f"{held.parent}: was measured with another recipe; choose another --out or delete it")
+        raise BiomassError(
+            f"{held.parent}: was measured with another recipe; choose another --out or delete it")
     if is_main_process(): write_json(held, recipe)
     kept = lambda c: c.out.with_suffix(".csv")
     missing = [c for c in configs.values() if not kept(c).exists()]
@@ -174,12 +182,15 @@ def raw_predictions(a: Args, row: str, table) -> dict:
         if row != PLAN: shutil.rmtree(c.out)  # the plan's runs are teachers
     if not is_main_process(): return {}
     columns = [t + "_raw" for t in TARGETS]
-    return {run: read_table(kept(c)).set_index("image_path").loc[table["image_path"], columns].to_numpy() for run, c in configs.items()}
+    return {
+        run: read_table(kept(c)).set_index("image_path").loc[table["image_path"], columns].to_numpy() for run,
+        c in configs.items()}
 
 
 def coverage(a: Args, row: str) -> dict:
     "Share of measured figures inside a row's 90 % intervals, mean over its runs; empty where the row has none."
-    found = [json.loads(c.out.with_suffix(".json").read_text(encoding="utf-8")) for c in runs_of(a, row).values()]
+    found = [
+        json.loads(c.out.with_suffix(".json").read_text(encoding="utf-8")) for c in runs_of(a, row).values()]
     return {k: mean(f[k] for f in found) for k in found[0]}
 
 
@@ -196,7 +207,8 @@ def probe_predictions(a: Args, backbone: str, weights: Path, tile_size: int, blo
 def probes_of(a: Args, row: str, runs) -> list:
     "For each run of a row the linear probe on the same features, grid and deal of folds."
     c = config_of(a, row)
-    return [probe_predictions(a, c.backbone, c.backbone_weights, c.tile_size, c.feature_blocks, c.precision, grid, deal) for _, deal, grid in runs]
+    return [
+        probe_predictions(a, c.backbone, c.backbone_weights, c.tile_size, c.feature_blocks, c.precision, grid, deal) for _, deal, grid in runs]
 
 
 class Ledger:
@@ -206,13 +218,16 @@ class Ledger:
         self.a, self.table, self.rows, self.scored = a, table, [], {}
         self.y, self.dates = table[list(TARGETS)].to_numpy(), table["Sampling_Date"]
         self.folds = {d: make_folds(table, seed=d) for d in a.seeds}
-        self.bounds = {d: {k: training_bounds(self.y[f != k]) for k in np.unique(f)} for d, f in self.folds.items()}
+        self.bounds = {
+            d: {k: training_bounds(self.y[f != k]) for k in np.unique(f)} for d, f in self.folds.items()}
         self.facts = {"photos": len(table), "dates": int(self.dates.nunique()), "backbone": a.backbone, "tile_size": a.tile_size, "seeds": a.seeds,
                       "machine": platform.machine(), "date": str(date.today())}
 
     def corrected(self, raw: dict, method: str = "derive_dead") -> dict:
         "(seed, deal) -> consistent grams."
-        return {(s, d): crossfit_physics(p, self.y, self.folds[d], self.bounds[d], method) for (s, d), p in raw.items()}
+        return {
+            (s, d): crossfit_physics(p, self.y, self.folds[d], self.bounds[d], method) for (s, d),
+            p in raw.items()}
 
     def difference(self, first: dict, second: dict) -> dict:
         "The paired difference over the (seed, deal) pairs that both have."
@@ -224,7 +239,8 @@ class Ledger:
         scores = [weighted_r2(self.y, p) for p in predictions.values()]
         self.scored[row] = predictions
         found = {"row": row, "weighted_r2": mean(scores), "seeds": scores, **facts}
-        if against in self.scored and against != row: found |= {"against": against, "difference": self.difference(predictions, self.scored[against])}
+        if against in self.scored and against != row:
+            found |= {"against": against, "difference": self.difference(predictions, self.scored[against])}
         if probe: found["minus_probe"] = self.difference(predictions, probe)
         self.rows.append(found)
         print("   ".join([f"{row:36s} {mean(scores):.3f}",
@@ -233,10 +249,13 @@ class Ledger:
 
     def write(self):
         "Rows measured now take the place of those of the same name in the folder's results; the others stay, if they are of the same photos and features."
-        path, alike = self.a.out / RESULTS.name, ("photos", "dates", "backbone", "tile_size", "seeds", "machine")
+        path, alike = self.a.out / RESULTS.name, (
+            "photos", "dates", "backbone", "tile_size", "seeds", "machine")
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
         differ = [k for k in alike if k in held and held[k] != json.loads(json.dumps(self.facts[k]))]
-        if differ: raise BiomassError(f"{path}: was measured with another {', '.join(differ)}; choose another --out or delete it")
+        if differ:
+            raise BiomassError(
+                f"{path}: was measured with another {', '.join(differ)}; choose another --out or delete it")
         rows = {r["row"]: r for r in [*held["rows"], *self.rows]}
         write_json(path, {**held, **self.facts, "rows": list(rows.values())})
 
@@ -251,29 +270,35 @@ def markdown(found: dict) -> str:
 def over_grids(of_run: dict) -> dict:
     "(seed, deal) -> mean over the grids that are there."
     pairs = dict.fromkeys((s, d) for s, d, _ in of_run)
-    return {(s, d): np.mean([p for (s2, d2, _), p in of_run.items() if (s2, d2) == (s, d)], 0) for s, d in pairs}
+    return {
+        (s, d): np.mean([p for (s2, d2, _), p in of_run.items() if (s2, d2) == (s, d)], 0) for s, d in pairs}
 
 
 def bar(ledger: Ledger, default: dict, probes: dict):
     "The default against the best linear probe over every seed with every deal of folds."
-    scores = {name: mean(weighted_r2(ledger.y, p) for p in of_deal.values()) for name, of_deal in probes.items()}
+    scores = {
+        name: mean(weighted_r2(ledger.y, p) for p in of_deal.values()) for name, of_deal in probes.items()}
     best = max(scores, key=scores.get)
     found = paired_difference(ledger.y, list(default.values()), list(probes[best].values()), ledger.dates)
     ledger.facts["bar"] = {"pairs": len(default), "default": mean(weighted_r2(ledger.y, p) for p in default.values()),
                            "probes": scores, "best_probe": best, **found}
-    print(f"bar: default minus {best} over {len(default)} (seed, deal) pairs: {difference_text(found)}", flush=True)
+    print(
+        f"bar: default minus {best} over {len(default)} (seed, deal) pairs: {difference_text(found)}",
+        flush=True)
 
 
 @command
 def main(args=None):
     a = tyro.cli(Args, args=args)
     if a.table: return print(markdown(json.loads(RESULTS.read_text(encoding="utf-8"))))
-    if not (a.data and a.backbone_weights): raise BiomassError("give --data and --backbone-weights, or --table")
+    if not (a.data and a.backbone_weights):
+        raise BiomassError("give --data and --backbone-weights, or --table")
     table = read_train(a.data)
     rows = [r for r in a.rows if a.lite_weights or LITE not in r]
     if set(rows) != set(a.rows): print("rows of EfficientNet-Lite0 are left out: no --lite-weights")
     raw = {row: raw_predictions(a, row, table) for row in rows if row in SWITCHES}
-    mixed = {row: mixed_predictions(a, config_of(a, BF16), row, table, tqdm if is_main_process() else lambda x, **_: x) for row in rows if row in MIXES}
+    mixed = {
+        row: mixed_predictions(a, config_of(a, BF16), row, table, tqdm if is_main_process() else lambda x, **_: x) for row in rows if row in MIXES}
     if is_main_process(): tell(a, Ledger(a, table), raw, mixed)
 
 

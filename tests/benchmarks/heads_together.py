@@ -39,7 +39,8 @@ def draw(a: Args) -> tuple:
     "Members, and one batch for each."
     torch.manual_seed(0)
     models = [BiomassModel(a.dim, dropout=0.0) for _ in range(a.members)]
-    return models, torch.randn(a.members, a.batch_size, 2, a.tiles, a.dim), torch.rand(a.members, a.batch_size, 5)
+    return models, torch.randn(a.members, a.batch_size, 2, a.tiles, a.dim), torch.rand(
+        a.members, a.batch_size, 5)
 
 
 def loss_of(predicted, wanted): return torch.nn.functional.smooth_l1_loss(predicted, wanted)

@@ -27,7 +27,9 @@ class Args:
 def main():
     a = tyro.cli(Args)
     device = pick_device()
-    print(f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {date.today()}")
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, "
+        f"{date.today()}")
     for name in a.backbones:
         torch.manual_seed(0)
         plain = build_backbone(name, pretrained=False, tile_size=a.tile_size)[0].eval().to(device)

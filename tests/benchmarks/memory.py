@@ -46,7 +46,8 @@ def main():
         for n in (a.few, a.many):
             (room / str(n)).mkdir()
             for i in range(n): shutil.copy(drawn[i % len(drawn)], room / str(n) / f"{i:04d}.jpg")
-            done = subprocess.run([sys.executable, "-c", PREDICT, bundle, room / str(n), room / f"{n}.csv", str(room / f"cache-{n}") if a.cache else ""],
+            done = subprocess.run([
+                sys.executable, "-c", PREDICT, bundle, room / str(n), room / f"{n}.csv", str(room / f"cache-{n}") if a.cache else ""],
                                   capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             rows, peak[n] = map(int, done.stdout.split())

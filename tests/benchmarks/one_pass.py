@@ -52,7 +52,8 @@ def naive(ensemble: Ensemble, paths, batch_size: int) -> np.ndarray:
         for model in (ensemble.models[i] for i in p.members):
             backbone, out = ensemble.backbones[p.backbone, p.spec.size], []
             for i in range(0, len(paths), batch_size):
-                tiles = torch.stack([cut_tiles(split_pair(read_photo(q)), p.spec) for q in paths[i : i + batch_size]])
+                tiles = torch.stack(
+                    [cut_tiles(split_pair(read_photo(q)), p.spec) for q in paths[i : i + batch_size]])
                 views = [tiles, flip_pixels(tiles, h), flip_pixels(tiles, v), tiles.flip(1)]
                 out.append(sum(model(backbone(x)) for x in views) / len(views))
             total = total + torch.cat(out)
@@ -88,8 +89,11 @@ def compare(name: str, folder: Path, paths, a: Args):
     plain = naive(ensemble, paths, a.batch_size)
     assert (np.abs(planned - plain) <= 1e-5 * np.abs(plain) + 1e-4).all(), "the plan changed the answer"
     pairs, specs = [split_pair(read_photo(p)) for p in paths], {p.spec for p in ensemble.passes}
-    batches = [{s: torch.stack([cut_tiles(t, s) for t in pairs[i : i + a.batch_size]]) for s in specs} for i in range(0, len(paths), a.batch_size)]
-    rounds = in_turn({"plan": lambda: ensemble.predict(paths, a.batch_size), "naive": lambda: naive(ensemble, paths, a.batch_size),
+    batches = [
+        {s: torch.stack([cut_tiles(t, s) for t in pairs[i : i + a.batch_size]]) for s in specs}
+        for i in range(0, len(paths), a.batch_size)]
+    rounds = in_turn({"plan": lambda: ensemble.predict(paths, a.batch_size), "naive": lambda: naive(
+        ensemble, paths, a.batch_size),
                       "floor": lambda: floor(ensemble, batches)}, a.rounds)
     ratio = lambda top, bottom: median(r[top] / r[bottom] for r in rounds)
     print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), "
@@ -106,9 +110,11 @@ def line(x, y) -> tuple:
 
 def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
     "Time against the number of frozen members of one grid; the slope as a share of one backbone pass over the same photos."
-    ensembles = {n: Ensemble(read_bundle(untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
+    ensembles = {n: Ensemble(read_bundle(
+        untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
                              device_type="cpu") for n in counts}
-    tiles = torch.stack([cut_tiles(split_pair(read_photo(p)), TileSpec(2, 2, a.tile_size)) for p in paths[: a.batch_size]])
+    tiles = torch.stack(
+        [cut_tiles(split_pair(read_photo(p)), TileSpec(2, 2, a.tile_size)) for p in paths[: a.batch_size]])
     backbone = next(iter(ensembles[1].backbones.values()))
 
     @torch.inference_mode()
@@ -121,12 +127,14 @@ def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
     times = [median(r[n] for r in rounds) for n in counts]
     slope, _, fit = line(counts, times)
     print(f"members {counts}: {', '.join(f'{t:.2f}' for t in times)} s, R2 of the line {fit:.3f}; "
-          f"each further frozen member {slope / median(r['pass'] for r in rounds):.2%} of a backbone pass", flush=True)
+          f"each further frozen member {slope / median(r['pass'] for r in rounds):.2%} of a backbone pass",
+          flush=True)
 
 
 def grow_photos(room: Path, a: Args, counts=(20, 40, 80, 160)):
     "Time against the number of photos, tiny ViT."
-    paths = list_photos(write_dataset(room / "many", n_photos=2, n_test=max(counts), height=a.height) / "test")
+    paths = list_photos(
+        write_dataset(room / "many", n_photos=2, n_test=max(counts), height=a.height) / "test")
     ensemble = Ensemble(read_bundle(untrained_bundle(room / "tiny", tile_size=64)), device_type="cpu")
     sides = {n: lambda n=n: ensemble.predict(paths[:n], a.batch_size) for n in counts}
     in_turn(sides, 1)
@@ -139,17 +147,23 @@ def grow_photos(room: Path, a: Args, counts=(20, 40, 80, 160)):
 
 def main():
     a = tyro.cli(Args)
-    print(f"{a.backbone}, tiles of {a.tile_size} px, batch {a.batch_size}, {torch.get_num_threads()} threads, {platform.machine()}, "
+    print(f"{a.backbone}, tiles of {a.tile_size} px, batch {a.batch_size}, {torch.get_num_threads()} "
+          f"threads, {platform.machine()}, "
           f"torch {torch.__version__}, {date.today()}")
     with tempfile.TemporaryDirectory() as room:
         room, model = Path(room), (a.backbone, a.backbone_weights, a.tile_size)
-        paths = list_photos(write_dataset(room / "data", n_photos=2, n_test=a.photos, height=a.height) / "test")
+        paths = list_photos(
+            write_dataset(room / "data", n_photos=2, n_test=a.photos, height=a.height) / "test")
         frozen = untrained_bundle(room / "frozen", ((2, 2), (3, 3)), 5, False, *model)
         compare("frozen, 5 folds x 2 grids x 4 views", frozen, paths, a)
-        compare("fine-tuned, 5 members x 4 views", untrained_bundle(room / "tuned", ((2, 2),), 5, True, *model), paths, a)
+        compare(
+            "fine-tuned, 5 members x 4 views", untrained_bundle(room / "tuned", ((2, 2),), 5, True, *model),
+            paths, a)
         size = lambda pattern: sum(p.stat().st_size for p in frozen.glob(pattern))
         whole = size("member-*") + 10 * size("backbone-*")
-        print(f"bundle of 10 frozen members: {size('*') / 1e6:.1f} MB, {size('*') / whole:.3f} of ten whole checkpoints")
+        print(
+            f"bundle of 10 frozen members: {size('*') / 1e6:.1f} MB, {size('*') / whole:.3f} of ten whole "
+            "checkpoints")
         grow_members(room, paths, a)
         grow_photos(room, a)
 

@@ -28,7 +28,9 @@ from biomass_kit.training.setup import make_accelerator
 K = 8  # mixes stored a photo
 FEATURES = f"2x2 MixUp of features, {K} stored"
 # row -> the row that it is compared with
-MIXES = {FEATURES: "2x2 in bf16", f"2x2 MixUp of photos, {K} stored": FEATURES, f"2x2 CutMix of photos, {K} stored": FEATURES}
+MIXES = {
+    FEATURES: "2x2 in bf16", f"2x2 MixUp of photos, {K} stored": FEATURES,
+    f"2x2 CutMix of photos, {K} stored": FEATURES}
 
 
 class Mix:
@@ -43,15 +45,19 @@ class Mix:
 
     def pixels(self, pair: np.ndarray, other: np.ndarray) -> np.ndarray:
         "The mixed pair, uint8 `[2, S, S, 3]`."
-        pair, other = (p[:, :: -1 if v.v else 1, :: -1 if v.h else 1] for p, v in zip((pair, other), self.views))
+        pair, other = (
+            p[:, :: -1 if v.v else 1, :: -1 if v.h else 1] for p, v in zip((pair, other), self.views))
         if self.box != Box(): return cutmix_pairs(pair, other, self.box)
         return np.rint(self.share * pair + (1 - self.share) * other.astype(np.float32)).astype(np.uint8)
 
 
 def stored(table, backbone, spec: TileSpec, variants: tuple, accelerator, progress) -> StoredFeatures:
     "Features in bf16, each process computing its share of the photos."
-    paths, request = list(table["path"]), FeatureRequest(backbone.eval(), spec, variants, FeatureCache(backbone, spec, None, "bf16"))
-    store_features(paths[accelerator.process_index :: accelerator.num_processes], request, precision="bf16", progress=progress)
+    paths, request = list(table["path"]), FeatureRequest(
+        backbone.eval(), spec, variants, FeatureCache(backbone, spec, None, "bf16"))
+    store_features(
+        paths[accelerator.process_index :: accelerator.num_processes], request, precision="bf16",
+        progress=progress)
     accelerator.wait_for_everyone()
     return store_features(paths, request, precision="bf16")
 
@@ -61,10 +67,13 @@ def mixed_features(row: str, mixes: list, table, backbone, spec: TileSpec, plain
     paths = list(table["path"])
     if row == FEATURES:
         seen = lambda photo, view: arrange(plain.gather([photo], view), view, spec.grid)
-        return torch.cat([mix(torch.cat([seen(m.photo, m.views[0]), seen(m.partner, m.views[1])]), m.share, torch.tensor([1, 0]))[:1] for m in mixes])
+        return torch.cat(
+            [mix(torch.cat([seen(m.photo, m.views[0]), seen(m.partner, m.views[1])]), m.share, torch.tensor([1, 0]))[:1] for m in mixes])
     numbered = {(file_digest(paths[m.photo]), n % K): m for n, m in enumerate(mixes)}
 
-    def apply(j): return lambda pair, digest: numbered[digest, j].pixels(pair, split_pair(read_photo(paths[numbered[digest, j].partner])))
+    def apply(j):
+        return lambda pair, digest: numbered[digest, j].pixels(
+            pair, split_pair(read_photo(paths[numbered[digest, j].partner])))
 
     draws = tuple(Draw(f"{row.split()[1].lower()}-{j}", apply(j)) for j in range(K))
     drawn = stored(table, backbone, spec, draws, accelerator, progress)
@@ -74,21 +83,32 @@ def mixed_features(row: str, mixes: list, table, backbone, spec: TileSpec, plain
 def member_paths(a, row: str, table) -> dict:
     "(seed, grid, fold) -> the file of that member's out-of-fold grams."
     folder = a.out / row.replace(" ", "-").replace(",", "")
-    return {(s, g, int(k)): folder / f"{g[0]}x{g[1]}-seed{s}-fold{k}.csv" for s in a.seeds for g in a.grids[:1] for k in np.unique(make_folds(table, seed=s))}
+    return {
+        (s, g, int(k)): folder / f"{g[0]}x{g[1]}-seed{s}-fold{k}.csv" for s in a.seeds for g in a.grids[:1]
+        for k in np.unique(make_folds(table, seed=s))}
 
 
 def train_member(config, k: int, table, mixes: list, features: np.ndarray, plain: StoredFeatures, backbone, spec: TileSpec, accelerator) -> pd.DataFrame:
     "Raw grams of fold k's photos, from a head trained on the mixes that hold none of them."
     fold, grams = make_folds(table, seed=config.fold_seed), table[list(TARGETS)].to_numpy()
     fit, scored = np.array([n for n, m in enumerate(mixes) if k not in (fold[m.photo], fold[m.partner])]), np.flatnonzero(fold == k)
-    labels = np.stack([mixes[n].share * grams[mixes[n].photo] + (1 - mixes[n].share) * grams[mixes[n].partner] for n in fit])
+    labels = np.stack(
+        [mixes[n].share * grams[mixes[n].photo] + (1 - mixes[n].share) * grams[mixes[n].partner] for n in fit])
     virtual = table.iloc[[mixes[n].photo for n in fit]].assign(**dict(zip(TARGETS, labels.T)))
     rows = pd.concat([table.iloc[scored], virtual], ignore_index=True)
-    seen = StoredFeatures(np.concatenate([plain.array[scored], np.repeat(features[fit][:, None], len(STORED_VIEWS), 1)]), STORED_VIEWS)
-    config = check_config(dataclasses.replace(config, use_mixup=False, augment="none", epochs=round(config.epochs * (fold != k).sum() / len(fit))))
-    f = MemberTrainer(k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), -1)], spec, accelerator, "bf16", backbone, seen)
+    seen = StoredFeatures(
+        np.concatenate([plain.array[scored], np.repeat(features[fit][:, None], len(STORED_VIEWS), 1)]),
+        STORED_VIEWS)
+    config = check_config(
+        dataclasses.replace(
+            config, use_mixup=False, augment="none", epochs=round(
+                config.epochs * (fold != k).sum() / len(fit))))
+    f = MemberTrainer(
+        k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), -1)], spec, accelerator, "bf16",
+        backbone, seen)
     run_fold(f, lambda x, **_: x)
-    return rows.loc[f.scored, ["image_path"]].assign(**dict(zip(TARGETS, predict_fold(f, f.scored, [parse_view(v) for v in config.tta]).T)))
+    return rows.loc[f.scored, ["image_path"]].assign(
+        **dict(zip(TARGETS, predict_fold(f, f.scored, [parse_view(v) for v in config.tta]).T)))
 
 
 def mixed_predictions(a, base, row: str, table, progress=lambda x, **_: x) -> dict:
@@ -104,8 +124,13 @@ def mixed_predictions(a, base, row: str, table, progress=lambda x, **_: x) -> di
         features = mixed_features(row, mixes, table, backbone, spec, plain, accelerator, progress).numpy()
         for seed, _, k in [m for m in missing if m[1] == grid][accelerator.process_index :: accelerator.num_processes]:
             config = dataclasses.replace(base, grid=grid, seed=seed, fold_seed=seed)
-            write_csv(paths[seed, grid, k], train_member(config, k, table, mixes, features, plain, backbone, spec, accelerator))
+            write_csv(
+                paths[seed, grid, k],
+                train_member(config, k, table, mixes, features, plain, backbone, spec, accelerator))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process: return {}
-    whole = lambda s, g: pd.concat([read_table(p) for (seed, grid, _), p in paths.items() if (seed, grid) == (s, g)])
-    return {(s, s, g): whole(s, g).set_index("image_path").loc[table["image_path"], list(TARGETS)].to_numpy() for s, g, _ in paths}
+    whole = lambda s, g: pd.concat(
+        [read_table(p) for (seed, grid, _), p in paths.items() if (seed, grid) == (s, g)])
+    return {
+        (s, s, g): whole(s, g).set_index("image_path").loc[table["image_path"], list(TARGETS)].to_numpy()
+        for s, g, _ in paths}
