@@ -14,7 +14,6 @@ from commands import command
 from conftest import python, run
 from sources import commands
 
-from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import KG_HA, TARGETS
 from biomass_kit.inference.bundle import read_bundle
@@ -33,15 +32,9 @@ PLAN = {  # the plan's recommended training commands, word for word but for the 
 }
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    "Ten synthetic photos: what the commands do does not depend on their number."
-    return write_dataset(tmp_path_factory.mktemp("few") / "data", n_photos=10, n_test=1, seed=3, height=64)
-
-
 @pytest.mark.parametrize("name", PLAN)
-def test_recommended_commands_run(name, few, weights, tmp_path, monkeypatch):
-    tiny = ["--data", few, "--out", tmp_path / "run", "--backbone", "test_efficientnet",
+def test_recommended_commands_run(name, data, weights, tmp_path, monkeypatch):
+    tiny = ["--data", data, "--out", tmp_path / "run", "--backbone", "test_efficientnet",
             "--backbone-weights", weights, "--tile-size", 32, "--n-folds", 2]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = command("train", *shlex.split(PLAN[name]), *tiny)

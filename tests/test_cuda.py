@@ -118,7 +118,8 @@ def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
     rest, epochs = [], loop.run_epoch
     monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
     found, _ = trained(config)
-    assert {*rest} == {2}, "the last epoch alone; twice where a step of it has no ordered algorithm"
+    begun = 1 if recipe == "frozen" else len(rest)  # a step that has no ordered algorithm begins the member again
+    assert rest == [2] * begun and begun in (1, 2), "the last epoch alone"
     assert_as_on_the_same_device(found, trained(dataclasses.replace(config, out=tmp_path / "whole/run"))[0])
 
 
