@@ -279,7 +279,7 @@ def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: i
         start = prepare(dataclasses.replace(config, grid=grid), built)
     device = pick_device(config.device_type)
     arithmetic = arithmetic_text(config, device, pick_precision(device, config.precision))
-    identity = run_identity(config, start.table, start.backbone, arithmetic)
+    identity = run_identity(config, start.table, start.sources, arithmetic)
     return Search(config, space, tuple(seeds) or (config.seed,), sampler_seed, built, identity)
 
 

@@ -58,7 +58,9 @@ def _checksum(data: bytes) -> bytes: return zlib.crc32(data).to_bytes(4, "little
 
 
 class FeatureCache:
-    "Tile features on disk, one small file a photo and variant, its checksum behind it; a folder for each backbone and tile spec."
+    """Tile features on disk, one small file per photo, variant and block, its checksum behind it.
+
+    A folder for each backbone, pooling and tile spec; a block that one run stored is found by every other."""
 
     def __init__(
         self,
@@ -71,7 +73,9 @@ class FeatureCache:
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
         arithmetic = precision if device == "cpu" else f"{device} {precision}"
-        key = json.dumps([CACHE_FORM, backbone_digest(backbone), *spec, arithmetic, dtype])
+        key = json.dumps([CACHE_FORM, backbone_digest(backbone, any_blocks=True), *spec, arithmetic, dtype])
+        self.widths = {}  # block, None for the output -> channels
+        for block, _, width in backbone.parts: self.widths[block] = self.widths.get(block, 0) + width
         self.dtype, self.say = np.dtype(CACHE_DTYPES[dtype]), say
         self.asked = folder is not None
         self.off = False  # given up
@@ -79,14 +83,20 @@ class FeatureCache:
         if self.root is None: return self._fault("", "no home folder")
         self.folder = self.root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
-    def path(self, digest: str, variant) -> Path:
+    def path(self, digest: str, variant, block: int = None) -> Path:
         name = str(variant) if isinstance(variant, View) else variant.key
+        if block is not None: name += f"-block{block}"
         return self.folder / f"{digest[:32]}-{name}.npy"
 
     def get(self, digest: str, variant):
-        "The stored features `[2, T, D]`, or None; marks the entry as used."
+        "The stored features `[2, T, D]`, or None where a block is missing; marks the entries as used."
         if self.off: return None
-        path = self.path(digest, variant)
+        parts = [self._read(self.path(digest, variant, block)) for block in self.widths]
+        if any(part is None for part in parts): return None
+        return np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+
+    def _read(self, path: Path):
+        "One stored array, or None."
         try: data = path.read_bytes()
         except FileNotFoundError: return None
         except OSError as e: return self._fault(f"{path}: cannot be read", e.strerror or e)
@@ -96,13 +106,16 @@ class FeatureCache:
         return np.load(io.BytesIO(data[:-4]), allow_pickle=False)
 
     def put(self, digest: str, variant, features: np.ndarray):
-        "Write an entry; it appears whole or not at all, whoever else writes the same one."
+        "Write an entry for each block; it appears whole or not at all, whoever else writes the same one."
         if self.off: return
+        parts = np.split(features.astype(self.dtype), np.cumsum(list(self.widths.values()))[:-1], -1)
+        for block, part in zip(self.widths, parts): self._write(self.path(digest, variant, block), part)
+
+    def _write(self, path: Path, array: np.ndarray):
         buffer = io.BytesIO()
-        np.save(buffer, features.astype(self.dtype))
+        np.save(buffer, np.ascontiguousarray(array))
         try:
-            with atomic_path(self.path(digest, variant)) as tmp:
-                tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
+            with atomic_path(path) as tmp: tmp.write_bytes(buffer.getvalue() + _checksum(buffer.getvalue()))
         except BiomassError as e:
             self._fault(f"{self.folder}: cannot be written", e.__cause__.strerror or e.__cause__)
 

@@ -28,7 +28,7 @@ from ..data.targets import TARGETS, BiomassError, combine, in_one_line
 from ..features.device import pick_device, pick_precision, ran_out
 from ..features.store import FeatureCache, FeatureRequest, loaded_features, photo_batches
 from ..features.tta import backbone_views, parse_view
-from .bundle import Bundle
+from .bundle import Bundle, member_specs, read_columns
 from .issues import MEANS, Issue, Outcome
 from biomass_kit.inference.plan import (
     Deadline,
@@ -84,13 +84,39 @@ class Members:
         self.passes = plan_passes(bundle.members, self.views)
         self.levels = plan_levels(bundle.manifest, self.views)
         self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
-        first = {(p.backbone, p.spec.size): bundle.members[p.members[0]] for p in self.passes}
-        self.backbones = {key: bundle.load_backbone(m).to(self.device) for key, m in first.items()}
+        self.backbones = self._backbones()
+        self.columns = self._columns()
         self.requests = [self._request(p, cache_dir) for p in self.passes]
 
     def __str__(self):
         name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         return f"{self.device}{name} in {self.precision}"
+
+    def _backbones(self) -> dict:  # (backbone in words, tile size) -> Backbone on the device
+        "Each distinct backbone once, with all that is read of it."
+        found = {}
+        for p in self.passes:
+            if (p.backbone, p.spec.size) in found: continue
+            i, place = p.readers[0]
+            backbone = self.bundle.load_backbone(self.bundle.members[i], place, p.ref)
+            found[p.backbone, p.spec.size] = backbone.to(self.device)
+        return found
+
+    def _columns(self) -> dict:  # (member, place of a feature spec) -> (index of its pass, its channels, None for all)
+        "Which of a pass's channels each member reads."
+        found = {}
+        for at, p in enumerate(self.passes):
+            backbone = self.backbones[p.backbone, p.spec.size]
+            for i, place in p.readers:
+                columns = read_columns(backbone, member_specs(self.bundle.members[i])[place])
+                everything = torch.equal(columns, torch.arange(backbone.dim))
+                found[i, place] = at, None if everything else columns.to(self.device)
+        return found
+
+    def read(self, i: int, passes: list) -> list:
+        "A member's own part of what the passes gave, `[..., D]` for each of its feature specs."
+        own = [self.columns[i, place] for place in range(len(member_specs(self.bundle.members[i])))]
+        return [passes[at] if columns is None else passes[at][..., columns] for at, columns in own]
 
     def _request(self, p: Pass, cache_dir) -> FeatureRequest:
         "What a pass asks of the feature store."
@@ -124,12 +150,11 @@ class Members:
         level: Level = None,  # None is the richest
     ) -> torch.Tensor:  # float32 [M, B, 5] raw grams on the CPU, one slice a member of the level
         "Each member's mean over views, for one batch of photos."
-        level, out = level or self.levels[0], {}
-        for p, seen in zip(self.passes, features):
-            readers = [i for i in p.members if i in level.members]
-            viewed = view_batch(seen, level.views, p.spec.grid) if readers else None
-            for i in readers: out[i] = read(self.models[i], viewed)
-        return torch.stack([out[i] for i in level.members]).cpu()
+        level = level or self.levels[0]
+        viewed = [
+            view_batch(seen, level.views, p.spec.grid) if self._variants(p, level) else None
+            for p, seen in zip(self.passes, features)]
+        return torch.stack([read(self.models[i], self.read(i, viewed)) for i in level.members]).cpu()
 
     def predict_each(self, photos: list, level: Level, intervals: bool, precision: str) -> np.ndarray:
         "What every member of a level says of loaded photos: [1, M, B, 5], or [3, M, B, 5] with lower and upper ends."

@@ -22,11 +22,12 @@ from ..model.model import BiomassModel
 @torch.inference_mode()
 def member_map(
     model: BiomassModel,  # in eval mode
-    features: torch.Tensor,  # [B, 2, T, D] of the plain view
+    features: torch.Tensor,  # [B, 2, T, D] of the plain view, of one feature spec
     grid: tuple,  # (rows, columns)
+    place: int = 0,  # of the feature spec among those that the head reads
 ) -> tuple:  # ("attention" or "density", float32 [B, rows, 2 x columns] in times an even share)
     "How much each tile counted, the halves side by side."
-    share = model.density_map(features)[..., TOTAL] if model.density else model.attention_map(features)
+    share = model.density_map(features)[..., TOTAL] if model.density else model.attention_map(features, place)
     even = share.mean((1, 2), keepdim=True)
     share = torch.where(even > 0, share / even, 1.0)
     return "density" if model.density else "attention", share.unflatten(2, grid).movedim(1, 2).flatten(2).cpu().numpy()
@@ -45,12 +46,12 @@ def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, optio
     for k in sorted(set(fold)):
         ensemble, rows = Ensemble(some_members(bundle, lambda m: k in (None, m["fold"])), ["plain"], **options), [
             i for i, f in enumerate(fold) if f == k]
-        readers = [
-            (i, ensemble.models[m], p.spec.grid) for i, p in enumerate(ensemble.passes) for m in p.members]
+        readers = [(i, m, place) for i, p in enumerate(ensemble.passes) for m, place in p.readers]
         for row, (features, (fault,)) in zip(rows, plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)):
             found = {}
-            for i, model, grid in readers if not fault else ():
-                kind, share = member_map(model, features[i], grid)
+            for i, m, place in readers if not fault else ():
+                own = ensemble.read(m, features)[place]
+                kind, share = member_map(ensemble.models[m], own, ensemble.passes[i].spec.grid, place)
                 found.setdefault(kind, []).append(share[0])
             yield row, {kind: common_grid(maps) for kind, maps in found.items()}
 

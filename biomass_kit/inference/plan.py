@@ -7,6 +7,7 @@ __all__ = ['UNITS', 'RESERVE', 'Pass', 'plan_passes', 'Level', 'pass_work', 'pla
            'choose_level']
 
 # %% ../../nbs/4_inference/4_plan.ipynb #20db920a
+import json
 import re
 import time
 from collections import deque
@@ -14,16 +15,47 @@ from typing import Callable, NamedTuple
 
 from ..data.progress import counted
 from ..data.targets import BiomassError
+from ..features.options import pooled_statistics
 from ..features.tiles import TileSpec
 from ..features.tta import backbone_views
+from .bundle import member_specs
 
 # %% ../../nbs/4_inference/4_plan.ipynb #4a286b13
 class Pass(NamedTuple):
     "One backbone and tile spec, and who reads it; it stands for as many backbone passes as it has views."
-    backbone: str  # file, LoRA factors, pooling and blocks
+    ref: dict  # the backbone as members name it, with all blocks and statistics that are read of it
     spec: TileSpec
-    members: tuple  # indices of the members that read it
+    readers: tuple  # (index of a member, place of this feature spec among those that it reads)
     views: tuple  # backbone views, one pass each
+
+    @property
+    def members(self) -> tuple:
+        "Indices of the members that read it."
+        return tuple(dict.fromkeys(i for i, _ in self.readers))
+
+    @property
+    def backbone(self) -> str:
+        "File, LoRA factors, pooling and blocks."
+        ref = self.ref
+        lora = [f"{ref['lora']['file']} x {ref['lora']['scale']:g}"] if "lora" in ref else []
+        return " ".join([ref["file"], *lora, ref["pooling"], *(f"block {b}" for b in ref.get("blocks", ()))])
+
+# %% ../../nbs/4_inference/4_plan.ipynb #4a286b15
+def _pass_key(spec: dict) -> tuple:
+    "What two feature specs must have in common to share a pass."
+    ref = spec["backbone"]
+    alone = not pooled_statistics(ref["pooling"])  # the model's own pooling
+    weights = json.dumps([ref["file"], ref.get("name"), ref.get("lora")], sort_keys=True)
+    return weights, bool(ref.get("blocks")), alone, TileSpec(*spec["grid"], spec["tile_size"])
+
+
+def _both(a: dict, b: dict) -> dict:
+    "Two backbone descriptions of one pass as one, with the blocks and statistics of either."
+    asked = [pooled_statistics(ref["pooling"]) for ref in (a, b)]
+    blocks = [list(ref.get("blocks", ())) for ref in (a, b)]
+    if asked[0] == asked[1] and blocks[0] == blocks[1]: return a
+    pooling = "+".join(dict.fromkeys(asked[0] + asked[1]))
+    return {**a, "pooling": pooling, "blocks": sorted({*blocks[0], *blocks[1]})}
 
 
 def plan_passes(
@@ -31,14 +63,13 @@ def plan_passes(
     views: list,  # Views
 ) -> list:  # Passes, one a distinct (backbone, tile spec)
     "Group members by what their backbone must see."
-    groups = {}
-    for i, m in enumerate(members):
-        ref = m["backbone"]
-        lora = [f"{ref['lora']['file']} x {ref['lora']['scale']:g}"] if "lora" in ref else []
-        name = " ".join([ref["file"], *lora, ref["pooling"], *(f"block {b}" for b in ref.get("blocks", ()))])
-        groups.setdefault((name, TileSpec(*m["grid"], m["tile_size"])), []).append(i)
-    return [
-        Pass(name, spec, tuple(who), tuple(backbone_views(views))) for (name, spec), who in groups.items()]
+    refs, readers = {}, {}
+    for i, member in enumerate(members):
+        for place, spec in enumerate(member_specs(member)):
+            key = _pass_key(spec)
+            refs[key] = _both(refs[key], spec["backbone"]) if key in refs else spec["backbone"]
+            readers.setdefault(key, []).append((i, place))
+    return [Pass(refs[key], key[-1], tuple(readers[key]), tuple(backbone_views(views))) for key in refs]
 
 # %% ../../nbs/4_inference/4_plan.ipynb #a2be30d6
 class Level(NamedTuple):
@@ -56,8 +87,7 @@ def pass_work(
     manifest: dict,  # of the bundle
 ) -> float:  # of each of its views
     "What a backbone pass of a photo costs, up to a factor that a device is measured for."
-    file = manifest["members"][p.members[0]]["backbone"]["file"]
-    return manifest["files"][file]["bytes"] * 2 * p.spec.rows * p.spec.cols * p.spec.size**2
+    return manifest["files"][p.ref["file"]]["bytes"] * 2 * p.spec.rows * p.spec.cols * p.spec.size**2
 
 # %% ../../nbs/4_inference/4_plan.ipynb #b9caf631
 def plan_levels(
@@ -65,13 +95,15 @@ def plan_levels(
     views: list,  # Views
 ) -> list:  # Levels, the richest first, each cheaper than the one before it
     "What is left of an ensemble when views, then grids, then folds are given up."
-    passes, seen, levels = plan_passes(manifest["members"], views), backbone_views(views), []
+    everything = passes = plan_passes(manifest["members"], views)
+    seen, levels = backbone_views(views), []
 
     def add(n_views, kept):
         some = tuple(v for v in views if v.backbone in seen[:n_views])
-        levels.append(
-            Level(
-                some, tuple(sorted(i for p in kept for i in p.members)), sum(pass_work(p, manifest) for p in kept) * n_views))
+        blind = {i for p in everything if p not in kept for i in p.members}
+        members = tuple(i for i in range(len(manifest["members"])) if i not in blind)
+        work = sum(pass_work(p, manifest) for p in kept if set(p.members) & set(members))
+        if members: levels.append(Level(some, members, work * n_views))
 
     for n in range(len(seen), 0, -1): add(n, passes)
     pixels = lambda spec: spec.rows * spec.cols * spec.size**2

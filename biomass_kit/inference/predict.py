@@ -311,10 +311,11 @@ def photo_likeness(
     ensemble = Ensemble(
         some_members(bundle, lambda m: m["name"] == bundle.trust["reference"]["member"]), ["plain"],
         **options)
-    means, batches = np.full((len(paths), reference.features.shape[1]), np.nan, np.float32), plain_features(
-        ensemble, paths, batch_size, num_workers)
-    for i, ((features,), faults) in enumerate(progress(batches, desc="likeness", unit="batch", total=-(-len(paths) // batch_size))):
-        own = features.mean((1, 2)).cpu().numpy()
+    means = np.full((len(paths), reference.features.shape[1]), np.nan, np.float32)
+    batches = plain_features(ensemble, paths, batch_size, num_workers)
+    count = -(-len(paths) // batch_size)
+    for i, (passes, faults) in enumerate(progress(batches, desc="likeness", unit="batch", total=count)):
+        own = ensemble.read(0, passes)[0].mean((1, 2)).cpu().numpy()  # the first feature spec is remembered
         own[[f != "" for f in faults]] = np.nan
         means[i * batch_size : i * batch_size + len(own)] = own
         if deadline and deadline.left() <= 0: break

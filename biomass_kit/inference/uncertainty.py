@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.targets import TARGETS, BiomassError, as_grams
 from .bundle import Bundle
 from .physics import clamp
-from ..model.model import BiomassModel
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #b339d5bd
 def dates_needed(
@@ -165,12 +165,12 @@ def check_intervals(bundle: Bundle, wanted: bool):
 
 
 def interval_views(
-    model: BiomassModel,  # in eval mode, with uncertainty
-    viewed: torch.Tensor,  # [V, B, 2, T, D] from `view_batch`
+    model: nn.Module,  # a head, in eval mode, with uncertainty
+    viewed: list,  # [V, B, 2, T, D] from `view_batch`, of each feature spec that the head reads
 ) -> torch.Tensor:  # float32 [2, B, 5] grams
     "Lower and upper ends, each its mean over views."
-    ends = model.intervals(viewed.flatten(0, 1), INTERVAL_LEVEL)
-    return torch.stack([end.unflatten(0, viewed.shape[:2]).mean(0) for end in ends])
+    ends = model.intervals(*(v.flatten(0, 1) for v in viewed), level=INTERVAL_LEVEL)
+    return torch.stack([end.unflatten(0, viewed[0].shape[:2]).mean(0) for end in ends])
 
 
 def bound_intervals(

@@ -25,7 +25,7 @@ from biomass_kit.features.augment import (
     mix,
     pixel_transform,
 )
-from ..features.store import Draw, StoredFeatures, read_ahead
+from ..features.store import Draw, read_ahead
 from ..features.tiles import TileSpec, cut_tiles
 from ..features.tta import View, arrange, arrange_each, flip_pixels
 from .config import TrainConfig
@@ -64,10 +64,17 @@ class Batches:
 class StoredBatches(Batches):
     "Stored features of a frozen backbone; flips, swap and stored draws cost nothing."
 
-    def __init__(self, stored: StoredFeatures, config: TrainConfig, fold: int):
+    def __init__(
+        self,
+        stored: list,  # StoredFeatures of each feature spec, of one set of variants
+        grids: list,  # (rows, columns) of each
+        config: TrainConfig,
+        fold: int,
+    ):
         super().__init__(config, fold)
         self.stored = stored
-        self.draws = [v for v in stored.variants if isinstance(v, Draw)]
+        self.grids = grids
+        self.draws = [v for v in stored[0].variants if isinstance(v, Draw)]
 
     def _draw(self, photo: int) -> tuple:
         "What this epoch shows of a photo: (the stored variant, the view that it is arranged for)."
@@ -77,14 +84,16 @@ class StoredBatches(Batches):
         return self.draws[-1 - int(rng.integers(len(self.draws)))], View(swap=view.swap)
 
     def __getitem__(self, photos: list) -> dict:
-        grid = self.config.grid
         variants, views = map(list, zip(*map(self._draw, photos)))
-        batch = self.batch(photos, grid)
-        features = arrange_each(self.stored.gather(photos, variants), views, grid)
-        if batch["box"] == Box():
-            return {**batch, "features": mix(features, batch["share"], batch["partner"])}
-        features, share = cutmix_tiles(features, grid, batch["box"], batch["partner"])
-        return {**batch, "features": features, "share": share}
+        batch = self.batch(photos, self.grids[0])
+        box, partner = batch["box"], batch["partner"]
+        each = [
+            arrange_each(stored.gather(photos, variants), views, grid)
+            for stored, grid in zip(self.stored, self.grids)]
+        if box == Box(): return {**batch, "features": [mix(f, batch["share"], partner) for f in each]}
+        cut = [cutmix_tiles(f, grid, box, partner) for f, grid in zip(each, self.grids)]
+        share = sum(share for _, share in cut) / len(cut)  # other grids hold other shares of one box
+        return {**batch, "features": [f for f, _ in cut], "share": share}
 
 # %% ../../nbs/5_training/2_batches.ipynb #83ffd632
 class PixelBatches(Batches):

@@ -33,7 +33,7 @@ from .config import TrainConfig, config_record
 # fields that cannot change a member, so may differ when a run is resumed
 FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir", "cache_gb", "trackers")
 # fields known by the digests and by the device that they led to
-BY_CONTENT = ("data", "backbone_weights", "teacher", "device_type", "precision")
+BY_CONTENT = ("data", "backbone_weights", "also", "teacher", "device_type", "precision")
 
 
 def member_config(c: TrainConfig) -> dict:
@@ -65,7 +65,7 @@ def arithmetic_text(
 def run_identity(
     c: TrainConfig,
     table: pd.DataFrame,
-    backbone,  # a Backbone, before training
+    sources: list,  # a `member.Source` for each feature spec, before training
     arithmetic: str,  # from `arithmetic_text`
 ) -> dict:  # JSON types only
     "All that decides a run's members: options, labels, photos, weights, teacher, device, library; contents, not paths."
@@ -73,7 +73,8 @@ def run_identity(
     photos = hashlib.sha256("".join(map(file_digest, table["path"])).encode()).hexdigest()
     digests = {
         "train_csv": file_digest(c.data / "train.csv"), "photos": photos,
-        "starting_weights": backbone_digest(backbone)}
+        "starting_weights": backbone_digest(sources[0].backbone)}
+    for source in sources[1:]: digests[f"also {source.spec}"] = backbone_digest(source.backbone)
     if c.teacher:
         digests["teacher"] = file_digest(read_bundle(c.teacher).folder / MANIFEST)  # holds its files' digests
     identity |= {"arithmetic": arithmetic, "library": biomass_kit.__version__}

@@ -59,13 +59,14 @@ def batch_truth(f: MemberTrainer, batch: dict) -> dict:
     return truth | {name: label[photo].to(device) for name, label in f.labels.items()}
 
 
-def batch_features(f: MemberTrainer, batch: dict, truth: dict, stage: Stage) -> torch.Tensor:  # [B, 2, T, D]
+# for each feature spec [B, 2, T, D]
+def batch_features(f: MemberTrainer, batch: dict, truth: dict, stage: Stage) -> list:
     "The features of a batch: as they were stored and mixed, or of its tiles, which are mixed here unless a box did it."
     device = f.accelerator.device
-    if "features" in batch: return batch["features"].to(device)
+    if "features" in batch: return [features.to(device) for features in batch["features"]]
     tiles = batch["tiles"].to(device)
     if batch["box"] == Box(): tiles = mix(tiles, truth["share"], truth["partner"])
-    with nullcontext() if stage.train_backbone else torch.no_grad(): return f.backbone(tiles)
+    with nullcontext() if stage.train_backbone else torch.no_grad(): return [f.backbone(tiles)]
 
 # %% ../../nbs/5_training/4_loop.ipynb #ac4fd138
 def train_step(
@@ -77,7 +78,7 @@ def train_step(
     "One update."
     photo, truth = batch["photo"], batch_truth(f, batch)
     with autocast(f.accelerator.device, f.precision):
-        outputs = f.model.outputs(batch_features(f, batch, truth, stage))
+        outputs = f.model.outputs(*batch_features(f, batch, truth, stage))
     loss, terms = total_loss(outputs, truth, f.model.units, loss_options(f.config))
     if not torch.isfinite(loss): raise not_finite(f, photo, f"the loss is {loss.item()}")
     optimizer.zero_grad()

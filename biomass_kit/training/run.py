@@ -28,9 +28,9 @@ from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
-from ..features.store import FeatureCache, FeatureRequest, store_features, trim_text
+from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
 from ..features.tta import View, parse_view
-from ..inference.bundle import save_backbone, save_lora, save_member, save_reference, write_manifest
+from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
 from ..model.loss import class_mean_targets, class_means
@@ -47,7 +47,7 @@ from biomass_kit.training.folder import (
     run_identity,
 )
 from .loop import CHECKPOINT, CLASSES, one_thread, run_fold
-from .member import MemberTrainer, fold_intervals, plain_features, predict_fold
+from .member import MemberTrainer, Source, fold_intervals, plain_features, predict_fold
 from .scores import manifest_physics, manifest_trust, run_facts, write_results
 from biomass_kit.training.setup import (
     LOGS,
@@ -64,9 +64,6 @@ def finish_fold(
     f: MemberTrainer,
     table: pd.DataFrame,
     history: pd.DataFrame,
-    # the Backbone that the member reads; its LoRA factors, if any, are taken off and written beside the
-    # member
-    backbone,
 ):
     "Predict the fold's own photos and write its member, its out-of-fold rows and, last, its mark of completion."
     c, folder = f.config, f.config.out / "folds"
@@ -74,18 +71,14 @@ def finish_fold(
     if c.uncertainty: found |= fold_intervals(f)
     oof = table.loc[f.scored, list(FOLD_COLUMNS)].assign(fold=f.k)
     for suffix, grams in found.items(): oof[[t + suffix for t in TARGETS]] = grams
-    lora = take_lora(backbone)
-    reads = save_backbone(c.out / "bundle", backbone)
-    if lora["factors"]: reads |= save_lora(c.out / "bundle", **lora)
+    specs = [save_spec(c.out / "bundle", source.backbone, source.spec) for source in f.sources]
     info = {
         "name": member_name(read_json(c.out / "config.json"), f.k),
         "fold": f.k,
-        "grid": list(c.grid),
-        "tile_size": f.spec.size,
         "bounds": training_bounds(f.grams[f.train]).tolist(),
         "means": f.grams[f.train].mean(0).tolist(),
         "config": member_config(c),
-        "backbone": reads,
+        "features": specs,
     }
     info = save_member(c.out / "bundle", f.model, info)
     write_csv(folder / f"{f.k}-oof.csv", oof)
@@ -109,32 +102,46 @@ class Run:
         self.table = start.table
         self.fold = start.fold
         self.folds = start.folds
-        self.backbone = start.backbone
+        self.sources = start.sources
+        self.specs = start.configs
         self.start = start.weights
-        self.spec = start.spec
-        self.config = c = dataclasses.replace(config, tile_size=self.spec.size)
+        self.config = c = dataclasses.replace(config, tile_size=self.specs[0].tile_size)
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
-        self.lora_layers = lora_layers(self.backbone, self.spec.size) if c.lora_rank else []
+        self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         if accelerator.is_main_process:
             open_run(
-                c.out, run_identity(c, self.table, self.backbone, self.arithmetic), self.table, self.fold)
-        self.stored = None
+                c.out, run_identity(c, self.table, self.sources, self.arithmetic), self.table, self.fold)
         self.elsewhere = []  # folds that another process trains
 
+    @property
+    def backbone(self):
+        "The one that may be fine-tuned: the first."
+        return self.sources[0].backbone
+
+    @property
+    def stored(self):
+        "The first feature spec's features, where they are kept; else None."
+        return self.sources[0].stored
+
     def store(self, progress, log):
-        "Compute what is not stored yet, each process its share of the photos; then map all of it."
+        "Compute what is not stored yet, then map all of it, one feature spec after the other."
+        self.sources = [source._replace(stored=self._stored(source, progress, log)) for source in self.sources]
+
+    def _stored(self, source: Source, progress, log) -> StoredFeatures:
+        "The features of one spec, each process having computed its share of the photos."
         c, accelerator = self.config, self.accelerator
-        self.backbone.to(accelerator.device).eval()
-        cache = FeatureCache(self.backbone, self.spec, c.cache_dir, self.precision, c.cache_dtype)
-        request = FeatureRequest(self.backbone, self.spec, tuple(stored_variants(c)), cache)
+        source.backbone.to(accelerator.device).eval()
+        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
+        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
         paths = list(self.table["path"])
         if accelerator.num_processes > 1:
             mine = paths[accelerator.process_index :: accelerator.num_processes]
             store_features(mine, request, c.num_workers, self.precision, progress)
             accelerator.wait_for_everyone()
-        self.stored = store_features(paths, request, c.num_workers, self.precision, progress)
+        stored = store_features(paths, request, c.num_workers, self.precision, progress)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
+        return stored
 
     def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
         "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
@@ -145,8 +152,7 @@ class Run:
         self.backbone.to(self.accelerator.device)
         if config.grad_checkpointing: self.backbone.model.set_grad_checkpointing()
         f = MemberTrainer(
-            k, config, self.table, self.fold, self.spec, self.accelerator, self.precision, self.backbone,
-            self.stored)
+            k, config, self.table, self.fold, self.sources, self.accelerator, self.precision)
         f.name += name
         f.checkpoint = self.checkpoint(k, name)
         return f
@@ -197,7 +203,7 @@ def train_member(run: Run, k: int, progress, log):
     f, history = fit_in_order(run, k, progress, log)
     with run.threads():
         if f.part.process == 0:
-            finish_fold(f, run.table, history, run.backbone)
+            finish_fold(f, run.table, history)
             for name in ("", CLASSES): run.checkpoint(k, name).unlink(missing_ok=True)
     log(f"{run.config.out.name} fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, "
         f"{len(f.train)} photos trained, {len(f.scored)} scored")
@@ -206,8 +212,8 @@ def train_member(run: Run, k: int, progress, log):
 def class_teacher(f: MemberTrainer) -> torch.Tensor:  # [N, 5] grams; rows that are not trained on stay zero
     "Expected grams of each training photo under a trained member's class probabilities; means from the training part alone."
     f.model.eval()
-    features = plain_features(f, f.fit, [View()])[View()]
-    with torch.no_grad(): logits = f.model.outputs(features)["aux"]
+    features = [seen[View()] for seen in plain_features(f, f.fit, [View()])]
+    with torch.no_grad(): logits = f.model.outputs(*features)["aux"]
     means = {head: class_means(f.grams[f.fit], f.labels[head][f.fit], n) for head, n in AUX_CLASSES.items()}
     out = torch.zeros_like(f.grams)
     out[f.fit] = class_mean_targets({head: z.softmax(-1).cpu() for head, z in logits.items()}, means)
@@ -367,6 +373,13 @@ def _how_photos_vary(c: TrainConfig) -> str:
     return (f"flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; "
             f"pixel augmentation: {pixels}; CutMix: {cutmix}; MixUp: {mixup}")
 
+# %% ../../nbs/5_training/8_run.ipynb #ru00000a
+def _spec_text(c: TrainConfig) -> str:
+    "A feature spec in words."
+    blocks = f", blocks {' '.join(map(str, c.feature_blocks))}" if c.feature_blocks else ""
+    pooling = f", {c.pooling}" if c.pooling != "auto" else ""
+    return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half"
+
 # %% ../../nbs/5_training/8_run.ipynb #ru000004
 def describe(
     run: Run,
@@ -383,7 +396,6 @@ def describe(
     return (
         f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; "
         f"--cv {c.cv}, folds {', '.join(map(str, run.folds))}{done}\n"
-        f"{c.backbone}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half, "
-        f"on {run.accelerator.device.type} in {run.precision}\n"
+        f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"
         f"heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"
     )

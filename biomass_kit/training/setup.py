@@ -7,6 +7,7 @@ __all__ = ['LOGS', 'make_accelerator', 'start_trackers', 'finish_trackers', 'sto
            'check_tiles', 'teacher_grams', 'Start', 'start_backbone', 'prepare']
 
 # %% ../../nbs/5_training/7_setup.ipynb #59d6405a
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
 from ..features.augment import PairAugment, draw_seed, pixel_transform
-from ..features.backbone import Backbone, build_backbone, patch_size
+from ..features.backbone import build_backbone, patch_size
 from ..features.store import Draw
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS
@@ -35,8 +36,9 @@ from ..inference.bundle import read_bundle
 from ..inference.ensemble import Ensemble
 from ..inference.physics import NEEDS_COVARIANCE
 from ..inference.predict import some_members
-from .config import TrainConfig, config_record
+from .config import TrainConfig, config_record, feature_configs
 from .loop import track_epoch
+from .member import Source
 
 # %% ../../nbs/5_training/7_setup.ipynb #f98d0ea9
 def make_accelerator(
@@ -155,9 +157,9 @@ class Start(NamedTuple):
     table: pd.DataFrame  # all photos
     fold: np.ndarray  # [N]
     folds: list  # indices of those to train
-    backbone: Backbone  # shared by the runs that start from the same
-    weights: dict  # of the backbone at its start
-    spec: TileSpec
+    configs: list  # a TrainConfig for each feature spec, from `feature_configs`, with its tile size
+    sources: list  # a Source for each, without stored features; runs that start from the same share backbones
+    weights: dict  # of the first backbone at its start
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000011
 def start_backbone(
@@ -183,9 +185,10 @@ def prepare(
     table = read_train(c.data)
     fold = make_folds(table, c.cv, c.n_folds, c.fold_seed)
     folds = check_folds(c, table, fold)
-    backbone, size, weights = start_backbone(c, built)
-    spec = TileSpec(*c.grid, size)
+    begun = [(spec, *start_backbone(spec, built)) for spec in feature_configs(c)]
+    sources = [Source(backbone, TileSpec(*spec.grid, size)) for spec, backbone, size, _ in begun]
     crops = {path: crop_of(*photo_size(path)) for path in table["path"]}
-    check_tiles(crops, spec, patch_size(backbone.model))
+    for source in sources: check_tiles(crops, source.spec, patch_size(source.backbone.model))
     for line in crop_lines(dict(zip(table["image_path"], crops.values()))): warnings.warn(line)
-    return Start(table, fold, folds, backbone, weights, spec)
+    configs = [dataclasses.replace(spec, tile_size=size) for spec, _, size, _ in begun]
+    return Start(table, fold, folds, configs, sources, begun[0][-1])

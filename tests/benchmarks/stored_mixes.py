@@ -22,7 +22,7 @@ from biomass_kit.features.tiles import TileSpec
 from biomass_kit.features.tta import STORED_VIEWS, arrange, parse_view
 from biomass_kit.training.config import check_config
 from biomass_kit.training.loop import run_fold
-from biomass_kit.training.member import MemberTrainer, predict_fold
+from biomass_kit.training.member import MemberTrainer, Source, predict_fold
 from biomass_kit.training.setup import make_accelerator
 
 K = 8  # mixes stored a photo
@@ -104,8 +104,8 @@ def train_member(config, k: int, table, mixes: list, features: np.ndarray, plain
             config, use_mixup=False, augment="none", epochs=round(
                 config.epochs * (fold != k).sum() / len(fit))))
     f = MemberTrainer(
-        k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), -1)], spec, accelerator, "bf16",
-        backbone, seen)
+        k, config, rows, np.r_[np.full(len(scored), k), np.full(len(fit), k + 1)],
+        [Source(backbone, spec, seen)], accelerator, "bf16")
     run_fold(f, lambda x, **_: x)
     return rows.loc[f.scored, ["image_path"]].assign(
         **dict(zip(TARGETS, predict_fold(f, f.scored, [parse_view(v) for v in config.tta]).T)))

@@ -78,7 +78,10 @@ def main():
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
             extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
-            fold = lambda k, stored: MemberTrainer(k, run.config, run.table, run.fold, run.spec, run.accelerator, "fp32", run.backbone, stored)
+            def fold(k, stored):
+                sources = [run.sources[0]._replace(stored=stored)]
+                return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
+
             once, live = fold(0, run.stored), fold(0, None)
             epochs(once, 1)
             recomputed_s += epochs(live, 1) * a.epochs * a.folds
