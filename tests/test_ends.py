@@ -256,7 +256,7 @@ def test_all_devices_fail_after_some_photos(room, whole, tmp_path, monkeypatch):
 
 
 def test_a_damaged_bundle_is_the_end_whatever_was_predicted(room, tmp_path, monkeypatch):
-    def damaged(self, member): raise BiomassError("weights do not fit")
+    def damaged(self, *asked): raise BiomassError("weights do not fit")
     monkeypatch.setattr(Bundle, "load_backbone", damaged)
     with pytest.raises(BiomassError, match="do not fit"):
         predict_inputs(room / "frozen", room / "data", tmp_path)

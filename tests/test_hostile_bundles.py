@@ -178,7 +178,7 @@ TAMPERED = {  # name -> (what somebody does who can sign, what must be said)
     "an unknown field": (
         lambda f: signed(f, quantised=True), "field 'quantised' means nothing to biomass_kit"),
     "a newer schema": (
-        lambda f: signed(f, schema=3, library="1.4"), "reads 1 and 2; install biomass_kit 1.4"),
+        lambda f: signed(f, schema=4, library="1.4"), "reads 1 to 3; install biomass_kit 1.4"),
     "a newer library": (lambda f: signed(f, library="99.0"), "install biomass_kit 99.0 or later"),
     "a missing field": (
         lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),

@@ -346,7 +346,7 @@ def _check_manifest(path, manifest):
         raise BiomassError(f"{path}: not a biomass_kit manifest")
     if manifest["schema"] not in SCHEMAS:
         raise BiomassError(f"{path}: schema {manifest['schema']}, this biomass_kit {biomass_kit.__version__} "
-                           f"reads {' and '.join(map(str, SCHEMAS))}; "
+                           f"reads {SCHEMAS[0]} to {SCHEMAS[-1]}; "
                            f"install biomass_kit {manifest.get('library', '?')} or pack the bundle again")
     if version_key(manifest["library"]) > version_key(biomass_kit.__version__):
         raise BiomassError(f"{path}: written by biomass_kit {manifest['library']}, and this is "
