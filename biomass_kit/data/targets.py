@@ -141,7 +141,7 @@ def _way(link):
     if link not in _WAYS: raise BiomassError(f"link '{link}': choose one of {', '.join(LINKS)}")
     return _WAYS[link]
 
-
+# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c09
 def to_link(
     values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero where a link is gone
     chosen: tuple,  # columns, a value of LOG_TARGETS
@@ -151,7 +151,7 @@ def to_link(
     way = _way(link)
     return _change(values, chosen, *way[0]) if way else values
 
-# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c04
+
 def from_link(
     values,  # [..., 5] from `to_link`, or what a head predicted in its place
     chosen: tuple,  # the same columns
@@ -165,7 +165,7 @@ def from_link(
     way = _way(link)
     return _change(values, chosen, *way[1]) if way else values
 
-
+# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c04
 def to_log(
     values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero
     chosen: tuple,  # columns, a value of LOG_TARGETS
