@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
-           'LOG_TARGETS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'in_one_line', 'as_grams', 'identity_residuals',
-           'weighted_r2', 'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_log', 'from_log',
-           'trimmed_mean', 'combine']
+           'LOG_TARGETS', 'LINKS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'in_one_line', 'as_grams',
+           'identity_residuals', 'weighted_r2', 'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha',
+           'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean', 'combine']
 
 # %% ../../nbs/1_data/1_targets.ipynb #655f6432
 import numpy as np
@@ -127,13 +127,51 @@ def _change(values, chosen, name, low):
     out[..., list(chosen)] = getattr(part, name)() if hasattr(part, name) else getattr(np, name)(part)
     return out
 
+# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c02
+_WAYS = {  # link -> what is done to grams and below what they are cut first; the same for the way back
+    "identity": None,
+    "log1p": (("log1p", 0), ("expm1", None)),
+    "sqrt": (("sqrt", 0), ("square", 0)),
+}
+LINKS = tuple(_WAYS)  # the spaces in which grams can be compared
 
+
+def _way(link):
+    "How a link is gone and undone; refuses a name that is none."
+    if link not in _WAYS: raise BiomassError(f"link '{link}': choose one of {', '.join(LINKS)}")
+    return _WAYS[link]
+
+# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c09
+def to_link(
+    values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero where a link is gone
+    chosen: tuple,  # columns, a value of LOG_TARGETS
+    link: str,  # one of LINKS
+):  # [..., 5] of the same kind, the chosen columns in the link's space
+    "Grams to the space in which a head or its loss compares them; `identity` leaves them as they are."
+    way = _way(link)
+    return _change(values, chosen, *way[0]) if way else values
+
+
+def from_link(
+    values,  # [..., 5] from `to_link`, or what a head predicted in its place
+    chosen: tuple,  # the same columns
+    link: str,  # the same link
+):  # [..., 5] grams
+    """The inverse of `to_link`; a root below zero is zero grams, a logarithm below zero is above -1 g.
+
+    A mean taken in the link's space comes back near the median, so below the mean in grams: for `sqrt` by the
+    variance of the roots.
+    """
+    way = _way(link)
+    return _change(values, chosen, *way[1]) if way else values
+
+# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c04
 def to_log(
     values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero
     chosen: tuple,  # columns, a value of LOG_TARGETS
 ):  # [..., 5] of the same kind, the chosen columns as log(1 + grams)
     "Grams to the space in which a loss compares them."
-    return _change(values, chosen, "log1p", 0)
+    return to_link(values, chosen, "log1p")
 
 
 def from_log(
@@ -141,7 +179,7 @@ def from_log(
     chosen: tuple,  # the same columns
 ):  # [..., 5] grams
     "The inverse of `to_log`; a prediction below zero in log space comes back above -1 g, for `physics` to clamp."
-    return _change(values, chosen, "expm1", None)
+    return from_link(values, chosen, "log1p")
 
 # %% ../../nbs/1_data/1_targets.ipynb #c304bb25
 TRIM = 0.2  # share of the members that a trimmed mean drops at each end

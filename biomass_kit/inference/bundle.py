@@ -178,7 +178,7 @@ def read_member_info(path) -> dict:
 # %% ../../nbs/4_inference/2_bundle.ipynb #47d465a7
 def member_specs(member: dict) -> list:  # of {"backbone", "grid", "tile_size"}
     "The feature specs that a member's head reads together, in order; members of schema 1 and 2 read one."
-    return member["features"] if "features" in member else [{name: member[name] for name in SPEC_FIELDS}]
+    return member["features"] if "features" in member else [{name: member[name] for name in SPEC_FIELDS if name in member}]
 
 
 def member_dims(member: dict) -> list:
