@@ -12,15 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from biomass_kit.data.targets import (
-    LINKS,
-    LOG_TARGETS,
-    TARGETS,
-    BiomassError,
-    from_link,
-    to_link,
-    weighted_r2,
-)
+from ..data.targets import LINKS, LOG_TARGETS, TARGETS, BiomassError, to_link, weighted_r2
 from .model import to_grams
 from .options import KERNELS, SCALERS
 
@@ -139,8 +131,7 @@ class ClosedForm(nn.Module):
 
     def to_grams(self, space: torch.Tensor) -> torch.Tensor:
         "`[..., 5]` in the link's space -> grams, none negative; logarithms are cut at `LOG_CEILING`."
-        if self.link == "log1p": return to_grams(space, self.columns).clamp_min(0)
-        return from_link(space, self.columns, self.link).clamp_min(0)
+        return to_grams(space, self.columns, self.link).clamp_min(0)
 
     def inner_scores(self, rows: torch.Tensor, grams: torch.Tensor, groups) -> np.ndarray:
         "Weighted R² `[widths, strengths]` of an inner cross-validation over two or more `groups` `[n]`."

@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from ..data.targets import CLOVER, DEAD, GDM, GREEN, TOTAL, BiomassError, to_log
+from ..data.targets import CLOVER, DEAD, GDM, GREEN, TOTAL, BiomassError, to_link
 from ..features.augment import mix
 from .model import TWO_PART, Units
 from .options import LOSS_KINDS, TARGET_WEIGHTS
@@ -205,7 +205,7 @@ def total_loss(
         present = mix(presence_labels(batch["grams"]), *mixing)
         amounts, counted = amount_labels(amounts, present)
         terms["presence"] = 1.0, presence_loss(outputs["presence"], present, weights)
-    found, measured = outputs["loss_space"], to_log(amounts, units.log)
+    found, measured = outputs["loss_space"], to_link(amounts, units.log, units.link)
     if "log_variance" in outputs:
         regression = gaussian_loss(found, outputs["log_variance"], measured, weights, units.scale, counted)
     else: regression = regression_loss(found, measured, weights, units.scale, options.kind, counted)

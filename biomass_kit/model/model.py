@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.table import MONTHS, SPECIES_GROUPS, STATES
-from ..data.targets import CLOVER, DEAD, LOG_TARGETS, TARGETS, BiomassError, from_log, to_log
+from biomass_kit.data.targets import (
+    CLOVER,
+    DEAD,
+    LOG_TARGETS,
+    TARGETS,
+    BiomassError,
+    from_link,
+    from_log,
+    to_link,
+)
 from ..features.tta import arrange
 from .layers import AttentionPool, CrossAttention, FiLM, GatedConv
 from .options import FUSIONS
@@ -123,10 +132,11 @@ LOG_CEILING = 12.0  # no head is believed above exp(12) g; keeps expm1 finite wh
 
 class Units(NamedTuple):
     "What a loss must know of a model's labels, all fitted on the training part."
-    log: tuple  # columns that are compared as log(1 + grams)
+    log: tuple  # columns that are compared in the link's space
     scale: torch.Tensor  # one unit of error where the regression compares: [] or [5]
     grams: torch.Tensor  # one unit of error in grams: []
     borders: Optional[torch.Tensor] = None  # [5, N_INTERVALS - 1] grams between quantile intervals
+    link: str = "log1p"  # one of LINKS
 
 # %% ../../nbs/3_model/2_model.ipynb #26974419
 def space_statistics(
@@ -152,9 +162,9 @@ def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1):
         raise BiomassError(f"density adds up the tiles of one feature spec, and there are {specs}; drop it")
 
 
-def to_grams(figures: torch.Tensor, log: tuple) -> torch.Tensor:
-    "Figures `[..., 5]` of the regression's space -> grams; logs are cut at LOG_CEILING first."
-    if not log: return figures
+def to_grams(figures: torch.Tensor, log: tuple, link: str = "log1p") -> torch.Tensor:
+    "Values `[..., 5]` of the regression's space -> grams; logs are cut at LOG_CEILING first."
+    if not log or link != "log1p": return from_link(figures, log, link)
     ceiling = torch.full((len(TARGETS),), torch.inf, device=figures.device)
     ceiling[list(log)] = LOG_CEILING
     return from_log(torch.minimum(figures, ceiling), log)
@@ -198,13 +208,14 @@ class BiomassModel(Trunk):
         dropout: float = 0.3,
         learning: bool = False,  # the backbone learns too: normalise each feature by itself
         aux: bool = False,  # build the training-only class heads
-        log_targets: str = "none",  # a key of LOG_TARGETS: which heads predict log(1 + grams)
+        log_targets: str = "none",  # a key of LOG_TARGETS: which heads predict in the link's space
         two_part: bool = False,  # dead and clover: probability of any times amount if any
         uncertainty: bool = False,  # a variance beside each prediction
         fusion: str = "film",  # one of FUSIONS
         symmetric: bool = False,  # blind to which half is left
         density: bool = False,  # a prediction per tile, summed, instead of pooling
         interval_head: bool = False,  # build the training-only quantile interval head
+        link: str = "log1p",  # one of LINKS: log(1 + grams), or sqrt(grams)
     ):
         dims = [dim] if isinstance(dim, int) else list(dim)
         check_model(log_targets, fusion, density, len(dims))
@@ -213,7 +224,8 @@ class BiomassModel(Trunk):
         self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
                          two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric,
                          density=density)
-        self.log, self.density = LOG_TARGETS[log_targets], density
+        if link != "log1p": self.args["link"] = link  # which members of earlier libraries do not name
+        self.log, self.link, self.density = LOG_TARGETS[log_targets], link, density
         self.register_buffer("output_scale", torch.ones(len(TARGETS)) if self.log else torch.ones(()))
         self.register_buffer("gram_scale", torch.ones(()), persistent=False)
         borders = torch.zeros(len(TARGETS), N_INTERVALS - 1) if interval_head else None
@@ -227,12 +239,12 @@ class BiomassModel(Trunk):
     @property
     def units(self) -> Units:
         "What a loss must know of the labels."
-        return Units(self.log, self.output_scale, self.gram_scale, self.borders)
+        return Units(self.log, self.output_scale, self.gram_scale, self.borders, self.link)
 
     @torch.no_grad()
     def fit_output(self, grams: torch.Tensor):
         "Set scales and start the heads at the means (and variances) of these training labels `[N, 5]`, in grams."
-        log, space, counted = list(self.log), to_log(grams, self.log), torch.ones_like(grams, dtype=torch.bool)
+        log, space, counted = list(self.log), to_link(grams, self.log, self.link), torch.ones_like(grams, dtype=torch.bool)
         self.gram_scale.copy_(grams.std().clamp_min(1e-3))
         self.output_scale.copy_(self.gram_scale)
         if log: self.output_scale[log] = space[:, log].std().clamp_min(1e-3)
@@ -257,7 +269,7 @@ class BiomassModel(Trunk):
             z = shared.float()
             figures = F.softplus(self.heads(z)) * self.output_scale
             if self.density: figures, z = figures / (z.shape[1] * z.shape[2]), z.mean((1, 2))
-            grams, out = to_grams(figures, self.log), {}
+            grams, out = to_grams(figures, self.log, self.link), {}
             if self.presence is not None:
                 out["presence"] = self.presence(z)
                 chance = presence_chance(out["presence"])
@@ -297,7 +309,7 @@ class BiomassModel(Trunk):
         chance = presence_chance(out["presence"]) if self.presence is not None else torch.ones_like(out["grams"])
         deviation = torch.exp(out["log_variance"] / 2) * self.output_scale
         ends = (hurdle_quantile(q, out["loss_space"], deviation, chance) for q in ((1 - level) / 2, (1 + level) / 2))
-        return tuple(to_grams(z, self.log) for z in ends)
+        return tuple(to_grams(z, self.log, self.link) for z in ends)
 
 # %% ../../nbs/3_model/2_model.ipynb #c4b8522e
 def member_state(model: BiomassModel) -> dict:  # name -> CPU tensor

@@ -47,7 +47,14 @@ from biomass_kit.training.folder import (
     run_identity,
 )
 from .loop import CHECKPOINT, CLASSES, one_thread, run_fold
-from .member import MemberTrainer, Source, fold_intervals, plain_features, predict_fold
+from biomass_kit.training.member import (
+    MemberTrainer,
+    Source,
+    fit_closed,
+    fold_intervals,
+    plain_features,
+    predict_fold,
+)
 from .scores import manifest_physics, manifest_trust, run_facts, write_results
 from biomass_kit.training.setup import (
     LOGS,
@@ -68,7 +75,7 @@ def finish_fold(
     "Predict the fold's own photos and write its member, its out-of-fold rows and, last, its mark of completion."
     c, folder = f.config, f.config.out / "folds"
     found = {"_raw": predict_fold(f, f.scored, [parse_view(v) for v in c.tta])}
-    if c.uncertainty: found |= fold_intervals(f)
+    if f.model.args.get("uncertainty"): found |= fold_intervals(f)
     oof = table.loc[f.scored, list(FOLD_COLUMNS)].assign(fold=f.k)
     for suffix, grams in found.items(): oof[[t + suffix for t in TARGETS]] = grams
     specs = [save_spec(c.out / "bundle", source.backbone, source.spec) for source in f.sources]
@@ -184,7 +191,7 @@ class Run:
         with self.threads():
             f = self.new_trainer(k, self.config)
             f.teacher = teacher
-            return f, run_fold(f, progress)
+            return f, run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
 
 # %% ../../nbs/5_training/8_run.ipynb #ru000002
 def fit_in_order(run: Run, k: int, progress, log) -> tuple:  # (MemberTrainer, its history)
@@ -363,6 +370,7 @@ def _what_heads_read(c: TrainConfig) -> str:
 
 def _how_photos_vary(c: TrainConfig) -> str:
     "Flips, pixel augmentation and mixtures, in words."
+    if c.head != "neural": return f"flipped photos: {'further rows' if c.fit_views else 'not read'}"
     on = "features" if c.freeze_backbone and c.cache else "photos"
     pixels = "drawn anew every epoch" if c.augment == "full" else "none"
     if c.stored_draws: pixels = f"{c.stored_draws} stored draws a photo"
@@ -397,5 +405,5 @@ def describe(
         f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; "
         f"--cv {c.cv}, folds {', '.join(map(str, run.folds))}{done}\n"
         f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"
-        f"heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"
+        f"{c.head.replace('_', ' ')} heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"
     )
