@@ -135,6 +135,7 @@ class ClosedForm(nn.Module):
 
     def inner_scores(self, rows: torch.Tensor, grams: torch.Tensor, groups) -> np.ndarray:
         "Weighted R² `[widths, strengths]` of an inner cross-validation over two or more `groups` `[n]`."
+        # only who fits a head waits for scikit-learn
         from sklearn.model_selection import GroupKFold
 
         rows, space = rows.detach().cpu().double(), self.to_space(grams)
