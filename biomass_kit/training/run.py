@@ -28,7 +28,14 @@ from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
-from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
+from biomass_kit.features.store import (
+    Draw,
+    FeatureCache,
+    FeatureRequest,
+    StoredFeatures,
+    store_features,
+    trim_text,
+)
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
@@ -102,10 +109,11 @@ class Run:
         accelerator: Accelerator,
         precision: str,
         built: dict,  # starting backbones, shared by the runs that start from the same
+        held_out: np.ndarray = None,  # bool [N], photos that no member may see; none by default
     ):
         self.accelerator = accelerator
         self.precision = precision
-        start = prepare(config, built)
+        start = prepare(config, built, held_out)
         self.table = start.table
         self.fold = start.fold
         self.folds = start.folds
@@ -115,10 +123,11 @@ class Run:
         self.config = c = dataclasses.replace(config, tile_size=self.specs[0].tile_size)
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
-        if accelerator.is_main_process:
-            open_run(
-                c.out, run_identity(c, self.table, self.sources, self.arithmetic), self.table, self.fold)
         self.elsewhere = []  # folds that another process trains
+
+    def identity(self) -> dict:
+        "All that decides its members; asked before any of them is trained."
+        return run_identity(self.config, self.table, self.sources, self.arithmetic)
 
     @property
     def backbone(self):
@@ -130,9 +139,19 @@ class Run:
         "The first feature spec's features, where they are kept; else None."
         return self.sources[0].stored
 
-    def store(self, progress, log):
+    def store(
+        self,
+        progress,
+        log,
+        known: dict = None,  # what other runs of this process have mapped; filled here
+    ):
         "Compute what is not stored yet, then map all of it, one feature spec after the other."
-        self.sources = [source._replace(stored=self._stored(source, progress, log)) for source in self.sources]
+        known = {} if known is None else known
+        names = tuple(v.key if isinstance(v, Draw) else str(v) for v in stored_variants(self.config))
+        for i, source in enumerate(self.sources):
+            key = id(source.backbone), source.spec, names, self.config.cache_dtype
+            if key not in known: known[key] = self._stored(source, progress, log)
+            self.sources[i] = source._replace(stored=known[key])
 
     def _stored(self, source: Source, progress, log) -> StoredFeatures:
         "The features of one spec, each process having computed its share of the photos."
@@ -277,6 +296,8 @@ def _share_members(runs: list, accelerator: Accelerator) -> list:  # (Run, fold)
 def _train_members(configs: list, accelerator: Accelerator, precision: str, built: dict, progress, say) -> list:  # Runs
     "This process's share of the members that are not finished yet."
     runs = [Run(c, accelerator, precision, built) for c in configs]
+    for run in runs if accelerator.is_main_process else ():
+        open_run(run.config.out, run.identity(), run.table, run.fold)
     accelerator.wait_for_everyone()
     todo = _share_members(runs, accelerator)
     accelerator.wait_for_everyone()
