@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SeveralArgs', 'RecipeArgs', 'TrainArgs', 'run_training', 'one_or_several', 'refuse_idle_cache', 'config_of',
-           'by_recipe', 'main', 'join', 'JoiningArgs', 'BundleArgs', 'bundle']
+           'configs_of', 'main', 'join', 'JoiningArgs', 'BundleArgs', 'bundle']
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02004
 import dataclasses
@@ -19,7 +19,7 @@ from .command import SharingArgs, command, given_options, loading, parse
 from .data.progress import progress, say
 from .data.targets import COMBINATIONS, TRIM, BiomassError
 from .training.config import TrainConfig
-from .training.recipes import RECIPES, recipe, with_recipe
+from .training.recipes import RECIPES, recipe, recipe_runs, with_recipe
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02006
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def run_training(
     joint: Path = None,  # where the runs are joined, if they shall be
     say=say,
     photos: bool = True,  # show some of them in the reports
+    how: str = "mean",  # a key of COMBINATIONS, how the runs are joined
 ) -> dict:  # of the joint bundle, or of the only run; empty in all but the main process
     "Train, score beside floors and linear probe, write the reports."
     with loading():
@@ -65,7 +66,7 @@ def run_training(
         say(f"report: {write_run_report(config.out, results, photos)}")
         say(f"bundle: {config.out / 'bundle'}")
     if not finished: return {}
-    return join([c.out for c in configs], joint, say, photos=photos) if joint else finished[0]
+    return join([c.out for c in configs], joint, say, how, photos=photos) if joint else finished[0]
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02008
 def one_or_several(a, one: str):
@@ -88,30 +89,30 @@ def config_of(a: TrainConfig) -> TrainConfig:
     return TrainConfig(**{f.name: getattr(a, f.name) for f in dataclasses.fields(TrainConfig)})
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a0200f
-def by_recipe(
+def configs_of(
     a: TrainArgs,
-    given: tuple,  # fields that were typed: they stay
-) -> TrainArgs:
-    "Options with their recipe's values wherever nothing else was asked for."
-    a = with_recipe(a, a.recipe, given)
-    if {"grid", "grids"} & set(given): return a
-    return dataclasses.replace(a, grids=recipe(a.recipe).grids)
+    given: tuple,  # fields that were typed: they stay whatever the recipe says
+) -> list:  # TrainConfigs, one for each run
+    "The runs that a command line asks for."
+    config = config_of(a)
+    with loading():
+        from biomass_kit.training.run import expand
+
+    if a.grids or a.seeds: return expand(with_recipe(config, a.recipe, given) if a.recipe else config, a.grids, a.seeds)
+    return recipe_runs(config, a.recipe, given) if a.recipe else [config]
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02009
 @command
 def main(args=None):
     "biomass_train: train a head on every fold of a competition folder."
     a = parse(TrainArgs, "biomass_train", args)
-    if a.recipe: a = by_recipe(a, given_options(TrainArgs, sys.argv[1:] if args is None else args))
     one_or_several(a, "grid")
     one_or_several(a, "seed")
-    refuse_idle_cache(a)
-    config = config_of(a)
-    if not a.grids and not a.seeds: return run_training([config], photos=a.report_photos)
-    with loading():
-        from biomass_kit.training.run import expand
-
-    run_training(expand(config, a.grids, a.seeds), config.out / "bundle", photos=a.report_photos)
+    configs = configs_of(a, given_options(TrainArgs, sys.argv[1:] if args is None else args))
+    for config in configs: refuse_idle_cache(config)
+    how = recipe(a.recipe).combine if a.recipe else "mean"
+    joint = a.out / "bundle" if a.grids or a.seeds or len(configs) > 1 else None
+    run_training(configs, joint, photos=a.report_photos, how=how)
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a0200c
 def join(
