@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ..data.files import write_csv
-from ..data.folds import HELD_OUT, read_table
+from ..data.folds import EVERY_FOLD, HELD_OUT, read_table
 from ..data.table import read_train
 from ..data.targets import TARGETS, BiomassError, combine
 from .splits import Split, floor_scores, score_row, splits
@@ -86,7 +86,7 @@ def bundle_grams(
     "Raw predictions, corrected as a bundle corrects them."
     ends = np.array(list(bounds.values()))
     within = np.stack([ends[:, 0].min(0), ends[:, 1].max(0)])
-    covariance = error_covariance(grams, clamp_folds(oof, fold, bounds))
+    covariance = error_covariance(grams, clamp_folds(oof, fold, bounds))  # of members that left a fold out
     return apply_physics(raw, within, config.physics, config.correction_threshold, covariance)
 
 # %% ../../nbs/6_evidence/8_holdout.ipynb #c152008
@@ -134,14 +134,15 @@ class Trainer:
         "Train the members of a run; the bounds of each fold are noted."
         views = [parse_view(v) for v in run.config.tta]
         photos = np.flatnonzero(run.fold == HELD_OUT)
-        held_out, oof = [], np.zeros((len(self.table), len(TARGETS)))
-        for k in run.folds:
+        held_out, oof = {}, np.zeros((len(self.table), len(TARGETS)))
+        for k in run.members:
             f, _ = run.fit_member(k, lambda x, **_: x)
             bounds[k] = training_bounds(f.grams[f.train])
             with run.threads():
-                held_out.append(predict_fold(f, photos, views))
-                oof[f.scored] = predict_fold(f, f.scored, views)
-        return held_out, oof
+                held_out[k] = predict_fold(f, photos, views)
+                if len(f.scored): oof[f.scored] = predict_fold(f, f.scored, views)
+        who = [EVERY_FOLD] if EVERY_FOLD in held_out else run.folds
+        return [held_out[k] for k in who], oof
 
 # %% ../../nbs/6_evidence/8_holdout.ipynb #c15200a
 def all_units(
