@@ -243,7 +243,7 @@ def train_member(run: Run, k: int, progress, log):
         if f.part.process == 0:
             finish_fold(f, run.table, history)
             for name in ("", CLASSES): run.checkpoint(k, name).unlink(missing_ok=True)
-    log(f"{run.config.out.name} fold {k}: last training loss {history['loss'].iloc[-1]:.4f}, "
+    log(f"{run.config.out.name} {f.name}: last training loss {history['loss'].iloc[-1]:.4f}, "
         f"{len(f.train)} photos trained, {len(f.scored)} scored")
 
 # %% ../../nbs/5_training/8_run.ipynb #828bff5e
