@@ -46,7 +46,8 @@ from ..model.options import HEADS
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #3862a884
 # that are read: 2 where a member has LoRA factors, which a reader of 1 would pass over in silence;
-# 3 where it reads several feature specs or other statistics, or has another head or link
+# 3 where it reads several feature specs or other statistics, or has another head or link, and where
+# members are stacked per target
 SCHEMAS = (1, 2, 3)
 SPEC_FIELDS = ("backbone", "grid", "tile_size")  # of a feature spec
 FIRST_POOLINGS = ("cls_mean", "cls", "mean", "own")  # what a member of schema 1 or 2 may read
@@ -236,7 +237,8 @@ def write_manifest(
     physics: dict,  # {"method", "threshold"}, the default at prediction
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
-    # {"how", "weights" of the members, "trim"} of `targets.combine`; the plain mean by default
+    # {"how", "weights" of the members, [M] or, `stacked`, [M][5], "trim"} of `targets.combine`;
+    # the plain mean by default
     combine: dict = None,
     trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
 ) -> Path:
@@ -245,9 +247,12 @@ def write_manifest(
     files = sorted(
         {f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
     bounds = np.array([m["bounds"] for m in members])
+    combine = combine or {"how": "mean"}
+    schemas = [m["schema"] for m in members]
+    if combine["how"] == "stacked": schemas.append(3)  # no earlier library knows it
     manifest = {
-        "schema": max(m["schema"] for m in members), "library": biomass_kit.__version__, "targets": list(TARGETS),
-        "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
+        "schema": max(schemas), "library": biomass_kit.__version__, "targets": list(TARGETS),
+        "physics": physics, "views": list(views), "combine": combine,
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
         "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,
