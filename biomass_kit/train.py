@@ -113,14 +113,14 @@ def main(args=None):
 
     run_training(expand(config, a.grids, a.seeds), config.out / "bundle", photos=a.report_photos)
 
-# %% ../nbs/9_commands/2_train.ipynb #c0a0200c
+# %% ../nbs/9_commands/2_train.ipynb #c0a0200a1
 def _weight_words(member: dict) -> str:  # of results.json
     "The weight of a run, or its weights of all targets; nothing where runs are not weighed."
     if "weight" in member: return f", weight {member['weight']:.2f}"
     words = [f"{t} {member[f'weight_{t}']:.2f}" for t in TARGETS if f"weight_{t}" in member]
     return ", weights " + ", ".join(words) if words else ""
 
-
+# %% ../nbs/9_commands/2_train.ipynb #c0a0200c
 def join(
     folders: list,  # of finished runs
     out: Path,  # folder of the joint bundle
@@ -151,7 +151,7 @@ class JoiningArgs:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # --out folders of biomass_train
     out: Path  # folder of the joint bundle
-    # how members become one: plain, weighted on out-of-fold predictions, stacked (weighted per target), or trimmed
+    # how members become one: plain, weighted on out-of-fold predictions (stacked: per target), or trimmed
     # (the score trims over runs, the bundle over their members)
     combine: Literal[tuple(COMBINATIONS)] = "mean"
     trim: float = TRIM  # share of the members that trimmed drops at each end

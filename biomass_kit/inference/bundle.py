@@ -147,6 +147,12 @@ def _schema(model: nn.Module, specs: list) -> int:
     if not plain or first["pooling"] not in FIRST_POOLINGS: return 3
     return 2 if "lora" in first else 1
 
+
+def _manifest_schema(members: list, combine: dict) -> int:
+    "The earliest schema that can say what all members are, and how they become one."
+    how = (combine or {}).get("how")
+    return max(3 if how == "stacked" else 1, *[m["schema"] for m in members])
+
 # %% ../../nbs/4_inference/2_bundle.ipynb #2eecbd56
 def save_member(
     folder,  # the bundle
@@ -237,8 +243,7 @@ def write_manifest(
     physics: dict,  # {"method", "threshold"}, the default at prediction
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
-    # {"how", "weights" of the members, [M] or, `stacked`, [M][5], "trim"} of `targets.combine`;
-    # the plain mean by default
+    # {"how", "weights" ([M], or [M][5]), "trim"} of `targets.combine`; the plain mean by default
     combine: dict = None,
     trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
 ) -> Path:
@@ -247,12 +252,10 @@ def write_manifest(
     files = sorted(
         {f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
     bounds = np.array([m["bounds"] for m in members])
-    combine = combine or {"how": "mean"}
-    schemas = [m["schema"] for m in members]
-    if combine["how"] == "stacked": schemas.append(3)  # no earlier library knows it
     manifest = {
-        "schema": max(schemas), "library": biomass_kit.__version__, "targets": list(TARGETS),
-        "physics": physics, "views": list(views), "combine": combine,
+        "schema": _manifest_schema(members, combine),
+        "library": biomass_kit.__version__, "targets": list(TARGETS),
+        "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
         "means": np.mean([m["means"] for m in members], 0).tolist(),
         "scores": scores,

@@ -55,7 +55,7 @@ def combine_some(
     members: tuple,  # their indices
     manifest: dict,  # of the bundle; it says how all of them are combined
 ) -> np.ndarray:  # float32 [N, 5]
-    "Some members as one: weights are scaled up to sum to one again; where all are zero, members count the same."
+    "Some members as one: weights are scaled up to sum to one again; where all are zero, all count alike."
     how = manifest.get("combine", {})
     if len(members) < len(manifest["members"]) and how.get("weights") is not None:
         weights = np.array(how["weights"])[list(members)]

@@ -125,13 +125,19 @@ def _joint_oof(
         for end in OWN_ENDS: oof[[t + end for t in TARGETS]] = combine(of_runs(end), how, weights, trim)
     return oof.reset_index(drop=True), weights
 
-# %% ../../nbs/5_training/9_join.ipynb #jo000002
+# %% ../../nbs/5_training/9_join.ipynb #jo000003
 def _weight_facts(weight) -> dict:  # "weight", or "weight_<target>" of each target
     "A run's weight by name; one of each target for stacked runs."
     if not isinstance(weight, list): return {"weight": weight}
     return {f"weight_{t}": w for t, w in zip(TARGETS, weight)}
 
 
+def _shares(weights: list, bundles: list) -> list:  # a weight or five for each member, or None
+    "The weights of runs shared evenly by the members of each."
+    if weights is None: return None
+    return [(np.array(w) / len(b.members)).tolist() for w, b in zip(weights, bundles) for _ in b.members]
+
+# %% ../../nbs/5_training/9_join.ipynb #jo000002
 def _joint_facts(runs: list, how: str, weights: list) -> dict:
     "What results.json says of the runs."
     members = [{"run": str(r["folder"]), "weighted_r2": _score(r["results"])} for r in runs]
@@ -166,8 +172,7 @@ def join_runs(
     results = write_results(
         out, table, fold, oof, physics, {m["fold"]: m["bounds"] for m in first.members}, _joint_others(runs, table),
         pd.concat([r["history"] for r in runs]), _joint_facts(runs, how, weights))
-    shares = weights and [
-        (np.array(w) / len(b.members)).tolist() for w, b in zip(weights, bundles) for _ in b.members]
+    shares = _shares(weights, bundles)
     write_manifest(
         out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"], results["scores"],
         {"how": how, "weights": shares, "trim": trim}, manifest_trust(results, copy_reference(first, out)))
