@@ -257,8 +257,7 @@ def write_manifest(
         "library": biomass_kit.__version__, "targets": list(TARGETS),
         "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
-        "means": np.mean([m["means"] for m in members], 0).tolist(),
-        "scores": scores,
+        "means": np.mean([m["means"] for m in members], 0).tolist(), "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
         "members": members, **({"trust": trust} if trust else {}),
     }
