@@ -17,7 +17,7 @@ import tyro
 
 from .command import SharingArgs, command, given_options, loading, parse
 from .data.progress import progress, say
-from .data.targets import COMBINATIONS, TRIM, BiomassError
+from .data.targets import COMBINATIONS, TARGETS, TRIM, BiomassError
 from .training.config import TrainConfig
 from .training.recipes import RECIPES, recipe, recipe_runs, with_recipe
 
@@ -114,6 +114,13 @@ def main(args=None):
     joint = a.out / "bundle" if a.grids or a.seeds or len(configs) > 1 else None
     run_training(configs, joint, photos=a.report_photos, how=how)
 
+# %% ../nbs/9_commands/2_train.ipynb #c0a0200a1
+def _weight_words(member: dict) -> str:  # of results.json
+    "The weight of a run, or its weights of all targets; nothing where runs are not weighed."
+    if "weight" in member: return f", weight {member['weight']:.2f}"
+    words = [f"{t} {member[f'weight_{t}']:.2f}" for t in TARGETS if f"weight_{t}" in member]
+    return ", weights " + ", ".join(words) if words else ""
+
 # %% ../nbs/9_commands/2_train.ipynb #c0a0200c
 def join(
     folders: list,  # of finished runs
@@ -132,8 +139,7 @@ def join(
 
     results = join_runs(folders, out, how, trim, (stack_weights, crossfit_stack))
     for m in results["members"]:
-        weight = f", weight {m['weight']:.2f}" if "weight" in m else ""
-        say(f"  {m['run']}: weighted R2 {m['weighted_r2']:.3f}{weight}")
+        say(f"  {m['run']}: weighted R2 {m['weighted_r2']:.3f}{_weight_words(m)}")
     say(f"joint out-of-fold scores of {results['photos']} photos:")
     for line in score_lines(results): say(line)
     say(f"report: {write_run_report(out, results, photos)}\nbundle: {out}")
@@ -146,7 +152,7 @@ class JoiningArgs:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # --out folders of biomass_train
     out: Path  # folder of the joint bundle
-    # how members become one: plain, weighted on out-of-fold predictions, or trimmed
+    # how members become one: plain, weighted on out-of-fold predictions (stacked: per target), or trimmed
     # (the score trims over runs, the bundle over their members)
     combine: Literal[tuple(COMBINATIONS)] = "mean"
     trim: float = TRIM  # share of the members that trimmed drops at each end

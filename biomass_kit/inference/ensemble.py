@@ -56,11 +56,14 @@ def combine_some(
     members: tuple,  # their indices
     manifest: dict,  # of the bundle; it says how all of them are combined
 ) -> np.ndarray:  # float32 [N, 5]
-    "Some members as one: weights are scaled up to sum to one again."
+    "Some members as one: weights are scaled up to sum to one again; where all are zero, all count alike."
     how = manifest.get("combine", {})
     if len(members) < len(manifest["members"]) and how.get("weights") is not None:
         weights = np.array(how["weights"])[list(members)]
-        how = {**how, "weights": weights / weights.sum()} if weights.sum() > 0 else {"how": "mean"}
+        total = weights.sum(0)  # one, or one per target
+        if not np.any(total): return combine(predictions)
+        equal = np.full(weights.shape, 1 / len(members))
+        how = {**how, "weights": np.divide(weights, total, out=equal, where=total > 0)}
     return combine(predictions, **how)
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #d4763477
