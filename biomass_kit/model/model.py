@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.table import MONTHS, SPECIES_GROUPS, STATES
+from ..data.table import AUX_VALUES, MONTHS, SPECIES_GROUPS, STATES
 from biomass_kit.data.targets import (
     CLOVER,
     DEAD,
@@ -216,6 +216,7 @@ class BiomassModel(Trunk):
         density: bool = False,  # a prediction per tile, summed, instead of pooling
         interval_head: bool = False,  # build the training-only quantile interval head
         link: str = "log1p",  # one of LINKS: log(1 + grams), or sqrt(grams)
+        aux_values: bool = False,  # build the training-only heads of AUX_VALUES
     ):
         dims = [dim] if isinstance(dim, int) else list(dim)
         check_model(log_targets, fusion, density, len(dims))
@@ -235,6 +236,8 @@ class BiomassModel(Trunk):
         self.presence = nn.Linear(hidden, len(TWO_PART)) if two_part else None
         self.spread = nn.Linear(hidden, len(TARGETS)) if uncertainty else None
         self.interval = nn.Linear(hidden, len(TARGETS) * N_INTERVALS) if interval_head else None
+        if aux_values:  # last of all: the other heads begin as they do without these
+            self.aux = nn.ModuleDict({**(self.aux or {}), **{k: nn.Linear(hidden, 1) for k in AUX_VALUES}})
 
     @property
     def units(self) -> Units:
@@ -285,7 +288,7 @@ class BiomassModel(Trunk):
         return self.read(self.shared(*features))["grams"]
 
     def outputs(self, *features: torch.Tensor) -> dict:
-        "All that the losses need: what `read` gives, aux (logits by head) and, if on, interval logits `[B, 5, N_INTERVALS]`."
+        "All that the losses need: what `read` gives, aux (by head) and, if on, interval logits `[B, 5, N_INTERVALS]`."
         shared = self.shared(*features)
         z = shared.mean((1, 2)) if self.density else shared
         out = self.read(shared) | {"aux": {k: head(z).float() for k, head in (self.aux or {}).items()}}
