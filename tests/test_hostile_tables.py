@@ -158,7 +158,8 @@ HARMLESS = {
     "another folder": for_photo("image_path", st.sampled_from([r"C:\me\{}".format, "gone/{}".format])),
     "another state": for_photo("State", text), "no state": for_photo("State", st.just("")),
     "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
-    "another NDVI, or none": for_photo(MEASURED[0], st.sampled_from(["", "NA", "nan", "NaN", "0.5", ".25", "1e-1", "-0.0"])),
+    "another NDVI, or none": for_photo(
+        MEASURED[0], st.sampled_from(["", "NA", "nan", "NaN", "0.5", ".25", "1e-1", "-0.0"])),
     "another height, or none": for_photo(MEASURED[1], st.sampled_from(["", "na", "12", "+3.5", "1E+2"])),
     "numbers": numbers,
 }

@@ -78,7 +78,7 @@ LOUD = dict(use_aux_values=True, aux_ndvi_weight=3.0, aux_height_weight=3.0)  # 
 
 
 def test_values_teach_and_stay_behind(config, finished, tmp_path):
-    "NDVI and height change what is learned, and leave no tensor; without a weight in the loss they change nothing."
+    "NDVI and height change what is learned and leave no tensor; without a weight they change nothing."
     plain = load_file(next((finished / "bundle").glob("member-*fold0*")))
     member, taught = first_member(config, tmp_path / "taught", **LOUD)
     shapes = {name: tensor.shape for name, tensor in taught.items()}
@@ -93,7 +93,7 @@ def test_values_teach_and_stay_behind(config, finished, tmp_path):
 
 
 def test_values_that_are_missing_are_left_out(config, finished, tmp_path):
-    "Without the columns a run is what it was, and asking for their heads says so and changes nothing; half of a column teaches."
+    "Without the columns a run is what it was, asked for their heads or not; half of a column teaches."
     plain = load_file(next((finished / "bundle").glob("member-*fold0*")))
     shutil.copytree(config.data, tmp_path / "data")
     path = tmp_path / "data/train.csv"
