@@ -36,6 +36,7 @@ from biomass_kit.inference.plan import (
     Pace,
     Pass,
     choose_level,
+    heard_members,
     pass_work,
     plan_levels,
     plan_passes,
@@ -81,7 +82,7 @@ class Members:
         self.device = device_type if isinstance(device_type, torch.device) else pick_device(device_type, say)
         self.precision = pick_precision(self.device, precision)
         self.views = [parse_view(v) for v in views or bundle.manifest["views"]]
-        self.passes = plan_passes(bundle.members, self.views)
+        self.passes = plan_passes(bundle.members, self.views, heard_members(bundle.manifest))
         self.levels = plan_levels(bundle.manifest, self.views)
         self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
         self.backbones = self._backbones()

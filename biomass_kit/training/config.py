@@ -56,6 +56,9 @@ class FoldsConfig:
     n_folds: Optional[int] = None
     fold_seed: int = 0  # of the fold assignment; runs that shall be joined must share it
     train_folds: Optional[tuple[int, ...]] = None  # indices of the folds to train; all by default
+    # who predicts: the folds' members together, or one more that learns from all photos, beside which the folds'
+    # members only give scores and margins
+    learn_from: Literal["folds", "all"] = "folds"
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16000
 @dataclass(frozen=True)
@@ -386,6 +389,10 @@ def _about_prediction(c) -> list:
     "Physics, folds and views."
     few = c.train_folds is not None and len(c.train_folds) < 2
     return [
+        (c.learn_from == "all" and c.train_folds is not None,
+         "--learn-from all is scored by all folds; drop it or --train-folds"),
+        (c.learn_from == "all" and bool(c.distill_aux or c.teacher),
+         "--learn-from all has no teacher that has not seen its photos; drop --teacher and --distill-aux, or it"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics),
          f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.physics in NEEDS_COVARIANCE and few,

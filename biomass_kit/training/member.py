@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLAT', 'link_options', 'closed_options', 'model_options', 'loss_options', 'value_labels', 'Source', 'MemberTrainer',
-           'plain_features', 'viewed_features', 'predict_fold', 'fold_intervals', 'fit_closed', 'Stage', 'stages',
-           'make_optimizer', 'backbone_groups', 'learning_part', 'set_mode', 'cosine_warmup', 'weight_averages',
-           'update_averages', 'take_averages', 'changing_parts', 'fold_state', 'load_fold_state']
+           'plain_features', 'viewed_features', 'predict_fold', 'plain_score', 'fold_intervals', 'fit_closed', 'Stage',
+           'stages', 'make_optimizer', 'backbone_groups', 'learning_part', 'set_mode', 'cosine_warmup',
+           'weight_averages', 'update_averages', 'take_averages', 'changing_parts', 'fold_state', 'load_fold_state']
 
 # %% ../../nbs/5_training/3_member.ipynb #a0b885f9
 import math
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.folds import HELD_OUT, inner_split
+from ..data.folds import EVERY_FOLD, HELD_OUT, inner_split
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
 from ..features.augment import draw_seed
@@ -106,7 +106,7 @@ class MemberTrainer:
 
     def __init__(
         self,
-        k: int,  # index of the fold that it does not learn from
+        k: int,  # index of the fold that it does not learn from, or EVERY_FOLD
         config: TrainConfig,  # from `check_config`
         table: pd.DataFrame,  # all photos
         fold: np.ndarray,  # [N]
@@ -121,7 +121,7 @@ class MemberTrainer:
         self.backbone = None if self.stored else sources[0].backbone
         self.accelerator = accelerator
         self.precision = precision
-        self.name = f"fold {k}"
+        self.name = "all photos" if k == EVERY_FOLD else f"fold {k}"
         self.teacher = None  # [N, 5] grams to which predictions are pulled
         self.checkpoint = None  # file in which a killed run finds the last finished epoch
         self._take_photos(table, fold)
@@ -200,6 +200,11 @@ def predict_fold(
     f.model.eval()
     with torch.no_grad(): return predict_views(f.model, viewed_features(f, photos, views)).cpu().numpy()
 
+# %% ../../nbs/5_training/3_member.ipynb #5a0eff95
+def plain_score(f: MemberTrainer, photos: np.ndarray) -> float:
+    "Weighted R2 of the plain view of some photos; NaN of none."
+    return weighted_r2(f.grams[photos], predict_fold(f, photos, [View()])) if len(photos) else math.nan
+
 # %% ../../nbs/5_training/3_member.ipynb #d9b59e35
 def fold_intervals(f: MemberTrainer) -> dict:
     "Lower and upper grams `[n, 5]` of the fold's own photos, mean over the views of prediction."
@@ -216,9 +221,8 @@ def fit_closed(
     seen = plain_features(f, f.fit, views)
     rows = torch.cat([photo_rows(*(features[v] for features in seen)) for v in views])
     found = f.model.fit(rows, f.grams[f.fit].repeat(len(views), 1), np.tile(f.dates[f.fit], len(views)))
-    score = {name: weighted_r2(f.grams[photos], predict_fold(f, photos, [View()]))
-             for name, photos in (("fit", f.fit), ("valid", f.watched))}
-    row = {"fold": f.k, "epoch": 0, "stage": 0, "lr": 0.0, "loss": 1 - score["fit"], "valid_r2": score["valid"]}
+    row = {"fold": f.k, "epoch": 0, "stage": 0, "lr": 0.0, "loss": 1 - plain_score(f, f.fit),
+           "valid_r2": plain_score(f, f.watched)}
     return pd.DataFrame([row | found])
 
 # %% ../../nbs/5_training/3_member.ipynb #19196606
