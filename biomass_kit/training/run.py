@@ -254,7 +254,7 @@ def class_teacher(f: MemberTrainer) -> torch.Tensor:  # [N, 5] grams; rows that 
     with torch.no_grad(): logits = f.model.outputs(*features)["aux"]
     means = {head: class_means(f.grams[f.fit], f.labels[head][f.fit], n) for head, n in AUX_CLASSES.items()}
     out = torch.zeros_like(f.grams)
-    out[f.fit] = class_mean_targets({head: z.softmax(-1).cpu() for head, z in logits.items()}, means)
+    out[f.fit] = class_mean_targets({head: logits[head].softmax(-1).cpu() for head in means}, means)
     return out
 
 # %% ../../nbs/5_training/8_run.ipynb #22a49ee8
