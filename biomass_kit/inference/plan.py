@@ -103,7 +103,8 @@ def plan_levels(
         blind = {i for p in everything if p not in kept for i in p.members}
         members = tuple(i for i in range(len(manifest["members"])) if i not in blind)
         work = sum(pass_work(p, manifest) for p in kept if set(p.members) & set(members))
-        if members: levels.append(Level(some, members, work * n_views))
+        if members and not (levels and work * n_views >= levels[-1].work):
+            levels.append(Level(some, members, work * n_views))
 
     for n in range(len(seen), 0, -1): add(n, passes)
     pixels = lambda spec: spec.rows * spec.cols * spec.size**2
