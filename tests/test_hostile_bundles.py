@@ -427,6 +427,7 @@ WIDE = {  # name -> (what somebody does who can sign, what must be said)
     "a number for a file": (spec_with(file=7), "names a file that the manifest does not list"),
     "a member for a backbone": (spec_with(file="member-ridge.safetensors", name="test_vit"), "weights do not fit test_vit"),
     "a row of tiles": (spec_with(grid=[2]), "reads [2] tiles of 32 pixels"),
+    "a row of tiles that is so": (spec_with(grid=[True, 2]), "reads [True, 2] tiles of 32 pixels"),
     "a cube of tiles": (spec_with(grid=[1, 1, 2]), "reads [1, 1, 2] tiles of 32 pixels"),
     "tiles less than none": (spec_with(place=1, grid=[-1, -1]), "reads [-1, -1] tiles"),
     "tiles beyond memory": (spec_with(place=1, grid=[10**9, 10**9]), "tiles of 32 pixels"),

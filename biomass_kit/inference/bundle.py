@@ -437,7 +437,7 @@ def _check_specs(path, member: dict):
                            "train or download it again")
     for spec in specs:
         sides = *spec["grid"], spec["tile_size"]
-        if len(sides) != 3 or not all(isinstance(side, int) and 0 < side < 10_000 for side in sides):
+        if len(sides) != 3 or not all(type(side) is int and 0 < side < 10_000 for side in sides):
             raise BiomassError(f"{path}: member {name} reads {spec['grid']} tiles of {spec['tile_size']} pixels; "
                                "train or download it again")
         _check_pooled(path, name, spec["backbone"])
