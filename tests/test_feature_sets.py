@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import command
+from commands import command, share
 from conftest import assert_close
 from safetensors.torch import save_file
 
@@ -20,6 +20,7 @@ from biomass_kit.evidence.probe import bundle_features
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.options import STATISTICS
+from biomass_kit.features.store import photo_batches
 from biomass_kit.inference import bundle as bundles
 from biomass_kit.inference.bundle import member_dims, member_specs, read_bundle
 from biomass_kit.inference.ensemble import Ensemble
@@ -105,6 +106,17 @@ def left(folder):
     return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
 
 
+def agrees(config, rtol=1e-5):
+    "The raw out-of-fold predictions of a run, which its bundle's own members repeat."
+    bundle, found = read_bundle(config.out), []
+    for m in bundle.members:
+        rows = read_table(config.out / f"folds/{m['fold']}-oof.csv")
+        alone = Ensemble(some_members(bundle, lambda other: other == m), device_type="cpu")
+        found.append(alone.predict([config.data / p for p in rows.image_path]))
+        np.testing.assert_allclose(found[-1], rows[RAW], rtol=rtol, atol=10 * rtol)
+    return np.concatenate(found)
+
+
 @every_head
 @every_set
 def test_a_bundle_predicts_what_training_scored(trained, of, head, room):
@@ -180,6 +192,29 @@ def test_statistics_and_blocks_are_one_pass(base, room, tmp_path, passes):
     assert seen("d", feature_blocks=(1, 4), pooling=ALL_SIX) == once, "a block that nobody stored"
     assert seen("e", feature_blocks=(3, 4, 1), pooling=ALL_SIX) == 0
     assert seen("f", pooling=ALL_SIX, feature_blocks=(3,), also=("blocks=4",)) == 0
+
+
+BESIDE = {  # what else a head that reads several specs may be asked for
+    "stored draws": dict(stored_draws=1, augment="full"), "class teacher": dict(distill_aux=True),
+    "best epoch": dict(checkpoint="best"), "half-size store": dict(cache_dtype="fp16"),
+    "every head": dict(use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True),
+    "roots": dict(link="sqrt", log_targets="all", fusion="gated", symmetric=True),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_two_specs_beside_other_options(base, tmp_path, beside):
+    config = with_set(base, "two backbones", out=tmp_path / "run", train_folds=(1,), **BESIDE[beside])
+    assert train(config, **quiet)["photos"] == len(agrees(config, 1e-3 if beside == "half-size store" else 1e-5))
+
+
+def test_a_closed_head_teaches_a_neural_one(base, trained, tmp_path):
+    "Each fold's members teach the same fold's pupil."
+    taught = dataclasses.replace(base, out=tmp_path / "run", teacher=trained("two backbones", "gaussian_process"))
+    train(taught, **quiet)
+    plain = dataclasses.replace(base, out=tmp_path / "plain")
+    train(plain, **quiet)
+    assert not np.allclose(read_table(taught.out / "oof.csv")[RAW], read_table(plain.out / "oof.csv")[RAW])
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +319,32 @@ def test_no_level_has_a_member_that_lacks_a_pass(members):
         assert level.work == sum(100 * 2 * p.spec.rows * 2 * 32**2 * len(p.views) for p in few)
         assert len(few) <= len(whole)
     assert all(a.work > b.work and (a.views, a.members) != (b.views, b.members) for a, b in zip(levels, levels[1:]))
+
+
+def test_every_level_of_a_joint_bundle_predicts(joined, room):
+    "What a deadline leaves is the mean of the members that are left."
+    photos = list_photos(room / "data/test")
+    whole = Ensemble(read_bundle(room / "joint"), device_type="cpu")
+    assert len(whole.levels) > 2
+    for level in whole.levels:
+        loaded = next(photo_batches(photos, whole.requests, 3))
+        grams, issues = whole.predict_loaded(loaded, photos, level)
+        names = {whole.bundle.members[i]["name"] for i in level.members}
+        few = some_members(whole.bundle, lambda m: m["name"] in names)
+        assert_close(grams, Ensemble(few, [str(v) for v in level.views], device_type="cpu").predict(photos))
+        assert not issues
+
+
+def training(config): train(config)
+
+
+def test_two_processes_share_the_members(base, tmp_path):
+    "And end with the bits of one."
+    config = with_set(base, "two grids", "kernel_ridge")
+    alone, both = (dataclasses.replace(config, out=tmp_path / name / "run") for name in ("alone", "both"))
+    train(alone, **quiet)
+    share(2, training, both, log=tmp_path / "said")
+    assert left(both.out) == left(alone.out)
 
 
 class Killed(Exception): pass

@@ -413,6 +413,7 @@ WIDE = {  # name -> (what somebody does who can sign, what must be said)
     "statistics in a list": (spec_with(pooling=["mean", "std"]), NO_FORM),
     "the model's own pooling of blocks": (spec_with(pooling="own"), NO_BACKBONE),
     "a block that is not there": (spec_with(blocks=[1, 99]), f"{NO_BACKBONE} (--feature-blocks 99: test_vit has blocks"),
+    "fewer blocks": (spec_with(blocks=[3]), "reads features of 256 channels, and test_vit gives 128"),
     "a block in words": (spec_with(blocks=["1", "3"]), "member ridge reads blocks ['1', '3']"),
     "blocks in words": (spec_with(blocks="13"), "member ridge reads blocks 13"),
     "blocks less than none": (spec_with(blocks=[-1, 3]), "member ridge reads blocks [-1, 3]"),

@@ -313,6 +313,20 @@ class Bundle(NamedTuple):
         model.load_state_dict(load_file(path))
         return model.eval()
 
+    def columns(
+        self,
+        backbone: Backbone,  # which may give more than one feature spec asks for
+        member: dict,
+        place: int,  # of a feature spec among those that its head reads
+    ) -> torch.Tensor:  # int64 [D]
+        "Which of a backbone's channels a member reads; refuses a head that was made for other ones."
+        columns, due = read_columns(backbone, member_specs(member)[place]), member_dims(member)[place]
+        if len(columns) == due: return columns
+        raise BiomassError(
+            f"{self.folder / member['file']}: reads features of {due} channels, and "
+            f"{backbone.name} gives {len(columns)}; "
+            "it belongs to another backbone, train or download it again")
+
     def load_backbone(
         self,
         member: dict,
@@ -326,17 +340,12 @@ class Bundle(NamedTuple):
             backbone, _ = build_backbone(
                 ref["name"], pretrained=False, tile_size=spec["tile_size"], pooling=ref["pooling"],
                 blocks=ref.get("blocks", ()))
-            given = len(read_columns(backbone, spec))
         except (BiomassError, TypeError, ValueError, LookupError, RuntimeError) as e:
             raise BiomassError(
                 f"{self.folder / member['file']}: its backbone cannot be built ({in_one_line(e)}); "
                 "train or download it again") from None
-        weights, due = load_file(self.folder / ref["file"]), member_dims(member)[place]
-        if given != due:
-            raise BiomassError(
-                f"{self.folder / member['file']}: reads features of {due} channels, and "
-                f"{ref['name']} gives {given}; "
-                "it belongs to another backbone, train or download it again")
+        weights = load_file(self.folder / ref["file"])
+        self.columns(backbone, member, place)
         if "lora" in ref:
             weights = merge_lora(weights, load_file(self.folder / ref["lora"]["file"]), ref["lora"]["scale"])
         try: backbone.model.load_state_dict(weights)

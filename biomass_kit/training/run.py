@@ -132,14 +132,15 @@ class Run:
 
     def store(self, progress, log):
         "Compute what is not stored yet, then map all of it, one feature spec after the other."
-        self.sources = [source._replace(stored=self._stored(source, progress, log)) for source in self.sources]
+        variants = tuple(stored_variants(self.config))  # once, since an augmented copy is known by its object
+        self.sources = [s._replace(stored=self._stored(s, variants, progress, log)) for s in self.sources]
 
-    def _stored(self, source: Source, progress, log) -> StoredFeatures:
+    def _stored(self, source: Source, variants: tuple, progress, log) -> StoredFeatures:
         "The features of one spec, each process having computed its share of the photos."
         c, accelerator = self.config, self.accelerator
         source.backbone.to(accelerator.device).eval()
         cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+        request = FeatureRequest(source.backbone, source.spec, variants, cache)
         paths = list(self.table["path"])
         if accelerator.num_processes > 1:
             mine = paths[accelerator.process_index :: accelerator.num_processes]
