@@ -437,7 +437,7 @@ def _check_pooled(path, name: str, ref: dict):
     if all(type(block) is int and block >= 0 for block in blocks): return
     raise BiomassError(f"{path}: member {name} reads blocks {blocks}; train or download it again")
 
-
+# %% ../../nbs/4_inference/2_bundle.ipynb #b0de1007
 def _check_specs(path, member: dict):
     "Refuse feature specs that cannot be read, or that a member's own config contradicts."
     specs, dims, name = member_specs(member), member_dims(member), member["name"]
@@ -456,7 +456,7 @@ def _check_specs(path, member: dict):
         raise BiomassError(f"{path}: member {name} reads {first} tiles, but its own config says {grid}; "
                            "train or download it again")
 
-
+# %% ../../nbs/4_inference/2_bundle.ipynb #b0de1008
 def _named_backbones(member: dict) -> list:  # of (description, channels)
     return [(spec["backbone"], dim) for spec, dim in zip(member_specs(member), member_dims(member))]
 

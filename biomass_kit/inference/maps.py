@@ -42,7 +42,7 @@ def common_grid(
 
 # %% ../../nbs/4_inference/8_maps.ipynb #2ef1fa8f
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
-    "Yields (row, kind -> map) for each photo, fold by fold; nothing of photos that cannot be read, or at which no member looks."
+    "Yields (row, kind -> map) for each photo that a member maps, fold by fold; no map of one that cannot be read."
     for k in sorted(set(fold)):
         own = some_members(bundle, lambda m: k in (None, m["fold"]) and member_head(m) == "neural")
         if not own.members: continue
@@ -64,7 +64,7 @@ def photo_maps(
     num_workers: int = 1,
     progress: Callable = lambda x, **_: x,
     **options,  # device_type, precision and cache_dir of `Ensemble`
-) -> list:  # for each photo kind -> [R, C] in times an even share; empty for one that cannot be read or that no member maps
+) -> list:  # for each photo kind -> [R, C] in times an even share; empty where unread or mapped by no member
     "Where members look, on each photo."
     bundle, out = weights if isinstance(weights, Bundle) else read_bundle(weights), [{} for _ in paths]
     found = _photo_maps(

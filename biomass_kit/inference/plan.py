@@ -95,7 +95,7 @@ def _seeing(passes: list, kept: list) -> tuple:
     blind = {i for p in passes if p not in kept for i in p.members}
     return tuple(sorted({i for p in passes for i in p.members} - blind))
 
-
+# %% ../../nbs/4_inference/4_plan.ipynb #b9caf632
 def plan_levels(
     manifest: dict,  # of a bundle
     views: list,  # Views

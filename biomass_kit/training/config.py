@@ -226,12 +226,13 @@ def _also_values(text: str) -> dict:
             if name in found: raise ValueError("twice")
             found[name] = read(value)
         except (KeyError, ValueError):
-            raise BiomassError(f"--also {text}: '{part}' is not one of {', '.join(f'{w}=' for w in ALSO)}, each once, "
-                               "with a value, such as grid=3x3 or blocks=0.5/0.75") from None
+            words = ", ".join(f"{word}=" for word in ALSO)
+            raise BiomassError(f"--also {text}: '{part}' is not one of {words}, each once, with a value, such as "
+                               "grid=3x3 or blocks=0.5/0.75") from None
     if "backbone" in found: found = {"backbone_weights": None, "tile_size": None} | found
     return found
 
-
+# %% ../../nbs/5_training/1_config.ipynb #c0f1600a
 def feature_configs(c: TrainConfig) -> list:  # TrainConfigs, the first without --also
     "One config for each feature spec that a head reads."
     first = dataclasses.replace(c, also=())
@@ -247,8 +248,8 @@ NEURAL = (  # fields that only a head that learns in epochs reads
     "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "interval_head", "use_aux_heads", "loss_kind", "target_weights", "constraint_weight",
     "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight", "distill_aux", "teacher",
-    "distill_weight", "epochs", "batch_size", "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs",
-    "lora_rank", "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
+    "distill_weight", "epochs", "batch_size", "lr", "head_lr_stage1", "average", "ema_decay", "two_stage",
+    "freeze_epochs", "lora_rank", "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 
 
