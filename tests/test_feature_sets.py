@@ -231,7 +231,7 @@ def joined(base, room, trained):
         config = dataclasses.replace(base, epochs=TrainConfig.epochs, head="ridge", **more)
         train(config, **quiet)
         runs.append(config.out)
-    done = command("bundle", *runs, "--out", room / "joint")
+    done = command("bundle", *runs, "--out", room / "joint", "--no-report-photos")
     assert done.returncode == 0, done
     return runs
 
@@ -269,7 +269,7 @@ def test_stored_blocks_serve_a_joint_bundle(base, tmp_path, passes):
 
 
 def test_runs_weighed_against_each_other(joined, room, tmp_path):
-    done = command("bundle", *joined, "--out", tmp_path / "w", "--combine", "weighted")
+    done = command("bundle", *joined, "--out", tmp_path / "w", "--combine", "weighted", "--no-report-photos")
     assert done.returncode == 0, done
     bundle = read_bundle(tmp_path / "w")
     weights = bundle.manifest["combine"]["weights"]
