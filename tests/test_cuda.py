@@ -79,12 +79,20 @@ def trained(config):
     return oof[RAW].to_numpy(), [config.data / p for p in oof.image_path]
 
 
+CLOSED = {  # without what only neural heads read
+    "freeze_backbone": True,
+    **{name: getattr(TrainConfig, name) for name in ("batch_size", "epochs", "lr")},
+}
 RECIPES = {
     "frozen": dict(freeze_backbone=True, use_aux_heads=True),
     "fine-tuned": dict(backbone_lr=1e-3),
     "checkpointed": dict(backbone_lr=1e-3, grad_checkpointing=True),
     "two stages, LoRA": dict(backbone_lr=1e-2, two_stage=True, freeze_epochs=1, lora_rank=2),
     "averaged": dict(backbone_lr=1e-3, average="ema"),
+    "two blocks, two grids": dict(
+        freeze_backbone=True, feature_blocks=(0.5, 1.0), pooling="mean+gem+std", also=("grid=1x1",)),
+    "kernel ridge": CLOSED | dict(head="kernel_ridge"),
+    "Gaussian process": CLOSED | dict(head="gaussian_process", also=("grid=1x1",)),
 }
 
 

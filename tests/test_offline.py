@@ -1,4 +1,5 @@
 """The packed notebook: behind a cut network, in a Python that knows the library only from the packed wheel."""
+import dataclasses
 import json
 import os
 import pickle
@@ -262,6 +263,28 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     check(
         run_offline(pack(config.out, tmp_path / "packed", wheel=wheel), data, tmp_path / "working"),
         config.out, data, tmp_path)
+
+
+FEATURE_SETS = {  # head, and what it reads
+    "two grids": dict(head="kernel_ridge", also=("grid=1x1",)),
+    "two backbones": dict(also=("backbone=test_vit,weights={vit},size=32,pooling=cls+std",), epochs=2),
+}
+
+
+@pytest.mark.parametrize("name", FEATURE_SETS)
+def test_a_feature_set_offline(name, config, wheel, data, tmp_path):
+    "A head in closed form on two grids, a neural one on two backbones: packed, and checked as before an upload."
+    torch.manual_seed(0)
+    weights = build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
+    options = {"epochs": TrainConfig.epochs, "use_aux_heads": False, **FEATURE_SETS[name]}
+    options["also"] = tuple(text.format(vit=tmp_path / "vit.safetensors") for text in options["also"])
+    run = dataclasses.replace(config, out=tmp_path / "run", n_folds=2, **options)
+    train(run, log=lambda line: None)
+    packed = pack(run.out, tmp_path / "packed", wheel=wheel)
+    report = verify(packed, data, tmp_path / "kept", share=True, forms=("kind",), say=lambda line: None)
+    check(report["runs"][0], run.out, data, tmp_path)
+    assert report["runs"][0]["attempts"] == 0
 
 
 @pytest.mark.long

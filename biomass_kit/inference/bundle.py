@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMAS', 'SPEC_FIELDS', 'FIRST_POOLINGS', 'MANIFEST', 'HEADER', 'SINCE_LATER', 'ALWAYS', 'FIELDS', 'UNSIGNED',
            'PICKLES', 'tensor_bytes', 'write_tensors', 'save_backbone', 'save_lora', 'save_reference', 'merge_lora',
-           'save_spec', 'head_class', 'head_kind', 'save_member', 'read_member_info', 'member_specs', 'member_dims',
-           'read_columns', 'member_files', 'member_quadrat', 'manifest_digest', 'sign_manifest', 'write_manifest',
-           'Bundle', 'version_key', 'is_pickle', 'refuse_pickles', 'read_bundle', 'copy_members']
+           'save_spec', 'head_class', 'head_kind', 'save_member', 'read_member_info', 'member_specs', 'member_head',
+           'member_dims', 'read_columns', 'member_files', 'member_quadrat', 'manifest_digest', 'sign_manifest',
+           'write_manifest', 'Bundle', 'version_key', 'is_pickle', 'refuse_pickles', 'read_bundle', 'copy_members']
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #bb54bc9f
 import hashlib
@@ -33,6 +33,7 @@ from biomass_kit.data.targets import (
     TARGETS,
     BiomassError,
     combine as join_members,
+    in_one_line,
     quadrat_area,
     quadrat_text,
 )
@@ -131,7 +132,7 @@ def save_spec(
 # %% ../../nbs/4_inference/2_bundle.ipynb #656044f8
 def head_class(kind: str):
     "The class of a kind of head; refuses a name that is in no list."
-    if kind in HEADS: return resolve_name(HEADS[kind])
+    if isinstance(kind, str) and kind in HEADS: return resolve_name(HEADS[kind])
     raise BiomassError(f"head '{kind}': biomass_kit {biomass_kit.__version__} knows {', '.join(HEADS)}")
 
 
@@ -186,6 +187,11 @@ def read_member_info(path) -> dict:
 def member_specs(member: dict) -> list:  # of {"backbone", "grid", "tile_size"}
     "The feature specs that a member's head reads together, in order; members of schema 1 and 2 read one."
     return member["features"] if "features" in member else [{name: member[name] for name in SPEC_FIELDS if name in member}]
+
+
+def member_head(member: dict) -> str:
+    "The kind of a member's head, a key of HEADS; members of schema 1 and 2 have a neural one."
+    return member.get("head", "neural")
 
 
 def member_dims(member: dict) -> list:
@@ -294,14 +300,14 @@ class Bundle(NamedTuple):
     def load_model(self, member: dict) -> nn.Module:
         "A member's head, in eval mode on the CPU."
         path = self.folder / member["file"]
-        build = partial(head_class(member.get("head", "neural")), **member["model"])
         try:
+            build = partial(head_class(member_head(member)), **member["model"])
             with torch.device("meta"):  # takes no memory
                 due = {name: list(t.shape) for name, t in build().state_dict().items()}
-        except (TypeError, RuntimeError, OverflowError) as e:
+        except (BiomassError, TypeError, ValueError, LookupError, RuntimeError, OverflowError) as e:
             raise BiomassError(
                 f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head "
-                f"({str(e).splitlines()[0]}); "
+                f"({in_one_line(e)}); "
                 f"install biomass_kit {member['library']}, or train it again") from None
         differ = {
             name: (found.get(name), due.get(name)) for found in [_shapes(path)] for name in {*due, *found}
@@ -314,6 +320,20 @@ class Bundle(NamedTuple):
         model.load_state_dict(load_file(path))
         return model.eval()
 
+    def columns(
+        self,
+        backbone: Backbone,  # which may give more than one feature spec asks for
+        member: dict,
+        place: int,  # of a feature spec among those that its head reads
+    ) -> torch.Tensor:  # int64 [D]
+        "Which of a backbone's channels a member reads; refuses a head that was made for other ones."
+        columns, due = read_columns(backbone, member_specs(member)[place]), member_dims(member)[place]
+        if len(columns) == due: return columns
+        raise BiomassError(
+            f"{self.folder / member['file']}: reads features of {due} channels, and "
+            f"{backbone.name} gives {len(columns)}; "
+            "it belongs to another backbone, train or download it again")
+
     def load_backbone(
         self,
         member: dict,
@@ -323,16 +343,16 @@ class Bundle(NamedTuple):
         "The backbone that a member reads, in eval mode on the CPU; LoRA factors are in its weights."
         spec = member_specs(member)[place]
         ref = ref or spec["backbone"]
-        backbone, _ = build_backbone(
-            ref["name"], pretrained=False, tile_size=spec["tile_size"], pooling=ref["pooling"],
-            blocks=ref.get("blocks", ()))
-        weights = load_file(self.folder / ref["file"])
-        given, due = len(read_columns(backbone, spec)), member_dims(member)[place]
-        if given != due:
+        try:
+            backbone, _ = build_backbone(
+                ref["name"], pretrained=False, tile_size=spec["tile_size"], pooling=ref["pooling"],
+                blocks=ref.get("blocks", ()))
+        except (BiomassError, TypeError, ValueError, LookupError, RuntimeError) as e:
             raise BiomassError(
-                f"{self.folder / member['file']}: reads features of {due} channels, and "
-                f"{ref['name']} gives {given}; "
-                "it belongs to another backbone, train or download it again")
+                f"{self.folder / member['file']}: its backbone cannot be built ({in_one_line(e)}); "
+                "train or download it again") from None
+        weights = load_file(self.folder / ref["file"])
+        self.columns(backbone, member, place)
         if "lora" in ref:
             weights = merge_lora(weights, load_file(self.folder / ref["lora"]["file"]), ref["lora"]["scale"])
         try: backbone.model.load_state_dict(weights)
@@ -415,6 +435,16 @@ def _check_quadrats(path, member: dict, others: list):
                            "train one of them again with the other's --quadrat-cm")
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #b0de1006
+def _check_pooled(path, name: str, ref: dict):
+    "Refuse statistics that this library does not know, and blocks that have no index."
+    try: pooled_statistics(ref["pooling"])
+    except BiomassError as e:
+        raise BiomassError(f"{path}: member {name}: {e}; train or download it again") from None
+    blocks = ref.get("blocks", [])
+    if all(type(block) is int and block >= 0 for block in blocks): return
+    raise BiomassError(f"{path}: member {name} reads blocks {blocks}; train or download it again")
+
+# %% ../../nbs/4_inference/2_bundle.ipynb #b0de1007
 def _check_specs(path, member: dict):
     "Refuse feature specs that cannot be read, or that a member's own config contradicts."
     specs, dims, name = member_specs(member), member_dims(member), member["name"]
@@ -422,16 +452,18 @@ def _check_specs(path, member: dict):
         raise BiomassError(f"{path}: member {name} names {len(specs)} feature specs and channels of {len(dims)}; "
                            "train or download it again")
     for spec in specs:
-        if all(isinstance(side, int) and 0 < side < 10_000 for side in (*spec["grid"], spec["tile_size"])): continue
-        raise BiomassError(f"{path}: member {name} reads {spec['grid']} tiles of {spec['tile_size']} pixels; "
-                           "train or download it again")
+        sides = *spec["grid"], spec["tile_size"]
+        if len(sides) != 3 or not all(type(side) is int and 0 < side < 10_000 for side in sides):
+            raise BiomassError(f"{path}: member {name} reads {spec['grid']} tiles of {spec['tile_size']} pixels; "
+                               "train or download it again")
+        _check_pooled(path, name, spec["backbone"])
     first = specs[0]["grid"]
     grid = member["config"].get("grid", first)
     if list(grid) != list(first):
         raise BiomassError(f"{path}: member {name} reads {first} tiles, but its own config says {grid}; "
                            "train or download it again")
 
-
+# %% ../../nbs/4_inference/2_bundle.ipynb #b0de1008
 def _named_backbones(member: dict) -> list:  # of (description, channels)
     return [(spec["backbone"], dim) for spec, dim in zip(member_specs(member), member_dims(member))]
 

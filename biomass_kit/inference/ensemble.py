@@ -28,7 +28,7 @@ from ..data.targets import TARGETS, BiomassError, combine, in_one_line
 from ..features.device import pick_device, pick_precision, ran_out
 from ..features.store import FeatureCache, FeatureRequest, loaded_features, photo_batches
 from ..features.tta import backbone_views, parse_view
-from .bundle import Bundle, member_specs, read_columns
+from .bundle import Bundle, member_specs
 from .issues import MEANS, Issue, Outcome
 from biomass_kit.inference.plan import (
     Deadline,
@@ -112,7 +112,7 @@ class Members:
         for at, p in enumerate(self.passes):
             backbone = self.backbones[p.backbone, p.spec.size]
             for i, place in p.readers:
-                columns = read_columns(backbone, member_specs(self.bundle.members[i])[place])
+                columns = self.bundle.columns(backbone, self.bundle.members[i], place)
                 everything = torch.equal(columns, torch.arange(backbone.dim))
                 found[i, place] = at, None if everything else columns.to(self.device)
         return found

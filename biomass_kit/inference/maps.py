@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data.targets import TOTAL
-from .bundle import Bundle, read_bundle
+from .bundle import Bundle, member_head, read_bundle
 from .ensemble import Ensemble
 from .predict import plain_features, some_members
 from ..model.model import BiomassModel
@@ -42,10 +42,11 @@ def common_grid(
 
 # %% ../../nbs/4_inference/8_maps.ipynb #2ef1fa8f
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
-    "Yields (row, kind -> map) for each photo, fold by fold; nothing of photos that cannot be read."
+    "Yields (row, kind -> map) for each photo that a member maps, fold by fold; no map of one that cannot be read."
     for k in sorted(set(fold)):
-        ensemble, rows = Ensemble(some_members(bundle, lambda m: k in (None, m["fold"])), ["plain"], **options), [
-            i for i, f in enumerate(fold) if f == k]
+        own = some_members(bundle, lambda m: k in (None, m["fold"]) and member_head(m) == "neural")
+        if not own.members: continue
+        ensemble, rows = Ensemble(own, ["plain"], **options), [i for i, f in enumerate(fold) if f == k]
         readers = [(i, m, place) for i, p in enumerate(ensemble.passes) for m, place in p.readers]
         for row, (features, (fault,)) in zip(rows, plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)):
             found = {}
@@ -63,7 +64,7 @@ def photo_maps(
     num_workers: int = 1,
     progress: Callable = lambda x, **_: x,
     **options,  # device_type, precision and cache_dir of `Ensemble`
-) -> list:  # for each photo kind -> [R, C] in times an even share; empty for one that cannot be read
+) -> list:  # for each photo kind -> [R, C] in times an even share; empty where unread or mapped by no member
     "Where members look, on each photo."
     bundle, out = weights if isinstance(weights, Bundle) else read_bundle(weights), [{} for _ in paths]
     found = _photo_maps(

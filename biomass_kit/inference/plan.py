@@ -100,6 +100,12 @@ def pass_work(
     return manifest["files"][p.ref["file"]]["bytes"] * 2 * p.spec.rows * p.spec.cols * p.spec.size**2
 
 # %% ../../nbs/4_inference/4_plan.ipynb #b9caf631
+def _seeing(passes: list, kept: list) -> tuple:
+    "Indices of the members that read nothing but the passes that are kept."
+    blind = {i for p in passes if p not in kept for i in p.members}
+    return tuple(sorted({i for p in passes for i in p.members} - blind))
+
+# %% ../../nbs/4_inference/4_plan.ipynb #b9caf632
 def plan_levels(
     manifest: dict,  # of a bundle
     views: list,  # Views
@@ -111,19 +117,21 @@ def plan_levels(
 
     def add(n_views, kept):
         some = tuple(v for v in views if v.backbone in seen[:n_views])
-        blind = {i for p in everything if p not in kept for i in p.members}
-        members = tuple(i for i in heard if i not in blind)
-        work = sum(pass_work(p, manifest) for p in kept if set(p.members) & set(members))
-        if members: levels.append(Level(some, members, work * n_views))
+        members = _seeing(everything, kept)
+        work = n_views * sum(pass_work(p, manifest) for p in kept if set(p.members) & set(members))
+        if not levels or work < levels[-1].work: levels.append(Level(some, members, work))
+
+    def drop(gone):
+        rest = [p for p in passes if p not in gone]
+        if not _seeing(everything, rest): return passes
+        add(1, rest)
+        return rest
 
     for n in range(len(seen), 0, -1): add(n, passes)
     pixels = lambda spec: spec.rows * spec.cols * spec.size**2
-    for finest in sorted({p.spec for p in passes}, key=pixels, reverse=True)[:-1]:
-        passes = [p for p in passes if p.spec != finest]
-        add(1, passes)
-    while len(passes) > 1:
-        passes = passes[:-1]
-        add(1, passes)
+    for finest in sorted({p.spec for p in passes}, key=pixels, reverse=True):
+        passes = drop([p for p in passes if p.spec == finest])
+    for last in passes[::-1]: passes = drop([last])
     return levels
 
 # %% ../../nbs/4_inference/4_plan.ipynb #903890fa

@@ -18,6 +18,7 @@ from ..data.table import AUX_VALUES, MONTHS, SPECIES_GROUPS, STATES
 from biomass_kit.data.targets import (
     CLOVER,
     DEAD,
+    LINKS,
     LOG_TARGETS,
     TARGETS,
     BiomassError,
@@ -149,10 +150,11 @@ def space_statistics(
     return mean, ((space - mean) ** 2 * counted).sum(0) / counted.sum(0)
 
 # %% ../../nbs/3_model/2_model.ipynb #4e5f91e1
-def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1):
+def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1, link: str = "log1p"):
     "Refuse options that a model cannot have."
     if log_targets not in LOG_TARGETS:
         raise BiomassError(f"log targets '{log_targets}': choose one of {', '.join(LOG_TARGETS)}")
+    if link not in LINKS: raise BiomassError(f"link '{link}': choose one of {', '.join(LINKS)}")
     if fusion not in FUSIONS: raise BiomassError(f"fusion '{fusion}': choose one of {', '.join(FUSIONS)}")
     if density and LOG_TARGETS[log_targets]:
         raise BiomassError(
@@ -228,7 +230,7 @@ class BiomassModel(Trunk):
         aux_values: bool = False,  # build the training-only heads of AUX_VALUES
     ):
         dims = [dim] if isinstance(dim, int) else list(dim)
-        check_model(log_targets, fusion, density, len(dims))
+        check_model(log_targets, fusion, density, len(dims), link)
         hidden = max(8, int(dims[0] * hidden_ratio))
         super().__init__(dims, hidden, dropout, learning, fusion, symmetric, pooled=not density)
         self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,

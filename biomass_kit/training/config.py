@@ -10,6 +10,7 @@ __all__ = ['AVERAGES', 'TRACKERS', 'LOGGED', 'LOGGED_LINKS', 'ALSO', 'FINE_TUNED
 
 # %% ../../nbs/5_training/1_config.ipynb #b40288f5
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,14 +230,16 @@ def _also_values(text: str) -> dict:
         word, _, value = part.partition("=")
         try:
             name, read = ALSO[word]
+            if name in found: raise ValueError("twice")
             found[name] = read(value)
         except (KeyError, ValueError):
-            raise BiomassError(f"--also {text}: '{part}' is not one of {', '.join(f'{w}=' for w in ALSO)} with a "
-                               "value, such as grid=3x3 or blocks=0.5/0.75") from None
+            words = ", ".join(f"{word}=" for word in ALSO)
+            raise BiomassError(f"--also {text}: '{part}' is not one of {words}, each once, with a value, such as "
+                               "grid=3x3 or blocks=0.5/0.75") from None
     if "backbone" in found: found = {"backbone_weights": None, "tile_size": None} | found
     return found
 
-
+# %% ../../nbs/5_training/1_config.ipynb #c0f1600a
 def feature_configs(c: TrainConfig) -> list:  # TrainConfigs, the first without --also
     "One config for each feature spec that a head reads."
     first = dataclasses.replace(c, also=())
@@ -252,7 +255,7 @@ NEURAL = (  # fields that only a head that learns in epochs reads
     "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
     "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
-    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs", "lr",
+    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs", "batch_size", "lr",
     "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
     "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
@@ -349,7 +352,8 @@ def _about_backbone(c) -> list:
         (c.also and not _keeps_features(c),
          "--also reads features that are stored: add --freeze-backbone, and drop --no-cache"),
         (c.also and c.density, "--density adds up the tiles of one grid; drop it or --also"),
-        (len(set(c.also)) < len(c.also), f"--also {' '.join(c.also)}: each once"),
+        (any(a == b for a, b in itertools.combinations(feature_configs(c), 2)),
+         f"--also {' '.join(c.also)}: each once, and what differs from the options without it"),
         (c.freeze_backbone and not c.pretrained,
          "--freeze-backbone with --no-pretrained would read a random backbone; drop one of them"),
     ]

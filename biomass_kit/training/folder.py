@@ -74,7 +74,8 @@ def run_identity(
     digests = {
         "train_csv": file_digest(c.data / "train.csv"), "photos": photos,
         "starting_weights": backbone_digest(sources[0].backbone)}
-    for source in sources[1:]: digests[f"also {source.spec}"] = backbone_digest(source.backbone)
+    for place, source in enumerate(sources[1:], 1):
+        digests[f"also {place}, {source.spec}"] = backbone_digest(source.backbone)
     if c.teacher:
         digests["teacher"] = file_digest(read_bundle(c.teacher).folder / MANIFEST)  # holds its files' digests
     identity |= {"arithmetic": arithmetic, "library": biomass_kit.__version__}
