@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..data.targets import TOTAL
-from .bundle import Bundle, member_head, read_bundle
+from .bundle import Bundle, read_bundle
 from .ensemble import Ensemble
+from .members import member_head
 from .predict import plain_features, some_members
 from ..model.model import BiomassModel
 

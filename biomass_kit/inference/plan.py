@@ -20,7 +20,7 @@ from ..data.targets import BiomassError
 from ..features.options import pooled_statistics
 from ..features.tiles import TileSpec
 from ..features.tta import backbone_views
-from .bundle import member_specs
+from .members import member_specs
 
 # %% ../../nbs/4_inference/4_plan.ipynb #4a286b13
 class Pass(NamedTuple):

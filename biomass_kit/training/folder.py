@@ -26,7 +26,8 @@ from ..data.files import file_digest, read_json, remove_abandoned, write_json
 from ..data.folds import EVERY_FOLD, write_folds
 from ..data.targets import BiomassError
 from ..features.backbone import backbone_digest
-from ..inference.bundle import MANIFEST, member_files, read_bundle
+from ..inference.bundle import MANIFEST, read_bundle
+from ..inference.members import member_files
 from .config import TrainConfig, config_record
 
 # %% ../../nbs/5_training/6_folder.ipynb #4ca2a27b

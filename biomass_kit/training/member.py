@@ -28,7 +28,7 @@ from ..features.backbone import Backbone, adapted_layers
 from ..features.store import FeatureRequest, StoredFeatures, feature_batches
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View, backbone_views, parse_view
-from ..inference.bundle import head_class
+from ..inference.members import head_class
 from ..inference.uncertainty import interval_views
 from ..model.closed import photo_rows
 from ..model.loss import LossOptions
