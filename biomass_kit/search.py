@@ -32,14 +32,15 @@ class StudyArgs:
 class ScreenArgs:
     "A screen in the place of a study."
 
-    # rank backbones, blocks, statistics, grids and tile sizes by a head in closed form over random splits by date:
-    # minutes, or seconds for features that are stored
+    # rank backbones, blocks, statistics, grids and tile sizes by a head in closed form over random splits by
+    # date: minutes, or seconds for features that are stored
     screen: bool = False
-    # blocks of each backbone, by index from 0 on (6 9) or share of the depth (0.5 0.75), beside the last; all by default
+    # blocks of each backbone beside the last, by index from 0 on (6 9) or share of the depth (0.5 0.75); all by
+    # default
     screen_blocks: tuple[int | float, ...] = ()
     screen_grids: tuple[tuple[int, int], ...] = ()  # further ones beside --grid, such as 1 1 3 3
     screen_tile_sizes: tuple[int, ...] = ()  # further ones beside --tile-size
-    # further ones beside --backbone, each as NAME or NAME=FILE.safetensors; every one is read at all tile sizes
+    # further ones beside --backbone, each as NAME or NAME=FILE.safetensors; each is read at all tile sizes
     screen_backbones: tuple[str, ...] = ()
     splits: int = 15  # random splits of the sampling dates; a third is held out
     first_seed: int = 0  # of the splits: this one and those that follow
@@ -64,9 +65,9 @@ class SearchArgs(ScreenArgs, StudyArgs, TrainConfig):
 # what a screen takes of a training where nothing else was given
 SCREENED = dict(head="ridge", fit_views=False, freeze_backbone=True)
 READ_BY_SCREEN = (  # fields of TrainConfig
-    "data", "out", "grid", "tile_size", "backbone", "backbone_weights", "freeze_backbone", "pretrained", "cache", "cache_dir",
-    "cache_dtype", "cache_gb", "num_workers", "head", "scaler", "kernel", "fit_views", "use_log_targets", "log_targets",
-    "link", "device_type", "precision",
+    "data", "out", "grid", "tile_size", "backbone", "backbone_weights", "freeze_backbone", "pretrained",
+    "cache", "cache_dir", "cache_dtype", "cache_gb", "num_workers", "head", "scaler", "kernel", "fit_views",
+    "use_log_targets", "log_targets", "link", "device_type", "precision",
 )
 
 
@@ -75,10 +76,10 @@ def check_screen(a: SearchArgs, given: tuple):
     other = StudyArgs if a.screen else ScreenArgs
     idle = [f.name for f in dataclasses.fields(other) if f.name != "screen"]
     if a.screen: idle += [f.name for f in dataclasses.fields(TrainConfig) if f.name not in READ_BY_SCREEN]
+    why = "is not read with --screen; drop it"
+    if not a.screen: why = "is read only with --screen; add that or drop it"
     for name in given:
-        if name in idle:
-            why = "is not read with --screen; drop it" if a.screen else "is read only with --screen; add that or drop it"
-            raise BiomassError(f"--{name.replace('_', '-')} {why}")
+        if name in idle: raise BiomassError(f"--{name.replace('_', '-')} {why}")
     if a.splits < 1 or a.first_seed < 0:
         raise BiomassError("--splits must be at least 1, --first-seed not negative")
 
@@ -90,15 +91,15 @@ def screen_configs(
     "One config for each backbone, grid and tile size, those of the options first."
     base = dataclasses.replace(config_of(a), **{k: v for k, v in SCREENED.items() if k not in given})
     if base.head == "neural":
-        raise BiomassError("--head neural learns in epochs; a screen takes a head in closed form, such as --head ridge")
+        raise BiomassError("--head neural learns in epochs; a screen takes one in closed form, such as ridge")
     further = [text.partition("=") for text in a.screen_backbones]
     backbones = [(name, Path(file) if equals else None) for name, equals, file in further]
     found = [dataclasses.replace(base, backbone=name, backbone_weights=file, grid=grid, tile_size=size)
              for name, file in ((base.backbone, base.backbone_weights), *backbones)
              for grid in (base.grid, *a.screen_grids) for size in (base.tile_size, *a.screen_tile_sizes)]
     if len(set(found)) < len(found):
-        raise BiomassError("--screen-backbones, --screen-grids, --screen-tile-sizes: name what is read beside --backbone, "
-                           "--grid and --tile-size, each once")
+        raise BiomassError("--screen-backbones, --screen-grids, --screen-tile-sizes: name what is read "
+                           "beside --backbone, --grid and --tile-size, each once")
     return [check_config(c) for c in found]
 
 # %% ../nbs/9_commands/3_search.ipynb #c0a03006

@@ -10,12 +10,15 @@ from safetensors.torch import save_file
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import read_train
-from biomass_kit.data.targets import TARGETS
+from biomass_kit.data.targets import TARGETS, weighted_r2
 from biomass_kit.evidence import screen
 from biomass_kit.evidence.splits import splits
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.options import STATISTICS
+from biomass_kit.features.tiles import TileSpec
 from biomass_kit.training.config import TrainConfig, check_config
+from biomass_kit.training.member import Source
+from biomass_kit.training.setup import start_backbone
 
 PHOTOS = 24
 SPLITS = 3
@@ -36,17 +39,17 @@ def room(tmp_path_factory):
 @pytest.fixture
 def config(room, tmp_path):
     return check_config(TrainConfig(
-        data=room / "data", out=tmp_path / "out", backbone="test_vit", backbone_weights=room / "vit.safetensors",
-        tile_size=32, cache_dir=tmp_path / "cache", device_type="cpu", freeze_backbone=True, head="ridge",
-        fit_views=False))
+        data=room / "data", out=tmp_path / "out", backbone="test_vit", tile_size=32,
+        backbone_weights=room / "vit.safetensors", cache_dir=tmp_path / "cache", device_type="cpu",
+        freeze_backbone=True, head="ridge", fit_views=False))
 
 
 @pytest.fixture
 def words(room, tmp_path):
     "A screen on the command line."
-    return ["--data", room / "data", "--out", tmp_path / "out", "--backbone", "test_vit",
-            "--backbone-weights", room / "vit.safetensors", "--tile-size", 32, "--cache-dir", tmp_path / "cache",
-            "--device-type", "cpu", "--screen", "--splits", SPLITS]
+    places = ["--data", room / "data", "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    backbone = ["--backbone", "test_vit", "--backbone-weights", room / "vit.safetensors", "--tile-size", 32]
+    return [*places, *backbone, "--device-type", "cpu", "--screen", "--splits", SPLITS]
 
 
 @pytest.fixture
@@ -54,7 +57,12 @@ def passes(monkeypatch):
     "How many photos any backbone was shown."
     shown = []
     plain = Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda self, tiles: shown.append(len(tiles)) or plain(self, tiles))
+
+    def forward(self, tiles):
+        shown.append(len(tiles))
+        return plain(self, tiles)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
     return shown
 
 
@@ -68,7 +76,8 @@ def test_what_carries_the_grams_ranks_first(config, monkeypatch):
     signal = torch.from_numpy(np.sqrt(grams)).float()
 
     def planted(source, config, paths, progress, log):
-        rows = torch.randn(1, len(paths), source.backbone.dim, generator=torch.Generator().manual_seed(0))
+        seeded = torch.Generator().manual_seed(0)
+        rows = torch.randn(1, len(paths), source.backbone.dim, generator=seeded)
         cells = screen.screen_cells(source.backbone)
         cell = next(cell for cell in cells if (cell.block, cell.statistic) == PLANTED)
         rows[0][:, cell.channels[:len(TARGETS)]] = signal
@@ -107,16 +116,16 @@ def test_one_pass_serves_all_cells_and_a_second_screen_needs_none(config, passes
 def test_a_cell_is_scored_as_its_own_features_would_be(config):
     "The columns of one cell, cut out of all, are what a backbone that reads nothing else gives."
     table = run([config], (1,))
-    alone = dataclasses.replace(config, pooling="min", feature_blocks=(1,))
-    built = {}
-    source = screen.start_sources([config], (1,), read_train(config.data))[0]
-    backbone, _, _ = screen.start_backbone(alone, built)
-    photos = read_train(config.data)
-    rows = screen.read_rows(source._replace(backbone=backbone), alone, list(photos["path"]), log=lambda line: None)
-    scores = [screen.score_row("min", photos, split, screen.held_out_grams(rows, photos, split, alone))
-              for split in splits(photos, range(SPLITS))]
     found = table[(table["block"] == "1") & (table["statistic"] == "min")].iloc[0]
-    assert abs(found["mean"] - np.mean([row["weighted_r2"] for row in scores])) < 1e-4
+    photos = read_train(config.data)
+    backbone, size, _ = start_backbone(dataclasses.replace(config, pooling="min", feature_blocks=(1,)), {})
+    alone = Source(backbone, TileSpec(*config.grid, size))
+    rows = screen.read_rows(alone, config, list(photos["path"]), log=lambda line: None)
+    scores = []
+    for split in splits(photos, range(SPLITS)):
+        grams = screen.held_out_grams(rows, photos, split, config)
+        scores.append(weighted_r2(photos.loc[split.held_out, list(TARGETS)], grams))
+    assert abs(found["mean"] - np.mean(scores)) < 1e-4
 
 
 def test_the_command_writes_a_table_and_a_picture(words, room, tmp_path, passes):
@@ -124,8 +133,8 @@ def test_the_command_writes_a_table_and_a_picture(words, room, tmp_path, passes)
     torch.manual_seed(1)
     built, _ = build_backbone("test_efficientnet", pretrained=False, tile_size=32)
     save_file(built.model.state_dict(), net)
-    further = ["--screen-blocks", 0.5, "--screen-backbones", f"test_efficientnet={net}", "--screen-tile-sizes", 48]
-    done = command("search", *words, *further)
+    further = ["--screen-backbones", f"test_efficientnet={net}", "--screen-tile-sizes", 48]
+    done = command("search", *words, "--screen-blocks", 0.5, *further)
     assert done.returncode == 0, done.stderr
     assert len(passes) == 2 * 2 * PHOTOS, "two backbones, two tile sizes"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["screen.csv", "screen.png"]
@@ -149,7 +158,7 @@ REFUSED = {  # what is typed beside a screen -> what is said
     ("--physics", "none"): "--physics is not read with --screen; drop it",
     ("--pooling", "max"): "--pooling is not read with --screen; drop it",
     ("--feature-blocks", 1): "--feature-blocks is not read with --screen; drop it",
-    ("--head", "neural"): "a screen takes a head in closed form",
+    ("--head", "neural"): "a screen takes one in closed form",
     ("--no-freeze-backbone",): "add --freeze-backbone",
     ("--no-cache",): "drop --no-cache",
     ("--kernel", "linear"): "--kernel is read only with",

@@ -150,10 +150,15 @@ def _facts(source: Source, config: TrainConfig, cell: Cell) -> dict:
     "What a cell is, in columns."
     whole = len(source.backbone.model.feature_info)
     return {
-        "backbone": source.backbone.name, "weights": str(config.backbone_weights or ""),
-        "grid": f"{source.spec.rows}x{source.spec.cols}", "tile_size": source.spec.size, "block": str(cell.block),
-        "depth": np.nan if cell.block == ALL else (cell.block + 1) / whole, "statistic": cell.statistic,
-        "channels": len(cell.channels), "probe": cell.probe,
+        "backbone": source.backbone.name,
+        "weights": str(config.backbone_weights or ""),
+        "grid": f"{source.spec.rows}x{source.spec.cols}",
+        "tile_size": source.spec.size,
+        "block": str(cell.block),
+        "depth": np.nan if cell.block == ALL else (cell.block + 1) / whole,
+        "statistic": cell.statistic,
+        "channels": len(cell.channels),
+        "probe": cell.probe,
     }
 
 
@@ -174,12 +179,14 @@ def screen_table(
     baseline = max((name for name, fact in facts.items() if fact["probe"]), key=mean.get)
     ranked = holdout_table(scores, baseline).set_index("recipe")
     kept = ["mean", "sd", "difference", "difference_low", "difference_high", "won"]
-    parts = [pd.DataFrame(facts).T, ranked[kept], pooled_r2(scores, table, chosen), ranked[["splits", "marked"]]]
+    own = pooled_r2(scores, table, chosen)
+    parts = [pd.DataFrame(facts).T, ranked[kept], own, ranked[["splits", "marked"]]]
     return pd.concat(parts, axis=1).loc[ranked.index].infer_objects().reset_index(drop=True)
 
 # %% ../../nbs/6_evidence/9_screen.ipynb #c157012
 def run_screen(
-    configs: list,  # TrainConfigs of a head in closed form; they differ in backbone, weights, grid and tile size alone
+    # TrainConfigs of a head in closed form, which differ in backbone, weights, grid and tile size alone
+    configs: list,
     seeds,  # one a split
     blocks: tuple = (),  # as `block_index` takes them, beside the last; none is all
     progress: Callable = lambda x, **_: x,
@@ -202,9 +209,10 @@ def run_screen(
 # %% ../../nbs/6_evidence/9_screen.ipynb #c157015
 SPEC = ["backbone", "weights", "grid", "tile_size"]  # columns that tell what was read in one pass
 CAUTION = (
-    "a screen of many cells picks the luckiest: the first row is optimistically biased. Prefer a neighbourhood of",
-    "good cells to a single one, confirm it by biomass_holdout on other splits (--first-seed 1000), and look again",
-    "where the weights change: a block's index belongs to one weight file",
+    "a screen of many cells picks the luckiest: the first row is optimistically biased. Prefer a",
+    "neighbourhood of good cells to a single one, and confirm it by biomass_holdout on other splits",
+    "(--first-seed 1000).",
+    "A block's index belongs to one weight file: screen again where the weights change",
 )
 
 
@@ -239,15 +247,19 @@ def _panel(ax, own, column, scale):
     "One target of one pass: a map with its numbers, blocks in order and `all` last."
     depths = own.drop_duplicates("block").set_index("block")["depth"].sort_values()
     names = [name for name in (*STATISTICS, ALL) if name in set(own["statistic"])]
-    grid = own.pivot(index="block", columns="statistic", values=column).reindex(depths.index)[names].to_numpy()
-    image = ax.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap="viridis", vmin=scale[0], vmax=scale[1])
-    middle = sum(scale) / 2
-    for (i, j), value in np.ndenumerate(grid):
+    grid = own.pivot(index="block", columns="statistic", values=column).loc[depths.index, names]
+    low, high = scale
+    shown = np.ma.masked_invalid(grid)
+    image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    middle = (low + high) / 2
+    for (i, j), value in np.ndenumerate(grid.to_numpy()):
+        if np.isnan(value): continue
+        said = f"{value:z.2f}" if value > -9 else "< -9"
         color = "white" if value < middle else "black"
-        if np.isfinite(value): ax.text(j, i, f"{value:z.2f}", ha="center", va="center", fontsize=8, color=color)
+        ax.text(j, i, said, ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(names)), names, fontsize=9)
-    said = [b if np.isnan(d) else f"{b} ({d:.2f})" for b, d in depths.items()]
-    ax.set_yticks(range(len(said)), said, fontsize=9)
+    rows = [b if np.isnan(d) else f"{b} ({d:.2f})" for b, d in depths.items()]
+    ax.set_yticks(range(len(rows)), rows, fontsize=9)
     probe = own.loc[own["probe"], column].iloc[0]
     ax.set_title(f"{PANELS[column]}; probe {probe:z.2f}", fontsize=10)
     return image
@@ -256,7 +268,7 @@ def _panel(ax, own, column, scale):
 def draw_screen(
     table: pd.DataFrame,  # from `screen_table`
 ):  # the Figure
-    "Heat maps of blocks x statistics: the weighted R2 and each target's, six for every backbone, grid and tile size."
+    "Heat maps of blocks x statistics, six for every backbone, grid and tile size: all and each target."
     from matplotlib.figure import Figure
 
     passes = list(table.groupby(SPEC, sort=False, dropna=False))
@@ -264,8 +276,9 @@ def draw_screen(
     fig = Figure(figsize=(13, len(passes) * (2.4 + 0.5 * blocks)), layout="constrained", facecolor="white")
     rows = np.atleast_1d(fig.subfigures(len(passes)))
     scales = {column: (table[column].quantile(0.25), table[column].max()) for column in PANELS}
-    for ((name, weights, grid, size), own), part in zip(passes, rows):
-        part.suptitle(f"{name}, {grid} tiles of {size} px; block (share of depth)", fontsize=11, parse_math=False)
+    for ((name, _, grid, size), own), part in zip(passes, rows):
+        title = f"{name}, {grid} tiles of {size} px; block (share of depth)"
+        part.suptitle(title, fontsize=11, parse_math=False)
         for ax, column in zip(part.subplots(2, 3).flat, PANELS):
             part.colorbar(_panel(ax, own, column, scales[column]), ax=ax)
     return fig
