@@ -35,8 +35,8 @@ class ScreenArgs:
     # rank backbones, blocks, statistics, grids and tile sizes by a head in closed form over random splits by
     # date: minutes, or seconds for features that are stored
     screen: bool = False
-    # blocks of each backbone beside the last, by index from 0 on (6 9) or share of the depth (0.5 0.75); all by
-    # default
+    # blocks of each backbone beside the last, by index from 0 on (6 9) or share of the depth (0.5 0.75); all
+    # by default
     screen_blocks: tuple[int | float, ...] = ()
     screen_grids: tuple[tuple[int, int], ...] = ()  # further ones beside --grid, such as 1 1 3 3
     screen_tile_sizes: tuple[int, ...] = ()  # further ones beside --tile-size

@@ -21,7 +21,7 @@ from biomass_kit.training.member import Source
 from biomass_kit.training.setup import start_backbone
 
 PHOTOS = 24
-SPLITS = 3
+SPLITS = 2
 PLANTED = 2, "max"  # block and statistic
 
 
@@ -98,18 +98,19 @@ def test_what_carries_the_grams_ranks_first(config, monkeypatch):
 
 
 def test_one_pass_serves_all_cells_and_a_second_screen_needs_none(config, passes):
-    grids = [dataclasses.replace(config, grid=grid) for grid in ((2, 2), (1, 1))]
-    table = run(grids)
-    assert passes == [1] * 2 * PHOTOS, "one for each photo and grid"
+    table = run([config])
+    assert passes == [1] * PHOTOS, "all blocks and statistics of a photo at once"
+    depth = len(set(table["block"]) - {screen.ALL})
+    assert len(table) == depth * len(STATISTICS) + depth + len(STATISTICS) + 1
     passes.clear()
-    again = run(grids)
-    few = run(grids, (0, 0.5))
-    assert passes == [], "whichever blocks are asked for"
-    pd.testing.assert_frame_equal(again, table)
-    depth = len(table.loc[table["block"] != screen.ALL, "block"].unique())
-    assert len(table) == 2 * (depth * len(STATISTICS) + depth + len(STATISTICS) + 1)
-    assert set(few["block"]) == {"0", "2", f"{depth - 1}", screen.ALL}
-    run([dataclasses.replace(config, fit_views=True)])
+    pd.testing.assert_frame_equal(run([config]), table)
+    other = dataclasses.replace(config, grid=(1, 1))
+    few = run([config, other], (0, 0.5))
+    assert passes == [1] * PHOTOS, "of the other grid alone"
+    assert set(few["block"]) == {"0", f"{depth // 2 - 1}", f"{depth - 1}", screen.ALL}
+    assert set(few["grid"]) == {"2x2", "1x1"}
+    passes.clear()
+    run([dataclasses.replace(other, fit_views=True)], (0,))
     assert len(passes) == 3 * PHOTOS, "the three flipped views"
 
 
