@@ -27,7 +27,7 @@ class StudyArgs:
     seeds: tuple[int, ...] = ()  # instead of --seed: one run for each in every trial, scores averaged
     sampler_seed: int = 0  # of the proposals; the same one proposes the same trials in a single process
 
-
+# %% ../nbs/9_commands/3_search.ipynb #c0a03005a
 @dataclass(frozen=True)
 class ScreenArgs:
     "A screen in the place of a study."
@@ -45,7 +45,7 @@ class ScreenArgs:
     splits: int = 15  # random splits of the sampling dates; a third is held out
     first_seed: int = 0  # of the splits: this one and those that follow
 
-
+# %% ../nbs/9_commands/3_search.ipynb #c0a03005b
 @dataclass(frozen=True)
 class SearchArgs(ScreenArgs, StudyArgs, TrainConfig):
     """Search the settings of the head.
@@ -83,7 +83,7 @@ def check_screen(a: SearchArgs, given: tuple):
     if a.splits < 1 or a.first_seed < 0:
         raise BiomassError("--splits must be at least 1, --first-seed not negative")
 
-
+# %% ../nbs/9_commands/3_search.ipynb #c157102a
 def screen_configs(
     a: SearchArgs,
     given: tuple,  # fields that were typed

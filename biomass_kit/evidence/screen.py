@@ -47,7 +47,7 @@ def screened_backbone(
     names = [name for name in STATISTICS if token or name != "cls"]
     return Backbone(begun.model, begun.name, "+".join(names), tuple(sorted(read | {last}))), size
 
-
+# %% ../../nbs/6_evidence/9_screen.ipynb #c157006a
 def start_sources(
     configs: list,  # TrainConfigs, one for each backbone, grid and tile size
     blocks: tuple,
@@ -129,7 +129,7 @@ def held_out_grams(
     head.fit(rows[:, ~held].flatten(0, 1), grams.repeat(views, 1), np.tile(dates, views))
     return head(rows[0, held, None, None]).numpy()
 
-
+# %% ../../nbs/6_evidence/9_screen.ipynb #c15700da
 def pooled_r2(
     scores: pd.DataFrame,  # rows as from `score_row`, each recipe on all splits
     table: pd.DataFrame,
@@ -161,7 +161,7 @@ def _facts(source: Source, config: TrainConfig, cell: Cell) -> dict:
         "probe": cell.probe,
     }
 
-
+# %% ../../nbs/6_evidence/9_screen.ipynb #c157011a
 def screen_table(
     scores: pd.DataFrame,  # rows as from `score_row`, one a cell and split
     facts: dict,  # recipe of `scores` -> what the cell is
@@ -215,7 +215,7 @@ CAUTION = (
     "A block's index belongs to one weight file: screen again where the weights change",
 )
 
-
+# %% ../../nbs/6_evidence/9_screen.ipynb #c157015a
 def screen_lines(
     table: pd.DataFrame,  # from `screen_table`
     most: int = 10,  # rows
