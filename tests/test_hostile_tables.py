@@ -20,6 +20,7 @@ from biomass_kit.data.targets import TARGETS, BiomassError
 EXAMPLES = [pytest.param(100, id="short"), pytest.param(1100, id="long", marks=pytest.mark.long)]  # of each of the two properties
 THOROUGH = dict(deadline=None, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
 METADATA = ("Sampling_Date", "State", "Species")
+MEASURED = ("Pre_GSHH_NDVI", "Height_Ave_cm")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def meant(records):  # the header and rows of a sound train.csv
     for r in rows:
         day = date(*map(int, day_of(r["Sampling_Date"])))
         known = {"State": r["State"], "Species": r["Species"], "Sampling_Date": day}
+        known |= {c: float(r[c]) if r[c].casefold() not in ("", "na", "nan") else None for c in MEASURED}
         p = photos.setdefault(r["image_path"], known)
         p[r["target_name"]] = float(r["target"])
     return photos
@@ -60,6 +62,7 @@ def check_train(table, photos, folder):
     for row, path, p in zip(table.to_dict("records"), photos, photos.values()):
         assert row["path"] == str(lies(folder, path)) and row["Sampling_Date"].date() == p["Sampling_Date"]
         assert {k: row[k] for k in ("State", "Species", *TARGETS)} == {k: p[k] for k in ("State", "Species", *TARGETS)}
+        assert {k: None if np.isnan(row[k]) else row[k] for k in MEASURED} == {k: p[k] for k in MEASURED}
     write_folds(folder / "folds.csv", table, np.arange(len(table)))
     again = read_folds(folder / "folds.csv")[0]
     assert all(list(again[c]) == list(table[c]) for c in again)
@@ -155,6 +158,9 @@ HARMLESS = {
     "another folder": for_photo("image_path", st.sampled_from([r"C:\me\{}".format, "gone/{}".format])),
     "another state": for_photo("State", text), "no state": for_photo("State", st.just("")),
     "another species": for_photo("Species", st.one_of(text, st.sampled_from(["NA", "1e5", "007", "nan", "a;b", "true"]))),
+    "another NDVI, or none": for_photo(
+        MEASURED[0], st.sampled_from(["", "NA", "nan", "NaN", "0.5", ".25", "1e-1", "-0.0"])),
+    "another height, or none": for_photo(MEASURED[1], st.sampled_from(["", "na", "12", "+3.5", "1E+2"])),
     "numbers": numbers,
 }
 BYTES = {  # of the same records
@@ -276,6 +282,10 @@ IN_TRAINING = ANYWHERE | {
     "a column twice": double_column(TRAIN_COLUMNS), "a column gone": drop_column(TRAIN_COLUMNS), "a column renamed": rename_column(TRAIN_COLUMNS),
     "no number": cell("target", "", "NaN", "nan", "n/a", "-", "inf", "0x1F", "1_0", "１２", "1 000", "12g", "1e", "2\0", "True",
                       words="is not a number; write grams with a decimal point"),
+    "no NDVI": cell(MEASURED[0], "-", "n/a", "inf", "0,5", "0.5 ndvi", "None",
+                    words="is not a number; write one with a decimal point, or leave it empty"),
+    "too high": cell(MEASURED[1], "1e99", "-1e400", words="is more than can be counted"),
+    "two heights": lambda r, draw: cell(MEASURED[1], "99.25", words="Height_Ave_cm '")(r, draw)[:2] + (None,),
     "too much": cell("target", "1e308", "1e400", "3.5e38", words="is more than can be counted"),
     "negative": cell("target", "-1", "-1e308", "-0.001", words="is negative"),
     "decimal comma": decimal_comma, "decimal comma without quotes": bare_comma,

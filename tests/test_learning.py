@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import run_command, share
-from conftest import launch
+from conftest import assert_close, launch
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.data.files import file_digest
@@ -59,6 +59,62 @@ def test_seed_decides_everything(config, finished, tmp_path):
         load_file(next((folder / "bundle").glob("member-*fold0*")))
         for folder in (finished, tmp_path / "other"))
     assert not torch.equal(same["embed.weight"], other["embed.weight"]), "another seed, the same weights"
+
+
+def first_member(config, out, **options):
+    "Description and tensors of the member of fold 0 of a run."
+    train(dataclasses.replace(config, out=out, train_folds=(0,), **options), **quiet)
+    member, = read_bundle(out).members
+    return member, load_file(out / "bundle" / member["file"])
+
+
+def raw(out):
+    "What the member of fold 0 says of its photos, in grams."
+    table = pd.read_csv(out / "oof.csv")
+    return table[table.fold == 0].filter(regex="_raw$").to_numpy()
+
+
+LOUD = dict(use_aux_values=True, aux_ndvi_weight=3.0, aux_height_weight=3.0)  # heard within a few epochs
+
+
+def test_values_teach_and_stay_behind(config, finished, tmp_path):
+    "NDVI and height change what is learned and leave no tensor; without a weight they change nothing."
+    plain = load_file(next((finished / "bundle").glob("member-*fold0*")))
+    member, taught = first_member(config, tmp_path / "taught", **LOUD)
+    shapes = {name: tensor.shape for name, tensor in taught.items()}
+    assert shapes == {name: tensor.shape for name, tensor in plain.items()}
+    assert member["model"] == read_bundle(finished).members[0]["model"]
+    history = pd.read_csv(tmp_path / "taught/history.csv")
+    assert (history[["ndvi", "height"]] > 0).all(axis=None) and np.isfinite(history.loss).all()
+    silent = dict(use_aux_values=True, aux_ndvi_weight=0.0, aux_height_weight=0.0)
+    first_member(config, tmp_path / "silent", **silent)
+    assert_close(raw(tmp_path / "silent"), raw(finished))
+    assert np.abs(raw(tmp_path / "taught") - raw(finished)).max() > 1e-2
+
+
+def test_values_that_are_missing_are_left_out(config, finished, tmp_path):
+    "Without the columns a run is what it was, asked for their heads or not; half of a column teaches."
+    plain = load_file(next((finished / "bundle").glob("member-*fold0*")))
+    shutil.copytree(config.data, tmp_path / "data")
+    path = tmp_path / "data/train.csv"
+    table = pd.read_csv(path)
+    table.drop(columns=["Pre_GSHH_NDVI", "Height_Ave_cm"]).to_csv(path, index=False)
+    without = dataclasses.replace(config, data=tmp_path / "data")
+    same = first_member(without, tmp_path / "without")[1]
+    assert all(torch.equal(same[name], tensor) for name, tensor in plain.items())
+    with pytest.warns(UserWarning, match="no photo has a value of Pre_GSHH_NDVI or Height_Ave_cm") as said:
+        first_member(without, tmp_path / "asked", use_aux_values=True)
+    assert len(said) == 1
+    assert_close(raw(tmp_path / "asked"), raw(finished))
+    assert (pd.read_csv(tmp_path / "asked/history.csv")[["ndvi", "height"]] == 0).all(axis=None)
+    half = table.image_path.isin(sorted(set(table.image_path))[::2])
+    table.assign(Pre_GSHH_NDVI=table.Pre_GSHH_NDVI.where(half), Height_Ave_cm="NA").to_csv(path, index=False)
+    with pytest.warns(UserWarning, match="no photo has a value of Height_Ave_cm,"):
+        taught = first_member(without, tmp_path / "half", **LOUD)[1]
+    assert all(tensor.isfinite().all() for tensor in taught.values())
+    assert np.abs(raw(tmp_path / "half") - raw(finished)).max() > 1e-2
+    history = pd.read_csv(tmp_path / "half/history.csv")
+    assert (history.ndvi > 0).any() and (history.height == 0).all()
 
 
 def test_two_processes_share_the_members(config, finished, tmp_path):

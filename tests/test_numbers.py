@@ -185,6 +185,8 @@ SMALL = {  # name -> (table -> table, options)
         lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:2])], dict(cv="random", n_folds=2)),
     "one state": (lambda t: t.assign(State="WA"), {}),
     "states without a name": (lambda t: t.assign(State="", Species=""), {}),
+    "neither NDVI nor height": (lambda t: t.drop(columns=["Pre_GSHH_NDVI", "Height_Ave_cm"]), {}),
+    "one height": (lambda t: t.assign(Pre_GSHH_NDVI="NA", Height_Ave_cm=5.0), {}),
     "one target constant": (
         lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
     "all targets constant": (lambda t: t.assign(target=5.0), {}),
@@ -207,7 +209,8 @@ def test_small_and_flat_data_work(base, name, tmp_path):
     change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(
         tmp_path / "data/train.csv", index=False)
     config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16,
-                                 use_aux_heads=True, interval_head=True, two_part=True, uncertainty=True,
+                                 use_aux_heads=True, use_aux_values=True, interval_head=True, two_part=True,
+                                 uncertainty=True,
                                  **more)
     out = config.out / "bundle" if name in BY_COMMAND else config.out
     if name in BY_COMMAND: biomass_train([*options(config), "--grids", "1", "1", "2", "2"])

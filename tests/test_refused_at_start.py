@@ -72,6 +72,10 @@ WRONG = {  # name -> (options, what must be said)
     "weights of another backbone": (dict(backbone="test_vit2"), "does not fit test_vit2"),
     "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
     "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"),
+    "a weight of no head": (
+        dict(aux_height_weight=3.0), "--aux-height-weight is read only with --use-aux-values"),
+    "a head in closed form beside NDVI": (
+        dict(head="ridge", use_aux_values=True), "--use-aux-values is read only with --head neural"),
     "blocks that are not there": (dict(feature_blocks=(99,)), "has blocks 0 to"),
     "the device is absent": (
         dict(device_type="mps" if not torch.backends.mps.is_available() else "cuda"), "this machine has no"),

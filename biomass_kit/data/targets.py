@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
-           'LOG_TARGETS', 'LINKS', 'TRIM', 'COMBINATIONS', 'BiomassError', 'in_one_line', 'as_grams',
+           'LOG_TARGETS', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError', 'in_one_line', 'as_grams',
            'identity_residuals', 'weighted_r2', 'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha',
-           'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean', 'combine']
+           'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean', 'mixture', 'combine']
 
 # %% ../../nbs/1_data/1_targets.ipynb #655f6432
+import reprlib
+
 import numpy as np
 
 # %% ../../nbs/1_data/1_targets.ipynb #41538cba
@@ -198,31 +200,59 @@ def trimmed_mean(
     return np.tensordot(np.diff(edges) / (1 - 2 * share), np.sort(predictions, 0), 1)
 
 # %% ../../nbs/1_data/1_targets.ipynb #a80ff589
+def mixture(
+    predictions,  # [M, N, 5] grams, one slice a member
+    weights,  # [M], or [M, 5] with a column per target
+) -> np.ndarray:  # [N, 5] grams
+    "The sum of members, each times its weight."
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.ndim == 1: return np.tensordot(weights, predictions, 1)
+    return np.einsum("mt,mnt->nt", weights, predictions)
+
+
 def _weighted(p, weights):
     if weights is None or len(weights) != len(p):
         raise BiomassError(
             f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
-    if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+    if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # NaN fails as well
         raise BiomassError(f"weighted: weights must not be negative and must sum to 1, got {list(weights)}")
-    return np.tensordot(np.asarray(weights, dtype=np.float64), p, 1)
+    return mixture(p, weights)
 
+# %% ../../nbs/1_data/1_targets.ipynb #a80ff58b
+def _stacked(p, weights):
+    due = (len(p), len(TARGETS))
+    try: found = np.asarray(weights)
+    except ValueError: found = np.empty(0)  # rows of several lengths, or lists nested too deep
+    if found.shape != due or found.dtype.kind not in "if":
+        raise BiomassError(
+            f"stacked: {len(p)} members need [{due[0]}, {due[1]}] weights, a column per target, as from "
+            f"evidence.stack_weights with per_target, got {reprlib.repr(weights)}")
+    for target, column in zip(TARGETS, found.T):
+        if column.min() >= 0 and abs(column.sum() - 1) <= 1e-6: continue
+        raise BiomassError(f"stacked: weights must not be negative and must sum to 1 for each target, "
+                           f"got {column.tolist()} for {target}")
+    return mixture(p, found)
 
-COMBINATIONS = {  # name -> function of (predictions [M, N, 5], weights [M] or None, trim) -> [N, 5]
+# %% ../../nbs/1_data/1_targets.ipynb #a80ff58a
+COMBINATIONS = {  # name -> function of (predictions [M, N, 5], weights or None, trim) -> [N, 5]
     "mean": lambda p, weights, trim: p.mean(0),
     "weighted": lambda p, weights, trim: _weighted(p, weights),
+    "stacked": lambda p, weights, trim: _stacked(p, weights),
     "trimmed": lambda p, weights, trim: trimmed_mean(p, trim),
 }
+WEIGHED = ("weighted", "stacked")  # the combinations that take weights
 
 
 def combine(
     predictions,  # [M, N, 5] grams, one slice a member
     how: str = "mean",  # a key of COMBINATIONS
-    weights=None,  # [M], not negative, summing to 1, for `weighted` alone
+    # none negative: [M] summing to 1 for `weighted`, [M, 5] with each column summing to 1 for `stacked`
+    weights=None,
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
 ) -> np.ndarray:  # float32 [N, 5]
     "One prediction from those of several members."
     if how not in COMBINATIONS:
         raise BiomassError(f"combine by {how}: unknown; choose one of {', '.join(COMBINATIONS)}")
-    if weights is not None and how != "weighted":
-        raise BiomassError(f"weights are read by weighted alone, not by {how}; drop them")
+    if weights is not None and how not in WEIGHED:
+        raise BiomassError(f"weights are read by {' and '.join(WEIGHED)} alone, not by {how}; drop them")
     return COMBINATIONS[how](np.asarray(predictions, dtype=np.float64), weights, trim).astype(np.float32)

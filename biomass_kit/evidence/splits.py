@@ -83,10 +83,12 @@ def score_row(
     table: pd.DataFrame,  # one row per photo
     split: Split,
     grams,  # [H, 5] predictions of the held-out photos
-) -> dict:  # recipe, seed, weighted_r2, `<target>_r2`, `<target>_rmse_g`, train_photos, test_photos, marked
+) -> dict:  # recipe, seed, weighted_r2, `<target>_` r2, rmse_g, sd_g, train_photos, test_photos, marked
     "What one recipe scored on one split: a row for `holdout_table`."
     scores = split_scores(table, split, grams)
     own = {f"{t}_{name}": value for t, s in scores["per_target"].items() for name, value in s.items()}
+    measured = table.loc[split.held_out, list(TARGETS)].to_numpy()
+    own |= {f"{t}_sd_g": float(sd) for t, sd in zip(TARGETS, measured.std(0))}
     held_out = int(split.held_out.sum())
     return {
         "recipe": recipe, "seed": split.seed, "weighted_r2": scores["weighted_r2"], **own,
@@ -159,6 +161,14 @@ def _differences(shared, baseline):
     return wide.sub(wide[baseline], axis=0)
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117028
+def _pooled_r2(own: pd.DataFrame, target: str) -> float:
+    "A target's R2 over all splits: their squared errors over their squared deviations, so that no flat split rules."
+    photos = own["test_photos"]
+    spread = (photos * own[f"{target}_sd_g"] ** 2).sum()
+    error = (photos * own[f"{target}_rmse_g"] ** 2).sum()
+    return float(1 - error / spread) if spread else np.nan
+
+
 def _summary(
     own,  # a recipe's rows, in the order of the seeds
     differences,  # [R] to the baseline, likewise
@@ -172,7 +182,7 @@ def _summary(
     row |= {"mean_low": score["low"], "mean_high": score["high"]}
     row |= {"difference": apart["mean"], "difference_low": apart["low"], "difference_high": apart["high"]}
     row["won"] = float(np.mean((differences > 0) + 0.5 * (differences == 0)))
-    return row | {f"{t}_r2": own[f"{t}_r2"].mean() for t in TARGETS}
+    return row | {f"{t}_r2": _pooled_r2(own, t) for t in TARGETS}
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117041
 def holdout_table(
@@ -184,7 +194,7 @@ def holdout_table(
     Columns: recipe, baseline, left_out (splits that not every recipe has), splits, marked (of the splits);
     `mean` and standard deviation `sd` of the weighted R2 over splits; mean `difference` to the baseline; both
     means with the ends, `_low` and `_high`, of their corrected 90 % intervals (NaN for one split); `won`, the
-    share of the splits, where ties count half; each target's `_r2`, the mean over splits where it is defined.
+    share of the splits, where ties count half; each target's `_r2`, of the errors of all splits together.
     """
     shared = _shared(scores, baseline)
     apart = _differences(shared, baseline)
@@ -233,7 +243,7 @@ def holdout_lines(
     if left_out: lines.append(f"left out: {counted(left_out, 'split')} that not every recipe has")
     if marked: lines.append(f"marked: {counted(marked, 'split')}; the column `marked` of the scores says why")
     lines += ["", *_aligned(overall, table["recipe"])]
-    return [*lines, "", "mean R2 of each target", *_aligned(own, table["recipe"])]
+    return [*lines, "", "R2 of each target, of all splits together", *_aligned(own, table["recipe"])]
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117036
 def _draw_recipe(ax, at, row, differences):

@@ -9,33 +9,46 @@ __all__ = ['stack_weights', 'crossfit_stack']
 import numpy as np
 from scipy.optimize import nnls
 
-from ..data.targets import WEIGHTS, BiomassError, as_grams
+from ..data.targets import WEIGHTS, BiomassError, as_grams, mixture
 
 # %% ../../nbs/6_evidence/4_stacking.ipynb #b45c82e2
+def _least_squares(
+    errors: np.ndarray,  # [K, M] of members, a row per value
+) -> np.ndarray:  # [M], none negative, sum 1
+    members = errors.shape[1]
+    size = np.sqrt((errors**2).sum() / members) or 1  # errors near 1, beside the 1 of the sum
+    u = nnls(np.vstack([errors / size, np.ones(members)]), np.r_[np.zeros(len(errors)), 1])[0]
+    return u / u.sum()
+
+
 def stack_weights(
     predictions,  # [M, N, 5] grams, out of fold, one slice a member
     measured,  # [N, 5] grams
-) -> np.ndarray:  # [M], none negative, sum 1
+    per_target: bool = False,  # weights for each target by itself
+) -> np.ndarray:  # [M], none negative, sum 1; or [M, 5], a column per target, each as that
     "The mixture of members with the least weighted squared error (stacking; Breiman 1996)."
-    y = as_grams(measured, "measured")
-    errors = np.stack([(as_grams(p) - y) * np.sqrt(WEIGHTS) for p in predictions]).reshape(len(predictions), -1).T
-    size = np.sqrt((errors**2).sum() / len(predictions)) or 1  # errors near 1, beside the 1 of the sum
-    u = nnls(np.vstack([errors / size, np.ones(len(predictions))]), np.r_[np.zeros(len(errors)), 1])[0]
-    return u / u.sum()
+    y, members = as_grams(measured, "measured"), len(predictions)
+    errors = np.stack([(as_grams(p) - y) * np.sqrt(WEIGHTS) for p in predictions])
+    if not per_target: return _least_squares(errors.reshape(members, -1).T)
+    weights = np.full((members, y.shape[1]), 1 / members)
+    for t in np.flatnonzero(np.ptp(y, axis=0)): weights[:, t] = _least_squares(errors[:, :, t].T)
+    return weights
 
 # %% ../../nbs/6_evidence/4_stacking.ipynb #6647ea28
 def crossfit_stack(
     predictions,  # [M, N, 5] grams, out of fold
     measured,  # [N, 5] grams
     fold: np.ndarray,  # [N]
+    per_target: bool = False,  # weights for each target by itself
 ) -> np.ndarray:  # [N, 5] grams
     "Out-of-fold predictions of the weighted mean, cross-fitted: each fold with weights from the other folds."
     p, y, fold = np.asarray(predictions, dtype=np.float64), as_grams(measured, "measured"), np.asarray(fold)
     if len(np.unique(fold)) < 2:
         raise BiomassError(
-            "weighted: one fold has no other folds to find weights on; train two folds or more, or combine "
-            "by mean")
+            f"{'stacked' if per_target else 'weighted'}: one fold has no other folds to find weights on; "
+            "train two folds or more, or combine by mean")
     out = np.empty(p.shape[1:])
     for k in np.unique(fold):
-        out[fold == k] = np.tensordot(stack_weights(p[:, fold != k], y[fold != k]), p[:, fold == k], 1)
+        weights = stack_weights(p[:, fold != k], y[fold != k], per_target)
+        out[fold == k] = mixture(p[:, fold == k], weights)
     return out

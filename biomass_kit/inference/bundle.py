@@ -47,7 +47,8 @@ from ..model.options import HEADS
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #3862a884
 # that are read: 2 where a member has LoRA factors, which a reader of 1 would pass over in silence;
-# 3 where it reads several feature specs or other statistics, or has another head or link
+# 3 where it reads several feature specs or other statistics, or has another head or link, and where
+# members are stacked per target
 SCHEMAS = (1, 2, 3)
 SPEC_FIELDS = ("backbone", "grid", "tile_size")  # of a feature spec
 FIRST_POOLINGS = ("cls_mean", "cls", "mean", "own")  # what a member of schema 1 or 2 may read
@@ -147,6 +148,12 @@ def _schema(model: nn.Module, specs: list) -> int:
     if not plain or first["pooling"] not in FIRST_POOLINGS: return 3
     return 2 if "lora" in first else 1
 
+
+def _manifest_schema(members: list, combine: dict) -> int:
+    "The earliest schema that can say what all members are, and how they become one."
+    how = (combine or {}).get("how")
+    return max(3 if how == "stacked" else 1, *[m["schema"] for m in members])
+
 # %% ../../nbs/4_inference/2_bundle.ipynb #2eecbd56
 def save_member(
     folder,  # the bundle
@@ -242,7 +249,7 @@ def write_manifest(
     physics: dict,  # {"method", "threshold"}, the default at prediction
     views: list,  # names of the default views
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
-    # {"how", "weights" of the members, "trim"} of `targets.combine`; the plain mean by default
+    # {"how", "weights" ([M], or [M][5]), "trim"} of `targets.combine`; the plain mean by default
     combine: dict = None,
     trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
 ) -> Path:
@@ -252,11 +259,11 @@ def write_manifest(
         {f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
-        "schema": max(m["schema"] for m in members), "library": biomass_kit.__version__, "targets": list(TARGETS),
+        "schema": _manifest_schema(members, combine),
+        "library": biomass_kit.__version__, "targets": list(TARGETS),
         "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
-        "means": np.mean([m["means"] for m in members], 0).tolist(),
-        "scores": scores,
+        "means": np.mean([m["means"] for m in members], 0).tolist(), "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
         "members": members, **({"trust": trust} if trust else {}),
     }

@@ -36,6 +36,7 @@ from biomass_kit.inference.plan import (
     Pace,
     Pass,
     choose_level,
+    heard_members,
     pass_work,
     plan_levels,
     plan_passes,
@@ -55,11 +56,14 @@ def combine_some(
     members: tuple,  # their indices
     manifest: dict,  # of the bundle; it says how all of them are combined
 ) -> np.ndarray:  # float32 [N, 5]
-    "Some members as one: weights are scaled up to sum to one again."
+    "Some members as one: weights are scaled up to sum to one again; where all are zero, all count alike."
     how = manifest.get("combine", {})
     if len(members) < len(manifest["members"]) and how.get("weights") is not None:
         weights = np.array(how["weights"])[list(members)]
-        how = {**how, "weights": weights / weights.sum()} if weights.sum() > 0 else {"how": "mean"}
+        total = weights.sum(0)  # one, or one per target
+        if not np.any(total): return combine(predictions)
+        equal = np.full(weights.shape, 1 / len(members))
+        how = {**how, "weights": np.divide(weights, total, out=equal, where=total > 0)}
     return combine(predictions, **how)
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #d4763477
@@ -81,7 +85,7 @@ class Members:
         self.device = device_type if isinstance(device_type, torch.device) else pick_device(device_type, say)
         self.precision = pick_precision(self.device, precision)
         self.views = [parse_view(v) for v in views or bundle.manifest["views"]]
-        self.passes = plan_passes(bundle.members, self.views)
+        self.passes = plan_passes(bundle.members, self.views, heard_members(bundle.manifest))
         self.levels = plan_levels(bundle.manifest, self.views)
         self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
         self.backbones = self._backbones()

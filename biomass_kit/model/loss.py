@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EPSILON', 'smooth_l1', 'half_squared', 'epsilon_insensitive', 'regression_loss', 'constraint_loss', 'class_loss',
-           'mixed_class_loss', 'presence_labels', 'presence_loss', 'amount_labels', 'gaussian_loss', 'interval_labels',
-           'interval_loss', 'distillation_loss', 'class_means', 'class_mean_targets', 'LossOptions', 'check_loss',
-           'total_loss']
+           'mixed_class_loss', 'value_loss', 'presence_labels', 'presence_loss', 'amount_labels', 'gaussian_loss',
+           'interval_labels', 'interval_loss', 'distillation_loss', 'class_means', 'class_mean_targets', 'LossOptions',
+           'check_loss', 'total_loss']
 
 # %% ../../nbs/3_model/3_loss.ipynb #ec73f515
 from pkgutil import resolve_name
@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
+from ..data.table import AUX_VALUES
 from ..data.targets import CLOVER, DEAD, GDM, GREEN, TOTAL, BiomassError, to_link
 from ..features.augment import mix
 from .model import TWO_PART, Units
@@ -81,6 +82,18 @@ def mixed_class_loss(
     "share * loss to the own class + (1 - share) * loss to the partner's."
     if partner is None: return class_loss(logits, label)
     return class_loss(logits, label, share) + class_loss(logits, label[partner], 1 - share)
+
+# %% ../../nbs/3_model/3_loss.ipynb #aux00008
+def value_loss(
+    predicted: torch.Tensor,  # [B, 1], standardised
+    label: torch.Tensor,  # float [B], standardised and unmixed, NaN where unknown
+    share=1.0,  # of the photo's own value: a float, or [B]; 1 without mixing
+    partner=None,  # int64 [B]; None without mixing
+) -> torch.Tensor:  # scalar
+    "Mean SmoothL1 over the photos whose mixed value is known."
+    mixed = mix(label.nan_to_num(), share, partner)
+    known = mix(label.isnan().float(), share, partner) == 0
+    return (smooth_l1(predicted.squeeze(1), mixed) * known).sum() / known.sum().clamp_min(1)
 
 # %% ../../nbs/3_model/3_loss.ipynb #29d5a34d
 def presence_labels(
@@ -190,8 +203,8 @@ def check_loss(options: LossOptions):
 # %% ../../nbs/3_model/3_loss.ipynb #40afab6e
 def total_loss(
     outputs: dict,  # of `BiomassModel.outputs`
-    # labels, unmixed: "grams" [B, 5], "teacher" [B, 5] if asked for, one [B] for each auxiliary head; if the
-    # photos are mixed, their "share" (float or [B]) and "partner" int64 [B]
+    # labels, unmixed: "grams" [B, 5], "teacher" [B, 5] if asked for, one [B] for each auxiliary head, a class
+    # or a standardised value; if the photos are mixed, their "share" (float or [B]) and "partner" int64 [B]
     batch: dict,
     units: Units,  # of the model
     options: LossOptions = LossOptions(),
@@ -217,7 +230,8 @@ def total_loss(
     if options.distillation:
         terms["distillation"] = options.distillation, distillation_loss(
             grams, mix(batch["teacher"], *mixing), weights, units.grams)
-    for name, logits in outputs["aux"].items():
-        terms[name] = options.aux[name], mixed_class_loss(logits, batch[name], *mixing)
+    for name, guess in outputs["aux"].items():
+        loss = value_loss if name in AUX_VALUES else mixed_class_loss
+        terms[name] = options.aux[name], loss(guess, batch[name], *mixing)
     return sum(w * value for w, value in terms.values()), {
         k: value.detach() for k, (_, value) in terms.items()}

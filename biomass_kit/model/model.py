@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'Reader', 'Trunk', 'Units',
            'space_statistics', 'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile', 'inverse_softplus',
-           'start_at', 'BiomassModel', 'member_state', 'view_batch', 'predict_views']
+           'start_at', 'auxiliary_heads', 'BiomassModel', 'member_state', 'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.table import MONTHS, SPECIES_GROUPS, STATES
+from ..data.table import AUX_VALUES, MONTHS, SPECIES_GROUPS, STATES
 from biomass_kit.data.targets import (
     CLOVER,
     DEAD,
@@ -199,6 +199,15 @@ def start_at(
     head.bias.copy_(bias)
     head.weight.mul_(0.1)
 
+
+def auxiliary_heads(hidden: int, classes: bool, values: bool):  # a ModuleDict, or None where none is asked for
+    "The training-only heads by name; those of values begin at the mean, and need no random number for it."
+    heads = {name: nn.Linear(hidden, n) for name, n in AUX_CLASSES.items()} if classes else {}
+    for name in AUX_VALUES if values else ():
+        heads[name] = nn.utils.skip_init(nn.Linear, hidden, 1)
+        for p in heads[name].parameters(): nn.init.zeros_(p)
+    return nn.ModuleDict(heads) if heads else None
+
 # %% ../../nbs/3_model/2_model.ipynb #cd9cc0e6
 class BiomassModel(Trunk):
     "A trunk and five Softplus heads, in grams; beside them whatever the options ask for."
@@ -218,6 +227,7 @@ class BiomassModel(Trunk):
         density: bool = False,  # a prediction per tile, summed, instead of pooling
         interval_head: bool = False,  # build the training-only quantile interval head
         link: str = "log1p",  # one of LINKS: log(1 + grams), or sqrt(grams)
+        aux_values: bool = False,  # build the training-only heads of AUX_VALUES
     ):
         dims = [dim] if isinstance(dim, int) else list(dim)
         check_model(log_targets, fusion, density, len(dims), link)
@@ -233,7 +243,7 @@ class BiomassModel(Trunk):
         borders = torch.zeros(len(TARGETS), N_INTERVALS - 1) if interval_head else None
         self.register_buffer("borders", borders, persistent=False)
         self.heads = nn.Linear(hidden, len(TARGETS))
-        self.aux = nn.ModuleDict({k: nn.Linear(hidden, n) for k, n in AUX_CLASSES.items()}) if aux else None
+        self.aux = auxiliary_heads(hidden, aux, aux_values)
         self.presence = nn.Linear(hidden, len(TWO_PART)) if two_part else None
         self.spread = nn.Linear(hidden, len(TARGETS)) if uncertainty else None
         self.interval = nn.Linear(hidden, len(TARGETS) * N_INTERVALS) if interval_head else None
@@ -287,7 +297,7 @@ class BiomassModel(Trunk):
         return self.read(self.shared(*features))["grams"]
 
     def outputs(self, *features: torch.Tensor) -> dict:
-        "All that the losses need: what `read` gives, aux (logits by head) and, if on, interval logits `[B, 5, N_INTERVALS]`."
+        "What the losses need: that of `read`, aux by head and, if on, interval logits `[B, 5, N_INTERVALS]`."
         shared = self.shared(*features)
         z = shared.mean((1, 2)) if self.density else shared
         out = self.read(shared) | {"aux": {k: head(z).float() for k, head in (self.aux or {}).items()}}

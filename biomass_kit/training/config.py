@@ -57,6 +57,9 @@ class FoldsConfig:
     n_folds: Optional[int] = None
     fold_seed: int = 0  # of the fold assignment; runs that shall be joined must share it
     train_folds: Optional[tuple[int, ...]] = None  # indices of the folds to train; all by default
+    # who predicts: the folds' members together, or one more that learns from all photos, beside which the folds'
+    # members only give scores and margins
+    learn_from: Literal["folds", "all"] = "folds"
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16000
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class ModelConfig:
     uncertainty: bool = False  # a variance beside each figure, and intervals from it
     interval_head: bool = False  # also classify each target's quantile interval, in training only
     use_aux_heads: bool = False  # state, month and species heads, in training only
+    # NDVI and height heads, in training only, from the columns Pre_GSHH_NDVI and Height_Ave_cm of train.csv
+    use_aux_values: bool = False
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16003
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ class LossConfig:
     aux_state_weight: float = 0.1  # of the state head's cross-entropy in the loss
     aux_month_weight: float = 0.1  # of the month head's cross-entropy in the loss
     aux_species_weight: float = 0.1  # of the species head's cross-entropy in the loss
+    aux_ndvi_weight: float = 0.1  # of the NDVI head's SmoothL1 in the loss, in standard deviations
+    aux_height_weight: float = 0.1  # of the height head's SmoothL1 in the loss, in standard deviations
     # train class heads first and pull the predictions to the mean grams of the classes that they see
     distill_aux: bool = False
     # finished run on the same folds, to whose predictions the new ones are pulled
@@ -246,14 +253,16 @@ CLOSED = "a head in closed form, such as --head kernel_ridge"
 NEURAL = (  # fields that only a head that learns in epochs reads
     "augment", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup", "mixup_prob",
     "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
-    "uncertainty", "interval_head", "use_aux_heads", "loss_kind", "target_weights", "constraint_weight",
-    "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight", "distill_aux", "teacher",
-    "distill_weight", "epochs", "batch_size", "lr", "head_lr_stage1", "average", "ema_decay", "two_stage",
-    "freeze_epochs", "lora_rank", "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
+    "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
+    "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
+    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs", "batch_size",
+    "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
+    "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 
 
 def _has_class_heads(c): return c.use_aux_heads or c.distill_aux
+def _has_value_heads(c): return c.use_aux_values
 def _fine_tunes(c): return not c.freeze_backbone
 def _keeps_features(c): return c.freeze_backbone and c.cache
 def _is_closed(c): return c.head != "neural"
@@ -263,6 +272,8 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_state_weight": (_has_class_heads, CLASS_HEADS),
     "aux_month_weight": (_has_class_heads, CLASS_HEADS),
     "aux_species_weight": (_has_class_heads, CLASS_HEADS),
+    "aux_ndvi_weight": (_has_value_heads, "--use-aux-values"),
+    "aux_height_weight": (_has_value_heads, "--use-aux-values"),
     "lr": (
         lambda c: not (c.freeze_backbone and c.head_lr_stage1),
         "a backbone that learns, or where --head-lr-stage1 is not given",
@@ -312,7 +323,7 @@ def _unread(c) -> list:
 # %% ../../nbs/5_training/1_config.ipynb #680d8bd4
 NOT_NEGATIVE = (
     "seed", "fold_seed", "num_workers", "stored_draws", "aux_state_weight", "aux_month_weight",
-    "aux_species_weight",
+    "aux_species_weight", "aux_ndvi_weight", "aux_height_weight",
     "constraint_weight", "cache_gb", "weight_decay", "correction_threshold", "interval_weight",
     "distill_weight", "lora_rank",
 )
@@ -382,6 +393,10 @@ def _about_prediction(c) -> list:
     "Physics, folds and views."
     few = c.train_folds is not None and len(c.train_folds) < 2
     return [
+        (c.learn_from == "all" and c.train_folds is not None,
+         "--learn-from all is scored by all folds; drop it or --train-folds"),
+        (c.learn_from == "all" and bool(c.distill_aux or c.teacher),
+         "--learn-from all has no teacher that has not seen its photos; drop --teacher and --distill-aux, or it"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics),
          f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.physics in NEEDS_COVARIANCE and few,

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 import biomass_kit
 from ..data.files import file_digest, read_json, remove_abandoned, write_json
-from ..data.folds import write_folds
+from ..data.folds import EVERY_FOLD, write_folds
 from ..data.targets import BiomassError
 from ..features.backbone import backbone_digest
 from ..inference.bundle import MANIFEST, member_files, read_bundle
@@ -48,7 +48,7 @@ def member_name(
     "A name that tells a member from those of every other run, whatever folders they were trained in."
     tag = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     rows, columns = identity["grid"]
-    return f"{rows}x{columns}-seed{identity['seed']}-{tag}-fold{k}"
+    return f"{rows}x{columns}-seed{identity['seed']}-{tag}-{'all' if k == EVERY_FOLD else f'fold{k}'}"
 
 # %% ../../nbs/5_training/6_folder.ipynb #e654fd8a
 def arithmetic_text(

@@ -19,6 +19,7 @@ from biomass_kit.data.targets import (
     OWN_ENDS,
     TARGETS,
     TRIM,
+    WEIGHED,
     BiomassError,
     combine,
     quadrat_area,
@@ -102,7 +103,7 @@ def _joint_oof(
     how: str,
     trim: float,
     stacking: tuple,
-) -> tuple:  # (table of the scored photos, weights of the runs or None)
+) -> tuple:  # (table of the scored photos, weights of the runs, [R] or [R][5], or None)
     "The joint out-of-fold prediction, raw, with the heads' own ends where all runs have them."
     oof = runs[0]["oof"]
     oof = oof.drop(columns=[c for c in oof if c.endswith((*OWN_ENDS, *ENDS))])
@@ -112,22 +113,35 @@ def _joint_oof(
         return np.stack([r["oof"].loc[oof.index, columns].to_numpy() for r in runs])
 
     each, weights = of_runs("_raw"), None
-    if how == "weighted":
+    if how in WEIGHED:
         weigh, crossfit = stacking
         y, of = oof[list(TARGETS)].to_numpy(), oof["fold"].to_numpy()
-        weights = weigh(each, y).tolist()
-        raw = crossfit(each, y, of)
+        per_target = how == "stacked"
+        weights = weigh(each, y, per_target).tolist()
+        raw = crossfit(each, y, of, per_target)
     else: raw = combine(each, how, None, trim)
     oof[[t + "_raw" for t in TARGETS]] = raw
     if all(TARGETS[0] + OWN_ENDS[0] in r["oof"] for r in runs):
         for end in OWN_ENDS: oof[[t + end for t in TARGETS]] = combine(of_runs(end), how, weights, trim)
     return oof.reset_index(drop=True), weights
 
+# %% ../../nbs/5_training/9_join.ipynb #jo000003
+def _weight_facts(weight) -> dict:  # "weight", or "weight_<target>" of each target
+    "A run's weight by name; one of each target for stacked runs."
+    if not isinstance(weight, list): return {"weight": weight}
+    return {f"weight_{t}": w for t, w in zip(TARGETS, weight)}
+
+
+def _shares(weights: list, bundles: list) -> list:  # a weight or five for each member, or None
+    "The weights of runs shared evenly by the members of each."
+    if weights is None: return None
+    return [(np.array(w) / len(b.members)).tolist() for w, b in zip(weights, bundles) for _ in b.members]
+
 # %% ../../nbs/5_training/9_join.ipynb #jo000002
 def _joint_facts(runs: list, how: str, weights: list) -> dict:
     "What results.json says of the runs."
     members = [{"run": str(r["folder"]), "weighted_r2": _score(r["results"])} for r in runs]
-    if weights: members = [m | {"weight": w} for m, w in zip(members, weights)]
+    if weights: members = [m | _weight_facts(w) for m, w in zip(members, weights)]
     results = [r["results"] for r in runs]
     first = results[0]
     return {
@@ -143,7 +157,7 @@ def join_runs(
     out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
-    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.crossfit_stack`), for `weighted`
+    stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.crossfit_stack`), for `targets.WEIGHED`
 ) -> dict:  # the content of results.json
     "Join finished runs into one bundle and score their joint out-of-fold prediction."
     runs, out = [_read_run(f) for f in folders], Path(out)
@@ -158,7 +172,7 @@ def join_runs(
     results = write_results(
         out, table, fold, oof, physics, {m["fold"]: m["bounds"] for m in first.members}, _joint_others(runs, table),
         pd.concat([r["history"] for r in runs]), _joint_facts(runs, how, weights))
-    shares = weights and [w / len(b.members) for w, b in zip(weights, bundles) for _ in b.members]
+    shares = _shares(weights, bundles)
     write_manifest(
         out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"], results["scores"],
         {"how": how, "weights": shares, "trim": trim}, manifest_trust(results, copy_reference(first, out)))

@@ -21,10 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
-from ..data.targets import BiomassError, weighted_r2
+from ..data.targets import BiomassError
 from ..features.augment import Box, mix
 from ..features.device import autocast
-from ..features.tta import View
 from ..inference.bundle import write_tensors
 from ..model.loss import total_loss
 from .batches import epoch_batches, epoch_order
@@ -37,7 +36,7 @@ from biomass_kit.training.member import (
     load_fold_state,
     loss_options,
     make_optimizer,
-    predict_fold,
+    plain_score,
     set_mode,
     stages,
     take_averages,
@@ -136,7 +135,7 @@ def run_epoch(
     last_quarter = loop.epoch >= c.epochs - max(1, stage.epochs // 4)
     if c.average == "swa" and last_quarter: update_averages(loop.averages)
     if loop.epoch == c.epochs - 1: take_averages(loop.averages)
-    watched = weighted_r2(f.grams[f.watched], predict_fold(f, f.watched, [View()]))
+    watched = plain_score(f, f.watched)
     return {**{k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}, "valid_r2": watched}
 
 # %% ../../nbs/5_training/4_loop.ipynb #8f879959

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from ..data.folds import inner_split, make_folds, read_folds, read_table
+from ..data.folds import HELD_OUT, inner_split, make_folds, read_folds, read_table
 from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
@@ -180,10 +180,13 @@ def start_backbone(
 def prepare(
     c: TrainConfig,
     built: dict,  # as `start_backbone` takes it
+    held_out: np.ndarray = None,  # bool [N], photos that no member may see; none by default
 ) -> Start:
     "What a run starts from. What it cannot start from is refused here, before its folder is claimed."
     table = read_train(c.data)
-    fold = make_folds(table, c.cv, c.n_folds, c.fold_seed)
+    known = np.ones(len(table), bool) if held_out is None else ~held_out
+    fold = np.full(len(table), HELD_OUT)
+    fold[known] = make_folds(table[known], c.cv, c.n_folds, c.fold_seed)
     folds = check_folds(c, table, fold)
     begun = [(spec, *start_backbone(spec, built)) for spec in feature_configs(c)]
     sources = [Source(backbone, TileSpec(*spec.grid, size)) for spec, backbone, size, _ in begun]
