@@ -132,10 +132,27 @@ def _weight_facts(weight) -> dict:  # "weight", or "weight_<target>" of each tar
     return {f"weight_{t}": w for t, w in zip(TARGETS, weight)}
 
 
-def _shares(weights: list, bundles: list) -> list:  # a weight or five for each member, or None
-    "The weights of runs shared evenly by the members of each."
-    if weights is None: return None
-    return [(np.array(w) / len(b.members)).tolist() for w, b in zip(weights, bundles) for _ in b.members]
+def _own_shares(bundle) -> list:
+    "What each member counts inside its own run."
+    count = len(bundle.members)
+    return bundle.manifest.get("combine", {}).get("weights") or [1 / count] * count
+
+
+def _joint_combine(
+    how: str,
+    weights: list,  # of the runs, [R] or [R][5], or None
+    trim: float,
+    bundles: list,
+) -> dict:  # "combine" of the joint manifest
+    "How the members of all runs become one: the weight of a run, shared as its own bundle shares it."
+    even = all(b.manifest.get("combine", {}).get("weights") is None for b in bundles)
+    if weights is None and even: return {"how": how, "weights": None, "trim": trim}
+    if how == "trimmed":
+        raise BiomassError("--combine trimmed: a run of --learn-from all has members that only give scores; "
+                           "join by mean, weighted or stacked")
+    of_runs = [1 / len(bundles)] * len(bundles) if weights is None else weights
+    shares = [(np.array(w) * own).tolist() for w, b in zip(of_runs, bundles) for own in _own_shares(b)]
+    return {"how": "weighted" if weights is None else how, "weights": shares, "trim": trim}
 
 # %% ../../nbs/5_training/9_join.ipynb #jo000002
 def _joint_facts(runs: list, how: str, weights: list) -> dict:
@@ -172,8 +189,7 @@ def join_runs(
     results = write_results(
         out, table, fold, oof, physics, {m["fold"]: m["bounds"] for m in first.members}, _joint_others(runs, table),
         pd.concat([r["history"] for r in runs]), _joint_facts(runs, how, weights))
-    shares = _shares(weights, bundles)
     write_manifest(
         out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"], results["scores"],
-        {"how": how, "weights": shares, "trim": trim}, manifest_trust(results, copy_reference(first, out)))
+        _joint_combine(how, weights, trim, bundles), manifest_trust(results, copy_reference(first, out)))
     return results
