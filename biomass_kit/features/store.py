@@ -19,6 +19,7 @@ import zlib
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -39,10 +40,12 @@ from .tiles import TileSpec, cut_tiles
 from .tta import View, flip_pixels
 
 # %% ../../nbs/2_features/6_store.ipynb #794c2913
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     "A stored pixel augmentation: a name that identifies it, and what it does to a pair."
+
     key: str
-    apply: Callable  # (pair uint8 [2, S, S, 3], photo digest) -> pair
+    apply: Callable = field(compare=False)  # (pair uint8 [2, S, S, 3], photo digest) -> pair
 
 # %% ../../nbs/2_features/6_store.ipynb #d5d00a00
 CACHE_FORM = 4  # rises when a photo's features change for another reason: since 4, tall photos are turned

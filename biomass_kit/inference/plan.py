@@ -111,8 +111,7 @@ def plan_levels(
     views: list,  # Views
 ) -> list:  # Levels, the richest first, each cheaper than the one before it
     "What is left of an ensemble when views, then grids, then folds are given up."
-    heard = heard_members(manifest)
-    everything = passes = plan_passes(manifest["members"], views, heard)
+    everything = passes = plan_passes(manifest["members"], views, heard_members(manifest))
     seen, levels = backbone_views(views), []
 
     def add(n_views, kept):

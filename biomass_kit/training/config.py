@@ -255,8 +255,8 @@ NEURAL = (  # fields that only a head that learns in epochs reads
     "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
     "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
-    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs", "batch_size", "lr",
-    "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
+    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs", "batch_size",
+    "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
     "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 

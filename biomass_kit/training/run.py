@@ -29,7 +29,6 @@ from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
 from biomass_kit.features.store import (
-    Draw,
     FeatureCache,
     FeatureRequest,
     StoredFeatures,
@@ -159,20 +158,18 @@ class Run:
     ):
         "Compute what is not stored yet, then map all of it, one feature spec after the other."
         known = {} if known is None else known
-        names = tuple(v.key if isinstance(v, Draw) else str(v) for v in stored_variants(self.config))
-        # the same objects for all, since an augmented copy is known by its object
-        variants = known.setdefault(names, tuple(stored_variants(self.config)))
+        variants = tuple(stored_variants(self.config))
         for i, source in enumerate(self.sources):
-            key = id(source.backbone), source.spec, names, self.config.cache_dtype
-            if key not in known: known[key] = self._stored(source, variants, progress, log)
+            key = id(source.backbone), source.spec, variants, self.config.cache_dtype
+            if key not in known: known[key] = self._stored(source, progress, log)
             self.sources[i] = source._replace(stored=known[key])
 
-    def _stored(self, source: Source, variants: tuple, progress, log) -> StoredFeatures:
+    def _stored(self, source: Source, progress, log) -> StoredFeatures:
         "The features of one spec, each process having computed its share of the photos."
         c, accelerator = self.config, self.accelerator
         source.backbone.to(accelerator.device).eval()
         cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        request = FeatureRequest(source.backbone, source.spec, variants, cache)
+        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
         paths = list(self.table["path"])
         if accelerator.num_processes > 1:
             mine = paths[accelerator.process_index :: accelerator.num_processes]
