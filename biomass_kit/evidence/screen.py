@@ -26,7 +26,7 @@ from ..features.options import STATISTICS
 from ..features.store import FeatureCache, FeatureRequest, store_features, trim_text
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View
-from ..inference.bundle import head_class
+from ..inference.members import head_class
 from ..model.closed import photo_rows
 from ..training.config import TrainConfig
 from ..training.loop import one_thread

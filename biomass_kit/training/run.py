@@ -28,13 +28,7 @@ from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
-from biomass_kit.features.store import (
-    FeatureCache,
-    FeatureRequest,
-    StoredFeatures,
-    store_features,
-    trim_text,
-)
+from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
