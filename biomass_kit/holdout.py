@@ -23,7 +23,8 @@ from .training.recipes import RECIPES, recipe, recipe_runs
 class StudyArgs:
     "What is compared."
 
-    recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "quick", "probe")  # names, the first is the baseline
+    # names, the first is the baseline
+    recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "quick", "probe")
     splits: int = 30  # random splits of the sampling dates
     first_seed: int = 0  # of the splits: this one and those that follow
     share: float = 1 / 3  # of the dates that are held out

@@ -102,7 +102,13 @@ class Trainer:
         self.table = read_train(first.data)
         for c in configs: self.run(c, np.zeros(len(self.table), bool), progress, log)
 
-    def run(self, config: TrainConfig, held_out: np.ndarray, progress=lambda x, **_: x, log=lambda line: None) -> Run:
+    def run(
+        self,
+        config: TrainConfig,
+        held_out: np.ndarray,  # bool [N]
+        progress: Callable = lambda x, **_: x,
+        log: Callable = lambda line: None,
+    ) -> Run:
         "A run that knows nothing of the photos held out, its features read from what is stored."
         run = Run(config, self.accelerator, self.precision, self.built, held_out)
         if run.config.freeze_backbone and run.config.cache: run.store(progress, log, self.stored)
@@ -110,8 +116,9 @@ class Trainer:
 
     def identity(self, name: str) -> str:
         "A digest of all that decides a recipe's predictions but the split."
-        runs = [self.run(c, np.zeros(len(self.table), bool)) for c in self.study.recipes[name].configs]
-        told = json.dumps([self.study.recipes[name].combine, *(run.identity() for run in runs)], sort_keys=True)
+        contender = self.study.recipes[name]
+        runs = [self.run(c, np.zeros(len(self.table), bool)) for c in contender.configs]
+        told = json.dumps([contender.combine, *(run.identity() for run in runs)], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:10]
 
     def predict(self, unit: Unit) -> np.ndarray:  # float32 [H, 5] grams
@@ -120,26 +127,30 @@ class Trainer:
         known = ~unit.split.held_out
         for c in unit.configs:
             run = self.run(c, unit.split.held_out)
-            own, raw = self._members(run, bounds)
+            own, raw = _train_members(run, bounds)
             held_out.append(np.mean(own, 0))
             oof.append(raw[known])
         grams, fold = self.table.loc[known, list(TARGETS)].to_numpy(), run.fold[known]
         raw, inner = joined(np.array(held_out), np.array(oof), grams, fold, unit.combine)
         return bundle_grams(raw, inner, grams, fold, bounds, unit.configs[0])
 
-    def _members(self, run: Run, bounds: dict) -> tuple:  # ([M, H, 5] of the photos held out, [N, 5] out of fold)
-        "Train the members of a run; the bounds of each fold are noted."
-        views = [parse_view(v) for v in run.config.tta]
-        photos = np.flatnonzero(run.fold == HELD_OUT)
-        held_out, oof = {}, np.zeros((len(self.table), len(TARGETS)))
-        for k in run.members:
-            f, _ = run.fit_member(k, lambda x, **_: x)
-            bounds[k] = training_bounds(f.grams[f.train])
-            with run.threads():
-                held_out[k] = predict_fold(f, photos, views)
-                if len(f.scored): oof[f.scored] = predict_fold(f, f.scored, views)
-        who = [EVERY_FOLD] if EVERY_FOLD in held_out else run.folds
-        return [held_out[k] for k in who], oof
+# %% ../../nbs/6_evidence/8_holdout.ipynb #c152018
+def _train_members(
+    run: Run,
+    bounds: dict,  # takes fold -> [2, 5] of its training part
+) -> tuple:  # ([M, H, 5] of the photos held out, [N, 5] out of fold)
+    "Train the members of a run, and predict with each."
+    views = [parse_view(v) for v in run.config.tta]
+    photos = np.flatnonzero(run.fold == HELD_OUT)
+    held_out, oof = {}, np.zeros((len(run.table), len(TARGETS)))
+    for k in run.members:
+        f, _ = run.fit_member(k, lambda x, **_: x)
+        bounds[k] = training_bounds(f.grams[f.train])
+        with run.threads():
+            held_out[k] = predict_fold(f, photos, views)
+            if len(f.scored): oof[f.scored] = predict_fold(f, f.scored, views)
+    who = [EVERY_FOLD] if EVERY_FOLD in held_out else run.folds
+    return [held_out[k] for k in who], oof
 
 # %% ../../nbs/6_evidence/8_holdout.ipynb #c15200a
 def all_units(
@@ -157,7 +168,7 @@ def all_units(
             found.append(Unit(name, own, contender.combine, split, path))
     return found
 
-
+# %% ../../nbs/6_evidence/8_holdout.ipynb #e4fd54ec
 def do_unit(
     trainer: Trainer,
     unit: Unit,
@@ -177,7 +188,7 @@ def do_unit(
     finally: lock.release()
     return True
 
-
+# %% ../../nbs/6_evidence/8_holdout.ipynb #31058ad5
 def do_all(
     trainer: Trainer,
     progress: Callable = lambda x, **_: x,
@@ -206,13 +217,14 @@ def run_study(
     trainer = Trainer(study, progress, log)
     if processes > 1 and trainer.device.type != "cpu":
         raise BiomassError(f"--processes {processes}: one process fills a GPU; drop it")
-    helpers = [get_context("spawn").Process(target=_help, args=(study,), daemon=True) for _ in range(processes - 1)]
+    spawned = get_context("spawn").Process
+    helpers = [spawned(target=_help, args=(study,), daemon=True) for _ in range(processes - 1)]
     for helper in helpers: helper.start()
     with deterministic(trainer.device): units = do_all(trainer, progress)
     for helper in helpers: helper.join()
     return score_units(trainer.table, units)
 
-
+# %% ../../nbs/6_evidence/8_holdout.ipynb #c46d5824
 def score_units(
     table: pd.DataFrame,  # one row per photo
     units: list,  # finished

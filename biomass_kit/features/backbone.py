@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         self.model = model
         self.name = name
         self.prefix = getattr(model, "num_prefix_tokens", 0)
-        self.blocks = tuple(sorted({block_index(model, name, b) for b in blocks}))  # timm gives them in this order
+        self.blocks = tuple(sorted({block_index(model, name, b) for b in blocks}))  # in timm's order
         if len(self.blocks) < len(blocks):
             raise BiomassError(f"--feature-blocks {' '.join(map(str, blocks))}: each block of {name} once, "
                                f"these are {', '.join(map(str, self.blocks))}")

@@ -68,7 +68,7 @@ from biomass_kit.training.setup import (
 
 # %% ../../nbs/5_training/8_run.ipynb #37c594f5
 def scored_rows(f: MemberTrainer, table: pd.DataFrame) -> pd.DataFrame:
-    "The fold's own photos with what the member predicts for them, and the ends of its intervals if it has any."
+    "The fold's own photos with what the member predicts for them, and the ends of its intervals if any."
     found = {"_raw": predict_fold(f, f.scored, [parse_view(v) for v in f.config.tta])}
     if f.model.args.get("uncertainty"): found |= fold_intervals(f)
     oof = table.loc[f.scored, list(FOLD_COLUMNS)].assign(fold=f.k)
@@ -121,7 +121,8 @@ class Run:
         self.table = start.table
         self.fold = start.fold
         self.folds = start.folds
-        self.members = [*start.folds, *([EVERY_FOLD] if config.learn_from == "all" else [])]  # what each leaves out
+        self.members = list(start.folds)  # what each leaves out
+        if config.learn_from == "all": self.members.append(EVERY_FOLD)
         self.sources = start.sources
         self.specs = start.configs
         self.start = start.weights
@@ -155,24 +156,8 @@ class Run:
         variants = tuple(stored_variants(self.config))
         for i, source in enumerate(self.sources):
             key = id(source.backbone), source.spec, variants, self.config.cache_dtype
-            if key not in known: known[key] = self._stored(source, progress, log)
+            if key not in known: known[key] = _stored_features(self, source, progress, log)
             self.sources[i] = source._replace(stored=known[key])
-
-    def _stored(self, source: Source, progress, log) -> StoredFeatures:
-        "The features of one spec, each process having computed its share of the photos."
-        c, accelerator = self.config, self.accelerator
-        source.backbone.to(accelerator.device).eval()
-        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
-        paths = list(self.table["path"])
-        if accelerator.num_processes > 1:
-            mine = paths[accelerator.process_index :: accelerator.num_processes]
-            store_features(mine, request, c.num_workers, self.precision, progress)
-            accelerator.wait_for_everyone()
-        stored = store_features(paths, request, c.num_workers, self.precision, progress)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
-        return stored
 
     def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
         "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
@@ -216,6 +201,24 @@ class Run:
             f = self.new_trainer(k, self.config)
             f.teacher = teacher
             return f, run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
+
+# %% ../../nbs/5_training/8_run.ipynb #37c594f6
+def _stored_features(run: Run, source: Source, progress, log) -> StoredFeatures:
+    "The features of one spec, each process having computed its share of the photos."
+    c = run.config
+    accelerator = run.accelerator
+    source.backbone.to(accelerator.device).eval()
+    cache = FeatureCache(source.backbone, source.spec, c.cache_dir, run.precision, c.cache_dtype)
+    request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+    paths = list(run.table["path"])
+    if accelerator.num_processes > 1:
+        mine = paths[accelerator.process_index :: accelerator.num_processes]
+        store_features(mine, request, c.num_workers, run.precision, progress)
+        accelerator.wait_for_everyone()
+    stored = store_features(paths, request, c.num_workers, run.precision, progress)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
+    return stored
 
 # %% ../../nbs/5_training/8_run.ipynb #ru000002
 def fit_in_order(run: Run, k: int, progress, log) -> tuple:  # (MemberTrainer, its history)
@@ -421,7 +424,9 @@ def describe(
 ) -> str:
     "What is about to happen, in the words of the options."
     c, table, processes = run.config, run.table, run.accelerator.num_processes
-    done = f" ({len(run.members) - todo} finished already or another process's)" if todo < len(run.members) else ""
+    others = len(run.members) - todo
+    done = f" ({others} finished already or another process's)" if others else ""
+    also = ", and all photos" if c.learn_from == "all" else ""
     shared = ""
     if processes > 1:
         what = "each batch of every member; another number of processes gives another result"
@@ -429,7 +434,7 @@ def describe(
         shared = f"\n{processes} processes share {what}"
     return (
         f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; "
-        f"--cv {c.cv}, folds {', '.join(map(str, run.folds))}{', and all photos' * (c.learn_from == 'all')}{done}\n"
+        f"--cv {c.cv}, folds {', '.join(map(str, run.folds))}{also}{done}\n"
         f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"
         f"{c.head.replace('_', ' ')} heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"
     )
