@@ -83,6 +83,7 @@ def finish_fold(
 ):
     "Predict the fold's own photos and write its member, its out-of-fold rows and, last, its mark of completion."
     c, folder = f.config, f.config.out / "folds"
+    rows = scored_rows(f, table) if len(f.scored) else None  # before the LoRA factors are taken off
     specs = [save_spec(c.out / "bundle", source.backbone, source.spec) for source in f.sources]
     info = {
         "name": member_name(read_json(c.out / "config.json"), f.k),
@@ -93,7 +94,7 @@ def finish_fold(
         "features": specs,
     }
     info = save_member(c.out / "bundle", f.model, info)
-    if len(f.scored): write_csv(folder / f"{f.k}-oof.csv", scored_rows(f, table))
+    if rows is not None: write_csv(folder / f"{f.k}-oof.csv", rows)
     write_csv(folder / f"{f.k}-history.csv", history)
     write_json(folder / f"{f.k}.json", info)
 
