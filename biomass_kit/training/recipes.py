@@ -32,6 +32,8 @@ IN_ONE_STEP = STATISTICS_OF_TWO | ROOTS | dict(learn_from="all")
 TWO_GRIDS = tuple({"grid": grid} for grid in ((2, 2), (3, 3)))
 SCALES = (1, 2, 3)  # tiles along a half: with tiles of 252 px as if it was resized to 252, 504, 756
 LAST_BLOCKS = (0.83, 0.92, 1.0)  # the last and two before, of 12
+
+# %% ../../nbs/5_training/10_recipes.ipynb #c151046
 RECIPES = {
     "neural": Recipe(FROZEN, "the neural head on the last block's class and mean token, two grids averaged; "
                      "kept as it was for comparison", "minutes", TWO_GRIDS),
@@ -39,25 +41,28 @@ RECIPES = {
         FROZEN | dict(fusion="film", use_cutmix=False, constraint_weight=0.0, average="none"),
         "the neural head as it was planned, before anything was measured", "minutes", TWO_GRIDS),
     "probe": Recipe(
-        FROZEN | dict(head="ridge", use_log_targets=False, fit_views=False, also=("grid=3x3",), tta=("plain",),
-                      physics="none"),
+        FROZEN | dict(head="ridge", use_log_targets=False, fit_views=False) | dict(
+            also=("grid=3x3",), tta=("plain",), physics="none"),
         "the linear probe: ridge on the last block's class and mean token of two grids", "seconds"),
     "quick": Recipe(
         IN_ONE_STEP | dict(head="kernel_ridge"),
-        "kernel ridge on every statistic of two earlier blocks: a bundle in seconds, one grid to predict", "seconds"),
+        "kernel ridge on every statistic of two earlier blocks: a bundle in seconds, one grid to predict",
+        "seconds"),
     "linear": Recipe(
         IN_ONE_STEP | dict(head="ridge"),
         "the same without a kernel, whose coefficients can be looked at", "seconds"),
     "stacked": Recipe(
         FROZEN | dict(head="ridge", pooling=EVERY_STATISTIC),
-        "a ridge for each of three scales, three blocks, grams and logs, weighed for each target on out-of-fold "
+        "a ridge for each of three scales, three blocks, grams and logs, weighed for each target on "
+        "out-of-fold "
         "predictions: the form of the competition's 13th place", "a minute",
         tuple({"grid": (n, n), "feature_blocks": (block,)} | space for n in SCALES for block in LAST_BLOCKS
               for space in (dict(use_log_targets=False), dict(log_targets="all"))),
         "stacked"),
     "finetune": Recipe(
         dict(two_stage=True, layer_decay=0.75, average="ema", epochs=30),
-        "two stages at the backbone's own tile size, the first on its frozen features; each block learns slower "
+        "two stages at the backbone's own tile size, the first on its frozen features; each block learns "
+        "slower "
         "than the next", "hours on a GPU"),
     "statistics": Recipe(
         STATISTICS_OF_TWO | dict(hidden_ratio=0.0625),
@@ -81,10 +86,11 @@ def with_recipe(
     "A config with a recipe's values wherever nothing else was asked for."
     return dataclasses.replace(config, **{k: v for k, v in recipe(name).values.items() if k not in given})
 
-
+# %% ../../nbs/5_training/10_recipes.ipynb #c151047
 def _run_name(values: dict) -> str:
     "What tells a run from the others of a recipe, as a folder's name."
-    return "-".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values.values()).lower()
+    texts = ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values.values()]
+    return "-".join(texts).lower()
 
 
 def recipe_runs(

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/quick.py --data DIR --backbone-weights FILE --cache-dir DIR
 
-CPU seconds of child processes, run in turn: `import torch` and `biomass_train --recipe quick` (five folds and one head
-of all photos, bundle, scores and report), and in one process with everything loaded the fitting, bundling and scoring
-alone. The first run fills --cache-dir, which is not counted. The bar: fitting, bundling and scoring cost less than
-importing torch four times.
+CPU seconds of child processes, run in turn: `import torch` and `biomass_train --recipe quick` (five folds
+and one head of all photos, bundle, scores and report), and in one process with everything loaded the
+fitting, bundling and scoring alone. The first run fills --cache-dir, which is not counted. The bar:
+fitting, bundling and scoring cost less than importing torch four times.
 """
 import contextlib
 import io
@@ -36,7 +36,8 @@ class Args:
 def child_seconds(command: list) -> float:
     "CPU seconds of a child process and its own children."
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -60,7 +61,8 @@ def inside_seconds(a: Args, room: Path) -> list:
             data=a.data, out=room / f"inside{i}", recipe="quick", backbone=a.backbone, tile_size=a.tile_size,
             backbone_weights=a.backbone_weights, cache_dir=a.cache_dir, device_type="cpu")
         start = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()): train_runs(configs_of(args, ()), log=lambda line: None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_runs(configs_of(args, ()), log=lambda line: None)
         found.append(time.process_time() - start)
     return found[1:]
 
@@ -77,8 +79,10 @@ def main():
             train_s.append(child_seconds([*command, *words(a, room / f"{i}")]))
         inside_s = inside_seconds(a, room)
     one, whole, inside = median(torch_s), median(train_s), median(inside_s)
-    print(f"CPU seconds, median of {a.rounds}: import torch {one:.2f}, biomass_train --recipe quick {whole:.2f} "
-          f"({whole / one:.1f} times), fitting, bundling and scoring alone {inside:.2f} ({inside / one:.1f} times)")
+    print(f"CPU seconds, median of {a.rounds}: import torch {one:.2f}, biomass_train --recipe quick "
+          f"{whole:.2f} "
+          f"({whole / one:.1f} times), fitting, bundling and scoring alone {inside:.2f} ({inside / one:.1f} "
+          "times)")
 
 
 if __name__ == "__main__": main()

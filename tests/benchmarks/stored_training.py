@@ -54,6 +54,12 @@ def epochs(f: MemberTrainer, n: int) -> float:
     return time.perf_counter() - start
 
 
+def member(run, k, stored):
+    "The trainer of fold k, on stored features or on a backbone that runs in the loop."
+    sources = [run.sources[0]._replace(stored=stored)]
+    return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
+
+
 def main():
     a = tyro.cli(Args)
     print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, {platform.machine()}, "
@@ -78,16 +84,12 @@ def main():
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
             extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
-            def fold(k, stored):
-                sources = [run.sources[0]._replace(stored=stored)]
-                return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
-
-            once, live = fold(0, run.stored), fold(0, None)
+            once, live = member(run, 0, run.stored), member(run, 0, None)
             epochs(once, 1)
             recomputed_s += epochs(live, 1) * a.epochs * a.folds
             difference = np.abs(predict_fold(once, once.scored, [View()]) - predict_fold(live, live.scored, [View()])).max()
             assert difference < 1e-2, f"the two sides trained different heads: {difference} g"
-            stored_s += sum(epochs(fold(k, run.stored), a.epochs) for k in range(a.folds))
+            stored_s += sum(epochs(member(run, k, run.stored), a.epochs) for k in range(a.folds))
             print(f"grid {grid}: largest difference after an epoch {difference:.1e} g", flush=True)
     print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored_s:.1f} s, recomputed {recomputed_s:.0f} s (scaled), "
           f"{recomputed_s / stored_s:.0f} times; with one plain-view extraction ({extraction_s:.0f} s) "
