@@ -25,7 +25,7 @@ class StudyArgs:
     "What is compared."
 
     # names, the first is the baseline
-    recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "quick", "probe")
+    recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "default", "quick", "probe")
     splits: int = 30  # random splits of the sampling dates
     first_seed: int = 0  # of the splits: this one and those that follow
     share: float = 1 / 3  # of the dates that are held out

@@ -68,6 +68,7 @@ RECIPES = {
         STATISTICS_OF_TWO | dict(hidden_ratio=0.0625),
         "the neural head on every statistic of two earlier blocks, one grid", "minutes"),
 }
+RECIPES["default"] = RECIPES["statistics"]._replace(why="what won the hold-out: statistics")
 
 # %% ../../nbs/5_training/10_recipes.ipynb #c151007
 def recipe(
