@@ -1,8 +1,11 @@
 """Recipes compared on random splits by date: who is held out, and what the scores allow to be said."""
+import importlib.util
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sources import ROOT
 
 from biomass_kit.data.folds import floor_predictions
 from biomass_kit.data.targets import TARGETS, BiomassError, per_target_scores, weighted_r2
@@ -206,3 +209,11 @@ def test_the_picture_has_a_row_for_each_other_recipe():
     assert [t.get_text() for t in ax.texts] == ["67% won", "0% won"]
     dots = [np.sort(c.get_offsets()[:, 0]) for c in ax.collections if len(c.get_offsets()) == 3]
     np.testing.assert_allclose(dots, [[-0.1, 0.1, 0.1], [-0.4, -0.3, -0.2]])
+
+
+def test_the_readme_shows_the_committed_hold_out():
+    path = ROOT / "tests" / "benchmarks" / "holdout.py"
+    spec = importlib.util.spec_from_file_location("holdout_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "\n".join(module.lines()) in (ROOT / "README.md").read_text(encoding="utf-8")
