@@ -34,8 +34,8 @@ class SeveralArgs:
 class RecipeArgs:
     "Options that come together."
 
-    # settings under a name, for all that is not given as an option; RECIPES of biomass_kit.training.recipes
-    # has what each sets and why
+    # settings under a name, for all that is not given as an option; RECIPES of
+    # biomass_kit.training.recipes has what each sets and why
     recipe: Optional[Literal[tuple(RECIPES)]] = None
 
 
@@ -99,8 +99,7 @@ def configs_of(
         from biomass_kit.training.run import expand
 
     if a.grids or a.seeds:
-        whole = with_recipe(config, a.recipe, given) if a.recipe else config
-        return expand(whole, a.grids, a.seeds)
+        return expand(with_recipe(config, a.recipe, given) if a.recipe else config, a.grids, a.seeds)
     return recipe_runs(config, a.recipe, given) if a.recipe else [config]
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02009

@@ -107,7 +107,7 @@ def test_every_command_keeps_its_exit_code_while_a_device_is_at_work(tmp_path):
     process = Started(codes_while_at_work, entries, log=tmp_path / "said")
     assert process.wait() == 0, process.said()
     said = process.said()
-    assert len(entries) == 11 and "terminate" not in said, said
+    assert len(entries) == 12 and "terminate" not in said, said
     found = ast.literal_eval(said.rpartition("codes: ")[2])
     assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(entries, 130)
     assert said.count("Traceback") == 1 and "error: first line" in said, "only what nobody expected has one"

@@ -63,7 +63,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "features.backbone": "shapes, digests and refusals; the effect of LoRA factors is asserted",
     "model.options": "names",
     "model.layers": "tensors; their shapes and gradients are asserted",
-    "inference.members": "what descriptions say and what is refused; the refusals are printed",
+    "inference.members": "what is refused; it is printed",
     "inference.bundle": "files and digests; the folder is listed",
     "inference.issues": "a file of reasons and closing lines; both are printed",
     "inference.ensemble": "a plan, its cost and who serves which photos; they are printed or asserted",
@@ -75,6 +75,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "training.folder": "files and locks; they are asserted",
     "training.setup": "what is refused and what is prepared; both are asserted",
     "training.join": "scores and refusals; they are printed",
+    "training.recipes": "a table of recipes",
     "evidence.probe": "one score beside two others; they are printed",
     "evidence.compare": "differences with their intervals; they are printed",
     "evidence.stacking": "weights; they are asserted",
@@ -87,6 +88,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "kaggle.verify": "a verdict; its lines are printed",
     **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),
                     "answers, which are asserted; the notebooks of reports show the pictures"),
+    "holdout": "files of scores and refusals; the notebook of evidence.holdout shows the picture",
 }
 
 

@@ -273,7 +273,7 @@ FEATURE_SETS = {  # head, and what it reads
 
 @pytest.mark.parametrize("name", FEATURE_SETS)
 def test_a_feature_set_offline(name, config, wheel, data, tmp_path):
-    "A closed form on two grids, a neural head on two backbones: packed, and checked as before an upload."
+    "A head in closed form on two grids, a neural one on two backbones: packed, and checked as for upload."
     torch.manual_seed(0)
     weights = build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict()
     save_file(weights, tmp_path / "vit.safetensors")

@@ -1,8 +1,11 @@
 """Recipes compared on random splits by date: who is held out, and what the scores allow to be said."""
+import importlib.util
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sources import ROOT
 
 from biomass_kit.data.folds import floor_predictions
 from biomass_kit.data.targets import TARGETS, BiomassError, per_target_scores, weighted_r2
@@ -32,7 +35,7 @@ def labels(states, photos=3):
 
 def scored(marked="", **recipes):
     "Rows of scores from recipe -> the weighted R2 of seeds 0, 1, ...; None where a seed was not scored."
-    own = {f"{t}_{name}": 0.25 for t in TARGETS for name in ("r2", "rmse_g")}
+    own = {f"{t}_{name}": 0.25 for t in TARGETS for name in ("r2", "rmse_g", "sd_g")}
     return pd.DataFrame([
         {"recipe": recipe, "seed": seed, "weighted_r2": r2, **own, **SIZES, "marked": marked}
         for recipe, values in recipes.items() for seed, r2 in enumerate(values) if r2 is not None])
@@ -152,11 +155,24 @@ def test_only_splits_that_all_have_are_compared():
     assert lines[2].startswith("marked: 3 splits")
 
 
-def test_a_target_that_does_not_vary_in_a_split_counts_where_it_does():
+def test_a_target_that_does_not_vary_in_a_split_counts_by_its_errors_alone():
     scores = scored(base=[0.5, 0.4])
-    scores.loc[0, "Dry_Dead_g_r2"] = np.nan
-    scores.loc[1, "Dry_Dead_g_r2"] = 0.75
-    assert holdout_table(scores, "base")["Dry_Dead_g_r2"].tolist() == [0.75]
+    scores.loc[0, ["Dry_Dead_g_r2", "Dry_Dead_g_rmse_g", "Dry_Dead_g_sd_g"]] = [np.nan, 1.0, 0.0]
+    scores.loc[1, ["Dry_Dead_g_r2", "Dry_Dead_g_rmse_g", "Dry_Dead_g_sd_g"]] = [0.75, 1.0, 2.0]
+    assert holdout_table(scores, "base")["Dry_Dead_g_r2"].tolist() == [1 - (1 + 1) / 4]
+
+
+def test_a_targets_score_is_that_of_all_splits_as_one():
+    table = labels(["Tas", "Vic", "NSW"] * 4)
+    grams = table[list(TARGETS)].to_numpy() + np.random.default_rng(1).normal(0, 5, (len(table), 5))
+    rows = [score_row("noisy", table, split, grams[split.held_out]) for split in splits(table, range(3))]
+    found = holdout_table(pd.DataFrame(rows), "noisy").loc[0]
+    errors, spread = 0, 0
+    for split in splits(table, range(3)):
+        y = table.loc[split.held_out, list(TARGETS)].to_numpy()
+        errors = errors + ((grams[split.held_out] - y) ** 2).sum(0)
+        spread = spread + ((y - y.mean(0)) ** 2).sum(0)
+    assert np.allclose(found[[f"{t}_r2" for t in TARGETS]].astype(float), 1 - errors / spread)
 
 
 def test_scores_read_back_from_a_file_make_the_same_table(tmp_path):
@@ -193,3 +209,11 @@ def test_the_picture_has_a_row_for_each_other_recipe():
     assert [t.get_text() for t in ax.texts] == ["67% won", "0% won"]
     dots = [np.sort(c.get_offsets()[:, 0]) for c in ax.collections if len(c.get_offsets()) == 3]
     np.testing.assert_allclose(dots, [[-0.1, 0.1, 0.1], [-0.4, -0.3, -0.2]])
+
+
+def test_the_readme_shows_the_committed_hold_out():
+    path = ROOT / "tests" / "benchmarks" / "holdout.py"
+    spec = importlib.util.spec_from_file_location("holdout_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "\n".join(module.lines()) in (ROOT / "README.md").read_text(encoding="utf-8")

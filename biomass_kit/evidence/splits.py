@@ -77,7 +77,7 @@ def split_scores(
         "per_target": per_target_scores(measured, grams),
     }
 
-# %% ../../nbs/6_evidence/7_splits.ipynb #ce901eba
+# %% ../../nbs/6_evidence/7_splits.ipynb #59117015
 def score_row(
     recipe: str,  # its name
     table: pd.DataFrame,  # one row per photo
@@ -162,7 +162,7 @@ def _differences(shared, baseline):
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117028
 def _pooled_r2(own: pd.DataFrame, target: str) -> float:
-    "A target's R2 over all splits: squared errors over squared deviations, so that no flat split rules."
+    "A target's R2 of all splits together: squared errors over squared deviations; no flat split rules."
     photos = own["test_photos"]
     spread = (photos * own[f"{target}_sd_g"] ** 2).sum()
     error = (photos * own[f"{target}_rmse_g"] ** 2).sum()

@@ -106,7 +106,8 @@ class Backbone(nn.Module):
         self.model = model
         self.name = name
         self.prefix = getattr(model, "num_prefix_tokens", 0)
-        self.blocks = tuple(sorted({block_index(model, name, b) for b in blocks}))  # in timm's order
+        # timm gives them in this order
+        self.blocks = tuple(sorted({block_index(model, name, b) for b in blocks}))
         if len(self.blocks) < len(blocks):
             raise BiomassError(f"--feature-blocks {' '.join(map(str, blocks))}: each block of {name} once, "
                                f"these are {', '.join(map(str, self.blocks))}")
@@ -131,7 +132,8 @@ class Backbone(nn.Module):
         return "cls_mean" if pooling == "cls+mean" else pooling, statistics
 
     @property
-    def parts(self) -> list:  # (block or None for the output, statistic or None for the own pooling, channels)
+    # (block or None for the output, statistic or None for the own pooling, channels)
+    def parts(self) -> list:
         "What lies side by side in a feature, in order."
         if not self.statistics: return [(None, None, self.dim)]
         if self.blocks: channels = [(b, self.model.feature_info[b]["num_chs"]) for b in self.blocks]
@@ -145,7 +147,8 @@ class Backbone(nn.Module):
             return [(y[:, 0], y[:, self.prefix :])] if y.ndim == 3 else [(None, y.flatten(2).mT)]
         extra = dict(return_prefix_tokens=True, norm=True) if self.prefix else {}
         found = self.model.forward_intermediates(
-            x, indices=list(self.blocks), intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra)
+            x, indices=list(self.blocks), intermediates_only=True, stop_early=True, output_fmt="NCHW",
+            **extra)
         return [(f[1][:, 0], f[0].flatten(2).mT) if self.prefix else (None, f.flatten(2).mT) for f in found]
 
     def forward(

@@ -67,7 +67,7 @@ def _both(a: dict, b: dict) -> dict:
     pooling = "+".join(dict.fromkeys(asked[0] + asked[1]))
     return {**a, "pooling": pooling, "blocks": sorted({*blocks[0], *blocks[1]})}
 
-# %% ../../nbs/4_inference/4_plan.ipynb #2542d6e1
+# %% ../../nbs/4_inference/4_plan.ipynb #4a286b17
 def plan_passes(
     members: list,  # descriptions from a bundle
     views: list,  # Views
@@ -83,7 +83,7 @@ def plan_passes(
             readers.setdefault(key, []).append((i, place))
     return [Pass(refs[key], key[-1], tuple(readers[key]), tuple(backbone_views(views))) for key in refs]
 
-# %% ../../nbs/4_inference/4_plan.ipynb #4a286b18
+# %% ../../nbs/4_inference/4_plan.ipynb #d4763478
 def load_backbones(
     bundle: Bundle,
     passes: list,
@@ -98,7 +98,7 @@ def load_backbones(
         found[p.backbone, p.spec.size] = backbone.to(device)
     return found
 
-# %% ../../nbs/4_inference/4_plan.ipynb #4a286b19
+# %% ../../nbs/4_inference/4_plan.ipynb #d4763476
 def pass_columns(
     bundle: Bundle,
     passes: list,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'Reader', 'Trunk', 'Units',
-           'space_statistics', 'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile', 'central_ends',
-           'inverse_softplus', 'start_at', 'log_variance', 'variance_logits', 'auxiliary_heads', 'BiomassModel',
-           'member_state', 'view_batch', 'predict_views']
+           'space_statistics', 'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile', 'inverse_softplus',
+           'quantile_borders', 'start_at', 'auxiliary_heads', 'start_spread', 'BiomassModel', 'member_state',
+           'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -164,7 +164,7 @@ def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1, li
     if density and specs > 1:
         raise BiomassError(f"density adds up the tiles of one feature spec, and there are {specs}; drop it")
 
-# %% ../../nbs/3_model/2_model.ipynb #13ad0aae
+# %% ../../nbs/3_model/2_model.ipynb #4e5f91e2
 def to_grams(figures: torch.Tensor, log: tuple, link: str = "log1p") -> torch.Tensor:
     "Values `[..., 5]` of the regression's space -> grams; logs are cut at LOG_CEILING first."
     if not log or link != "log1p": return from_link(figures, log, link)
@@ -203,6 +203,11 @@ def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
     return torch.where(y > 20, y, torch.log(torch.expm1(y)))  # softplus is the identity from 20 on
 
 
+def quantile_borders(grams: torch.Tensor) -> torch.Tensor:  # [5, N_INTERVALS - 1] grams
+    "Where the quantiles of training labels `[N, 5]` cut each target's range."
+    return torch.quantile(grams, torch.arange(1, N_INTERVALS).to(grams) / N_INTERVALS, 0).T
+
+
 @torch.no_grad()
 def start_at(
     head: nn.Linear,
@@ -232,6 +237,12 @@ def auxiliary_heads(hidden: int, classes: bool, values: bool):  # a ModuleDict, 
         heads[name] = nn.utils.skip_init(nn.Linear, hidden, 1)
         for p in heads[name].parameters(): nn.init.zeros_(p)
     return nn.ModuleDict(heads) if heads else None
+
+
+def start_spread(head: nn.Linear, variance: torch.Tensor):
+    "Let a head of log-variances `[5]` begin at these variances, in units of the scale squared."
+    low, high = LOG_VARIANCE
+    start_at(head, torch.logit((torch.log(variance) - low) / (high - low), 0.02))
 
 # %% ../../nbs/3_model/2_model.ipynb #cd9cc0e6
 class BiomassModel(Trunk):
@@ -292,13 +303,8 @@ class BiomassModel(Trunk):
         mean, variance = space_statistics(space, counted)
         start = ((mean if self.presence is not None else space.mean(0)) / self.output_scale).clamp_min(0.02)
         start_at(self.heads, inverse_softplus(start))
-        if self.spread is not None:
-            start_at(self.spread, variance_logits(variance / self.output_scale**2))
-        if self.interval is not None: self.fit_intervals(grams)
-
-    def fit_intervals(self, grams: torch.Tensor):
-        "Cut each target's range at the quantiles of these training labels `[N, 5]`."
-        self.borders.copy_(torch.quantile(grams, torch.arange(1, N_INTERVALS).to(grams) / N_INTERVALS, 0).T)
+        if self.spread is not None: start_spread(self.spread, variance / self.output_scale**2)
+        if self.interval is not None: self.borders.copy_(quantile_borders(grams))
 
     def read(self, shared: torch.Tensor) -> dict:
         "The heads that stay, in 32 bits: grams, loss_space `[B, 5]`; if on, presence `[B, 2]`, log_variance `[B, 5]`, map."

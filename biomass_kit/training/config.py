@@ -72,18 +72,17 @@ class FeaturesConfig:
     backbone_weights: Optional[Path] = None  # safetensors file; timm's hub by default
     pretrained: bool = True  # --no-pretrained starts from random weights
     # tile feature: the backbone's own pooling (own), class token with mean patch token (cls_mean), or
-    # statistics of cls mean max min gem std joined by +, such as cls+mean+max; auto is cls_mean where there
-    # is a class token
+    # statistics of cls mean max min gem std joined by +; auto is cls_mean where there is a class token
     pooling: str = "auto"
     # blocks whose features are laid side by side, by index from 0 on (6 9) or share of the depth (0.5 0.75);
     # the output alone by default
     feature_blocks: tuple[int | float, ...] = ()
-    # further features of the same photo that a head reads beside these, each as what differs from the options
-    # above: grid=3x3, or backbone=NAME,weights=FILE,size=224,pooling=mean,blocks=0.5/0.75
+    # further features of the same photo that a head reads beside these, each as what differs from the
+    # options above: grid=3x3, or backbone=NAME,weights=FILE,size=224,pooling=mean,blocks=0.5/0.75
     also: tuple[str, ...] = ()
     freeze_backbone: bool = False  # train heads on features that are computed once
 
-# %% ../../nbs/5_training/1_config.ipynb #637e3e84
+# %% ../../nbs/5_training/1_config.ipynb #c0f1600a
 @dataclass(frozen=True)
 class StoreConfig:
     "Reading ahead, and keeping a frozen backbone's features."
@@ -226,7 +225,8 @@ ALSO = {  # word of --also -> (field, how its text is read)
     "backbone": ("backbone", str),
     "weights": ("backbone_weights", Path),
     "pooling": ("pooling", str),
-    "blocks": ("feature_blocks", _read_blocks),
+    "blocks": (
+        "feature_blocks", lambda text: tuple(float(b) if "." in b else int(b) for b in text.split("/"))),
 }
 
 
@@ -241,13 +241,13 @@ def _also_values(text: str) -> dict:
             found[name] = read(value)
         except (KeyError, ValueError):
             words = ", ".join(f"{word}=" for word in ALSO)
-            raise BiomassError(
-                f"--also {text}: '{part}' is not one of {words}, each once, with a value, such as "
-                "grid=3x3 or blocks=0.5/0.75") from None
+            raise BiomassError(f"--also {text}: '{part}' is not one of {words}, each once, with a value, "
+                               "such as "
+                               "grid=3x3 or blocks=0.5/0.75") from None
     if "backbone" in found: found = {"backbone_weights": None, "tile_size": None} | found
     return found
 
-# %% ../../nbs/5_training/1_config.ipynb #c0f1600a
+# %% ../../nbs/5_training/1_config.ipynb #c0f160ea
 def feature_configs(c: TrainConfig) -> list:  # TrainConfigs, the first without --also
     "One config for each feature spec that a head reads."
     first = dataclasses.replace(c, also=())
@@ -264,7 +264,8 @@ NEURAL = (  # fields that only a head that learns in epochs reads
     "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
     "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
     "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs",
-    "batch_size", "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
+    "batch_size",
+    "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
     "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 
@@ -293,7 +294,8 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "link": (lambda c: c.use_log_targets, "--use-log-targets"),
     "scaler": (_is_closed, CLOSED),
     "fit_views": (_is_closed, CLOSED),
-    "kernel": (lambda c: c.head in ("kernel_ridge", "gaussian_process"), "--head kernel_ridge or gaussian_process"),
+    "kernel": (
+        lambda c: c.head in ("kernel_ridge", "gaussian_process"), "--head kernel_ridge or gaussian_process"),
     "loss_kind": (lambda c: not c.uncertainty, "figures without a variance (no --uncertainty)"),
     "distill_weight": (lambda c: c.distill_aux or c.teacher, "--distill-aux or --teacher"),
     "head_lr_stage1": (lambda c: c.two_stage or c.freeze_backbone, "--two-stage or --freeze-backbone"),
@@ -343,7 +345,7 @@ def _negative(c) -> list:
         (getattr(c, name) < 0, f"{_option(name)} {getattr(c, name)}: cannot be negative")
         for name in NOT_NEGATIVE]
 
-
+# %% ../../nbs/5_training/1_config.ipynb #680d8bd5
 def _about_backbone(c) -> list:
     "Stages and starting weights."
     return [
@@ -410,8 +412,8 @@ def _about_prediction(c) -> list:
         (c.learn_from == "all" and c.train_folds is not None,
          "--learn-from all is scored by all folds; drop it or --train-folds"),
         (c.learn_from == "all" and bool(c.distill_aux or c.teacher),
-         "--learn-from all has no teacher that has not seen its photos; "
-         "drop --teacher and --distill-aux, or it"),
+         "--learn-from all has no teacher that has not seen its photos; drop --teacher and --distill-aux, or "
+         "it"),
         (c.always_correct_dead and c.physics not in ("always", TrainConfig.physics),
          f"--always-correct-dead contradicts --physics {c.physics}"),
         (c.physics in NEEDS_COVARIANCE and few,
@@ -429,8 +431,8 @@ def _each_once(folds: tuple) -> bool: return bool(folds) and min(folds) >= 0 and
 def _tiles_out_of_range(c) -> list:
     "A grid without tiles, a tile without pixels."
     return [
-        (len(c.grid) != 2 or min(c.grid) < 1,
-         f"--grid {' '.join(map(str, c.grid))}: rows and columns must be at least 1"),
+        (len(c.grid) != 2 or min(c.grid) < 1, f"--grid {' '.join(map(str, c.grid))}: rows and columns must "
+                                              "be at least 1"),
         (c.tile_size is not None and c.tile_size < 1, f"--tile-size {c.tile_size}: must be positive"),
     ]
 
@@ -452,7 +454,7 @@ def _out_of_range(c) -> list:
         (not 0 <= c.warmup < 1, f"--warmup {c.warmup}: must lie in [0, 1)"),
     ]
 
-# %% ../../nbs/5_training/1_config.ipynb #5016f9e2
+# %% ../../nbs/5_training/1_config.ipynb #co000007
 def _not_installed(c) -> list:
     "Trackers whose packages are missing; accelerate is asked only where one is wanted, since it loads torch."
     if not c.trackers: return []
@@ -475,9 +477,9 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `au
     refusals = [pair for check in CHECKS for pair in check(c)]
     for wrong, why in refusals:
         if wrong: raise BiomassError(why)
-    if c.always_correct_dead: c = dataclasses.replace(c, physics="always")
-    if c.head != "neural": return c
-    augment, average = c.augment, c.average
+    augment, average, physics = c.augment, c.average, c.physics
+    if c.head != "neural":
+        return dataclasses.replace(c, physics="always" if c.always_correct_dead else physics)
     if augment == "auto": augment = "flips" if _keeps_features(c) and not c.stored_draws else "full"
     if average == "auto": average = "none" if c.checkpoint == "best" else "swa"
     return dataclasses.replace(c, augment=augment, average=average)

@@ -62,7 +62,7 @@ def arithmetic_text(
     shared = f", batches shared by {processes} processes" if c.shard == "photos" and processes > 1 else ""
     return f"{device.type}, {precision}{shared}"
 
-# %% ../../nbs/5_training/6_folder.ipynb #072c755c
+# %% ../../nbs/5_training/6_folder.ipynb #e654fd8b
 def run_identity(
     c: TrainConfig,
     table: pd.DataFrame,

@@ -110,7 +110,8 @@ class MemberTrainer:
         config: TrainConfig,  # from `check_config`
         table: pd.DataFrame,  # all photos
         fold: np.ndarray,  # [N]
-        sources: list,  # a Source for each feature spec; one where a backbone is read in the loop
+        # a Source for each feature spec; one where a backbone is fine-tuned or read in the loop
+        sources: list,
         accelerator: Accelerator,
         precision: str,
     ):
@@ -146,7 +147,7 @@ class MemberTrainer:
         else: self.dataset = PixelBatches(self.paths, self.sources[0].spec, c, self.k)
 
     def _build_head(self, dims: list):
-        "A new head, its random weights named by seed and fold; fitted to the grams and features it will see."
+        "A new head, its random weights named by seed and fold; fitted to the grams and features to be seen."
         c = self.config
         if c.head != "neural":
             self.model = head_class(c.head)(dims, **closed_options(c)).to(self.accelerator.device)
@@ -215,7 +216,7 @@ def fold_intervals(f: MemberTrainer) -> dict:
 # %% ../../nbs/5_training/3_member.ipynb #c1050002
 def fit_closed(
     f: MemberTrainer,  # of a head in closed form
-) -> pd.DataFrame:  # one row, as of a history of epochs; loss is 1 - weighted R2 of the training photos
+) -> pd.DataFrame:  # one row, as a history of epochs; its loss is 1 - weighted R2 of the training photos
     "Learn a head in closed form from the training photos."
     views = STORED_VIEWS if f.config.fit_views else (View(),)
     seen = plain_features(f, f.fit, views)

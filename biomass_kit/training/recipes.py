@@ -34,12 +34,8 @@ PLAIN = dict(use_log_targets=False, fit_views=False, tta=("plain",), physics="no
 TWO_GRIDS = tuple({"grid": grid} for grid in ((2, 2), (3, 3)))
 SCALES = (1, 2, 3)  # tiles along a half: with tiles of 252 px as if it was resized to 252, 504, 756
 LAST_BLOCKS = (0.83, 0.92, 1.0)  # the last and two before, of 12
-GRAMS_AND_LOGS = (dict(use_log_targets=False), dict(log_targets="all"))
-MANY_RIDGES = tuple(
-    {"grid": (n, n), "feature_blocks": (block,)} | space
-    for n in SCALES for block in LAST_BLOCKS for space in GRAMS_AND_LOGS)
 
-# %% ../../nbs/5_training/10_recipes.ipynb #043f8530
+# %% ../../nbs/5_training/10_recipes.ipynb #c151046
 RECIPES = {
     "neural": Recipe(FROZEN, "the neural head on the last block's class and mean token, two grids averaged; "
                      "kept as it was for comparison", "minutes", TWO_GRIDS),
@@ -47,7 +43,8 @@ RECIPES = {
         FROZEN | dict(fusion="film", use_cutmix=False, constraint_weight=0.0, average="none"),
         "the neural head as it was planned, before anything was measured", "minutes", TWO_GRIDS),
     "probe": Recipe(
-        FROZEN | PLAIN | dict(head="ridge", also=("grid=3x3",)),
+        FROZEN | dict(head="ridge", use_log_targets=False, fit_views=False) | dict(
+            also=("grid=3x3",), tta=("plain",), physics="none"),
         "the linear probe: ridge on the last block's class and mean token of two grids", "seconds"),
     "quick": Recipe(
         IN_ONE_STEP | dict(head="kernel_ridge"),
@@ -59,16 +56,21 @@ RECIPES = {
     "stacked": Recipe(
         FROZEN | dict(head="ridge", pooling=EVERY_STATISTIC),
         "a ridge for each of three scales, three blocks, grams and logs, weighed for each target on "
-        "out-of-fold predictions: the form of the competition's 13th place",
-        "a minute", MANY_RIDGES, "stacked"),
+        "out-of-fold "
+        "predictions: the form of the competition's 13th place", "a minute",
+        tuple({"grid": (n, n), "feature_blocks": (block,)} | space for n in SCALES for block in LAST_BLOCKS
+              for space in (dict(use_log_targets=False), dict(log_targets="all"))),
+        "stacked"),
     "finetune": Recipe(
         dict(two_stage=True, layer_decay=0.75, average="ema", epochs=30),
         "two stages at the backbone's own tile size, the first on its frozen features; each block learns "
-        "slower than the next", "hours on a GPU"),
+        "slower "
+        "than the next", "hours on a GPU"),
     "statistics": Recipe(
         STATISTICS_OF_TWO | dict(hidden_ratio=0.0625),
         "the neural head on every statistic of two earlier blocks, one grid", "minutes"),
 }
+RECIPES["default"] = RECIPES["statistics"]._replace(why="what won the hold-out: statistics")
 
 # %% ../../nbs/5_training/10_recipes.ipynb #c151007
 def recipe(
@@ -87,11 +89,11 @@ def with_recipe(
     "A config with a recipe's values wherever nothing else was asked for."
     return dataclasses.replace(config, **{k: v for k, v in recipe(name).values.items() if k not in given})
 
-# %% ../../nbs/5_training/10_recipes.ipynb #61e85061
+# %% ../../nbs/5_training/10_recipes.ipynb #c151047
 def _run_name(values: dict) -> str:
     "What tells a run from the others of a recipe, as a folder's name."
-    words = ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values.values()]
-    return "-".join(words).lower()
+    texts = ["x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values.values()]
+    return "-".join(texts).lower()
 
 
 def recipe_runs(

@@ -1,15 +1,17 @@
-"""Ideas of others, each tried on a head in closed form over many hold-outs by date; no gain, no option.
+"""Ideas of others, each tried on a head in closed form over many hold-outs by date.
 
     python tests/benchmarks/ideas.py --data DIR --backbone-weights FILE --cache-dir DIR [--first-seed 0]
 
-Every row differs from "plain" in one thing alone. Plain is the recipe `linear` (ridge, every statistic of two
-earlier blocks, roots, stored flips) learned from all photos that a split leaves, its predictions cut at the
-training part's bounds and otherwise uncorrected. The rule, written before the first look: an idea becomes an
-option if it wins at least 80 % of thirty splits and its mean difference is above zero; else it is not built.
+Every row differs from "plain" in one thing alone. Plain is the recipe `linear` (ridge, every statistic of
+two earlier blocks, roots, stored flips) learned from all photos that a split leaves, its predictions cut at
+the training part's bounds and otherwise uncorrected. The rule, written before the first look: an idea
+becomes an option if it wins at least 80 % of thirty splits and its mean difference is above zero; else it
+is not built.
 
 - pseudo-labels: the photos held out are predicted, then learned from with what was predicted, at the weight
   of any photo; they are given without their labels, as a competition gives its test photos.
-- dead as a share: the dead column is learned as its share of the total, times the predicted total.
+- dead as a share: the dead column is learned as its share of the total, and multiplied by the predicted
+  total.
 - half from parts: GDM and total are half their own prediction, half the sum of their parts.
 """
 from dataclasses import dataclass, replace
@@ -57,8 +59,9 @@ class Photos:
         run.store(lambda x, **_: x, print)
         self.config, self.table = config, run.table
         everybody = range(len(run.table))
-        seen = [[source.stored.gather(everybody, view) for source in run.sources] for view in STORED_VIEWS]
-        self.views = [photo_rows(*features) for features in seen]
+        self.views = [
+            photo_rows(*(source.stored.gather(everybody, view) for source in run.sources))
+            for view in STORED_VIEWS]
         self.dims = [source.backbone.dim for source in run.sources]
         self.dates = run.table["Sampling_Date"].to_numpy()
 

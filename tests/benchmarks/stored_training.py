@@ -54,8 +54,8 @@ def epochs(f: MemberTrainer, n: int) -> float:
     return time.perf_counter() - start
 
 
-def member(run: Run, k: int, stored) -> MemberTrainer:
-    "A member of fold k at its start, on stored features, or on photos where there are None."
+def member(run, k, stored):
+    "The trainer of fold k, on stored features or on a backbone that runs in the loop."
     sources = [run.sources[0]._replace(stored=stored)]
     return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
 
@@ -84,8 +84,7 @@ def main():
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
             extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
-            once = member(run, 0, run.stored)
-            live = member(run, 0, None)
+            once, live = member(run, 0, run.stored), member(run, 0, None)
             epochs(once, 1)
             recomputed_s += epochs(live, 1) * a.epochs * a.folds
             difference = np.abs(predict_fold(once, once.scored, [View()]) - predict_fold(live, live.scored, [View()])).max()
