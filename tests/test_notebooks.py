@@ -69,7 +69,6 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "inference.ensemble": "a plan, its cost and who serves which photos; they are printed or asserted",
     "inference.maps": "numbers per tile; the notebook of reports.photos lays them over photos",
     "training.config": "options and what contradicts what; the refusals are printed",
-    "training.recipes": "settings in words; a table lists them",
     "training.batches": "tensors; augmented copies are shown in the notebook of augment",
     "training.scores": "tables and JSON; the notebook of reports.run shows them",
     "training.folder": "files and locks; they are asserted",

@@ -127,7 +127,7 @@ class Trainer:
         known = ~unit.split.held_out
         for c in unit.configs:
             run = self.run(c, unit.split.held_out)
-            own, raw = _train_members(run, bounds)
+            own, raw = self._members(run, bounds)
             held_out.append(np.mean(own, 0))
             oof.append(raw[known])
         grams, fold = self.table.loc[known, list(TARGETS)].to_numpy(), run.fold[known]

@@ -26,7 +26,6 @@ from ..model.options import HEADS
 
 # %% ../../nbs/4_inference/1b_members.ipynb #1b000005
 SPEC_FIELDS = ("backbone", "grid", "tile_size")  # of a feature spec
-HEADER = "biomass_kit"  # the key of a member's description in its safetensors header
 FIRST_POOLINGS = ("cls_mean", "cls", "mean", "own")  # what a member of schema 1 or 2 may read
 HEADER = "biomass_kit"  # the key of a member's description in its safetensors header
 
@@ -172,13 +171,6 @@ def file_shapes(path) -> dict:
         raise BiomassError(f"{path}: not a safetensors file ({e}); copy the bundle again") from None
 
 
-def _fits(factors: dict, weight: list) -> bool:
-    "Whether shapes of A and B are those of a product that has this shape."
-    if set(factors) != {"A", "B"} or not weight: return False
-    a, b = factors["A"], factors["B"]
-    return len(weight) == len(a) == len(b) == 2 and [b[0], a[1]] == weight and a[0] == b[1]
-
-
 def check_lora(folder: Path, ref: dict):
     "Refuse LoRA factors that do not fit the weights that they are to be added to."
     weights, path = file_shapes(folder / ref["file"]), folder / ref["lora"]["file"]
@@ -187,8 +179,9 @@ def check_lora(folder: Path, ref: dict):
         of = {
             name.rpartition(".")[2]: shape for name,
             shape in factors.items() if name.rpartition(".")[0] == layer}
-        w = weights.get(f"{layer}.weight")
-        if not _fits(of, w):
+        w, a, b = weights.get(f"{layer}.weight"), of.get("A"), of.get("B")
+        fits = set(of) == {"A", "B"} and w and len(w) == len(a) == len(b) == 2 and [b[0], a[1]] == w and a[0] == b[1]
+        if not fits:
             raise BiomassError(
                 f"{path}: its factors {of} do not fit {layer}.weight {w or '(absent)'} of {ref['file']}; "
                 "train or download the bundle again")

@@ -179,23 +179,11 @@ def presence_chance(logits: torch.Tensor) -> torch.Tensor:
     chance[:, TWO_PART] = logits.sigmoid()
     return chance
 
-# %% ../../nbs/3_model/2_model.ipynb #b9eab9ad
+
 def hurdle_quantile(q: float, centre: torch.Tensor, deviation: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     "The `q` quantile of zero with probability 1 - chance, else a bell curve cut off at zero; tensors of one shape."
     within = ((q - 1 + chance) / chance).clamp(0, 1)
     return (centre + torch.special.ndtri(within) * deviation).clamp_min(0)
-
-
-def central_ends(
-    out: dict,  # of `BiomassModel.read`
-    scale: torch.Tensor,  # that of the regression, `output_scale`
-    level: float,
-) -> tuple:  # (lower, upper), [B, 5] in the space of the loss
-    "The quantiles between which a share `level` lies, as much of the rest below as above."
-    chance = presence_chance(out["presence"]) if "presence" in out else torch.ones_like(out["grams"])
-    deviation = torch.exp(out["log_variance"] / 2) * scale
-    ends = (1 - level) / 2, (1 + level) / 2
-    return tuple(hurdle_quantile(q, out["loss_space"], deviation, chance) for q in ends)
 
 # %% ../../nbs/3_model/2_model.ipynb #5a20b6f9
 def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
@@ -218,18 +206,6 @@ def start_at(
     head.weight.mul_(0.1)
 
 
-def log_variance(logits: torch.Tensor) -> torch.Tensor:
-    "What the spread head's outputs stand for, within LOG_VARIANCE."
-    low, high = LOG_VARIANCE
-    return low + (high - low) * logits.sigmoid()
-
-
-def variance_logits(variance: torch.Tensor) -> torch.Tensor:
-    "What the spread head must give for a variance; the inverse of `log_variance`, but for the ends."
-    low, high = LOG_VARIANCE
-    return torch.logit((torch.log(variance) - low) / (high - low), 0.02)
-
-# %% ../../nbs/3_model/2_model.ipynb #6e10939e
 def auxiliary_heads(hidden: int, classes: bool, values: bool):  # a ModuleDict, or None where none is asked for
     "The training-only heads by name; those of values begin at the mean, and need no random number for it."
     heads = {name: nn.Linear(hidden, n) for name, n in AUX_CLASSES.items()} if classes else {}
@@ -269,9 +245,9 @@ class BiomassModel(Trunk):
         check_model(log_targets, fusion, density, len(dims), link)
         hidden = max(8, int(dims[0] * hidden_ratio))
         super().__init__(dims, hidden, dropout, learning, fusion, symmetric, pooled=not density)
-        self.args = dict(
-            dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
-            two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric, density=density)
+        self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
+                         two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric,
+                         density=density)
         if link != "log1p": self.args["link"] = link  # which members of earlier libraries do not name
         self.log, self.link, self.density = LOG_TARGETS[log_targets], link, density
         self.register_buffer("output_scale", torch.ones(len(TARGETS)) if self.log else torch.ones(()))
@@ -292,11 +268,10 @@ class BiomassModel(Trunk):
     @torch.no_grad()
     def fit_output(self, grams: torch.Tensor):
         "Set scales and start the heads at the means (and variances) of these training labels `[N, 5]`, in grams."
-        space = to_link(grams, self.log, self.link)
-        counted = torch.ones_like(grams, dtype=torch.bool)
+        log, space, counted = list(self.log), to_link(grams, self.log, self.link), torch.ones_like(grams, dtype=torch.bool)
         self.gram_scale.copy_(grams.std().clamp_min(1e-3))
         self.output_scale.copy_(self.gram_scale)
-        if self.log: self.output_scale[list(self.log)] = space[:, list(self.log)].std().clamp_min(1e-3)
+        if log: self.output_scale[log] = space[:, log].std().clamp_min(1e-3)
         if self.presence is not None:
             counted[:, TWO_PART] = grams[:, TWO_PART] > 0
             start_at(self.presence, torch.logit((grams[:, TWO_PART] > 0).float().mean(0), 0.02))
@@ -317,7 +292,8 @@ class BiomassModel(Trunk):
                 out["presence"] = self.presence(z)
                 chance = presence_chance(out["presence"])
                 grams = grams * (chance[:, None, None] if self.density else chance)
-            if self.spread is not None: out["log_variance"] = log_variance(self.spread(z))
+            low, high = LOG_VARIANCE
+            if self.spread is not None: out["log_variance"] = low + (high - low) * self.spread(z).sigmoid()
             if self.density: out["map"] = grams
             add = (lambda y: y.sum(2).sum(1)) if self.density else (lambda y: y)
             return {"grams": add(grams), "loss_space": add(figures), **out}
@@ -348,7 +324,10 @@ class BiomassModel(Trunk):
         if self.spread is None: raise BiomassError("this member says nothing of its uncertainty; train with --uncertainty")
         if not 0 < level < 1: raise BiomassError(f"level {level}: must lie between 0 and 1")
         out = self.read(self.shared(*features))
-        return tuple(to_grams(z, self.log, self.link) for z in central_ends(out, self.output_scale, level))
+        chance = presence_chance(out["presence"]) if self.presence is not None else torch.ones_like(out["grams"])
+        deviation = torch.exp(out["log_variance"] / 2) * self.output_scale
+        ends = (hurdle_quantile(q, out["loss_space"], deviation, chance) for q in ((1 - level) / 2, (1 + level) / 2))
+        return tuple(to_grams(z, self.log, self.link) for z in ends)
 
 # %% ../../nbs/3_model/2_model.ipynb #c4b8522e
 def member_state(model: BiomassModel) -> dict:  # name -> CPU tensor

@@ -148,10 +148,7 @@ def epoch_order(
     epoch: int,
     part: Part = Part(),
 ) -> list:  # batches of photo indices
-    """One epoch: each photo once, its order named by (seed, fold, epoch).
-
-    A last batch too small to share joins the one before.
-    """
+    "One epoch: each photo once, its order named by (seed, fold, epoch); a last batch too small to share joins the one before."
     size = dataset.config.batch_size
     dataset.epoch = epoch
     order = photos[draw_rng("order", *dataset.named).permutation(len(photos))]

@@ -210,15 +210,10 @@ class PhysicsConfig:
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16006
 @dataclass(frozen=True)
-class TrainConfig(
-        PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig,
-        FeaturesConfig, FoldsConfig, DataConfig):
+class TrainConfig(PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig, FeaturesConfig, FoldsConfig, DataConfig):
     "Train a head on every fold of a competition folder and leave a bundle behind."
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16008
-def _read_blocks(text: str) -> tuple: return tuple(float(b) if "." in b else int(b) for b in text.split("/"))
-
-
 ALSO = {  # word of --also -> (field, how its text is read)
     "grid": ("grid", lambda text: tuple(map(int, text.split("x", 1)))),
     "size": ("tile_size", int),
@@ -357,12 +352,6 @@ def _about_backbone(c) -> list:
          "--no-pretrained starts from random weights; drop it or --backbone-weights"),
         (c.lora_rank and not c.pretrained,
          "--lora-rank with --no-pretrained would adapt a random backbone; drop one of them"),
-    ]
-
-# %% ../../nbs/5_training/1_config.ipynb #9bd9a0c0
-def _about_features(c) -> list:
-    "Features that are stored, of one spec or several."
-    return [
         (_is_closed(c) and not _keeps_features(c),
          f"--head {c.head} learns from features that are stored: add --freeze-backbone, and drop --no-cache"),
         (c.also and not _keeps_features(c),
@@ -436,7 +425,7 @@ def _tiles_out_of_range(c) -> list:
         (c.tile_size is not None and c.tile_size < 1, f"--tile-size {c.tile_size}: must be positive"),
     ]
 
-# %% ../../nbs/5_training/1_config.ipynb #04e37282
+
 def _out_of_range(c) -> list:
     "Sizes, shares and rates."
     return [
@@ -466,8 +455,8 @@ def _not_installed(c) -> list:
 
 # %% ../../nbs/5_training/1_config.ipynb #co000006
 CHECKS = (
-    _unread, _negative, _about_backbone, _about_features, _about_pixels, _about_objective, _about_prediction,
-    _out_of_range, _not_installed)
+    _unread, _negative, _about_backbone, _about_pixels, _about_objective, _about_prediction, _out_of_range,
+    _not_installed)
 
 
 def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
@@ -482,7 +471,8 @@ def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `au
         return dataclasses.replace(c, physics="always" if c.always_correct_dead else physics)
     if augment == "auto": augment = "flips" if _keeps_features(c) and not c.stored_draws else "full"
     if average == "auto": average = "none" if c.checkpoint == "best" else "swa"
-    return dataclasses.replace(c, augment=augment, average=average)
+    if c.always_correct_dead: physics = "always"
+    return dataclasses.replace(c, augment=augment, average=average, physics=physics)
 
 # %% ../../nbs/5_training/1_config.ipynb #156e2114
 def config_record(c: TrainConfig) -> dict:  # JSON types only

@@ -158,8 +158,24 @@ class Run:
         variants = tuple(stored_variants(self.config))
         for i, source in enumerate(self.sources):
             key = id(source.backbone), source.spec, variants, self.config.cache_dtype
-            if key not in known: known[key] = _stored_features(self, source, progress, log)
+            if key not in known: known[key] = self._stored(source, progress, log)
             self.sources[i] = source._replace(stored=known[key])
+
+    def _stored(self, source: Source, progress, log) -> StoredFeatures:
+        "The features of one spec, each process having computed its share of the photos."
+        c, accelerator = self.config, self.accelerator
+        source.backbone.to(accelerator.device).eval()
+        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
+        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+        paths = list(self.table["path"])
+        if accelerator.num_processes > 1:
+            mine = paths[accelerator.process_index :: accelerator.num_processes]
+            store_features(mine, request, c.num_workers, self.precision, progress)
+            accelerator.wait_for_everyone()
+        stored = store_features(paths, request, c.num_workers, self.precision, progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
+        return stored
 
     def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
         "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
@@ -409,9 +425,7 @@ def describe(
 ) -> str:
     "What is about to happen, in the words of the options."
     c, table, processes = run.config, run.table, run.accelerator.num_processes
-    others = len(run.members) - todo
-    done = f" ({others} finished already or another process's)" if others else ""
-    also = ", and all photos" if c.learn_from == "all" else ""
+    done = f" ({len(run.members) - todo} finished already or another process's)" if todo < len(run.members) else ""
     shared = ""
     if processes > 1:
         what = "each batch of every member; another number of processes gives another result"
