@@ -87,7 +87,6 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "kaggle.verify": "a verdict; its lines are printed",
     **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),
                     "answers, which are asserted; the notebooks of reports show the pictures"),
-    "holdout": "files of scores and refusals; the notebook of evidence.holdout shows the picture",
 }
 
 

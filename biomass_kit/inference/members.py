@@ -171,6 +171,13 @@ def file_shapes(path) -> dict:
         raise BiomassError(f"{path}: not a safetensors file ({e}); copy the bundle again") from None
 
 
+def _fits(factors: dict, weight: list) -> bool:
+    "Whether shapes of A and B are those of a product that has this shape."
+    if set(factors) != {"A", "B"} or not weight: return False
+    a, b = factors["A"], factors["B"]
+    return len(weight) == len(a) == len(b) == 2 and [b[0], a[1]] == weight and a[0] == b[1]
+
+
 def check_lora(folder: Path, ref: dict):
     "Refuse LoRA factors that do not fit the weights that they are to be added to."
     weights, path = file_shapes(folder / ref["file"]), folder / ref["lora"]["file"]
@@ -179,9 +186,8 @@ def check_lora(folder: Path, ref: dict):
         of = {
             name.rpartition(".")[2]: shape for name,
             shape in factors.items() if name.rpartition(".")[0] == layer}
-        w, a, b = weights.get(f"{layer}.weight"), of.get("A"), of.get("B")
-        fits = set(of) == {"A", "B"} and w and len(w) == len(a) == len(b) == 2 and [b[0], a[1]] == w and a[0] == b[1]
-        if not fits:
+        w = weights.get(f"{layer}.weight")
+        if not _fits(of, w):
             raise BiomassError(
                 f"{path}: its factors {of} do not fit {layer}.weight {w or '(absent)'} of {ref['file']}; "
                 "train or download the bundle again")

@@ -78,8 +78,8 @@ def main():
             save_file(build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model.state_dict(), a.backbone_weights)
         for grid in a.grids:
             base = check_config(TrainConfig(data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
-                                            tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, augment="flips",
-                                            cache_dir=room / "cache", device_type="cpu"))
+                                            tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, use_cutmix=False,
+                                            augment="flips", cache_dir=room / "cache", device_type="cpu"))
             run = Run(base, make_accelerator(device, "fp32"), "fp32", {})
             start = time.perf_counter()
             run.store(lambda x, **_: x, print)
