@@ -179,7 +179,8 @@ def contents(folder):
 
 
 def entries(folder):
-    return {name: digest for name, digest in contents(folder).items() if name.endswith(".npy") and ".tmp-" not in name} if folder.exists() else {}
+    found = [p for p in sorted(folder.rglob("*.npy")) if ".tmp-" not in p.name]  # which another process renames
+    return {str(p.relative_to(folder)): file_digest(p) for p in found}
 
 
 def storing_slowly(config):
