@@ -19,7 +19,7 @@ from .command import SharingArgs, command, given_options, loading, parse
 from .data.progress import progress, say
 from .data.targets import COMBINATIONS, TARGETS, TRIM, BiomassError
 from .training.config import TrainConfig
-from .training.recipes import RECIPES, recipe, recipe_runs, with_recipe
+from .training.recipes import RECIPES, recipe, recipe_runs
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02006
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ def configs_of(
     with loading():
         from biomass_kit.training.run import expand
 
-    if a.grids or a.seeds:
-        return expand(with_recipe(config, a.recipe, given) if a.recipe else config, a.grids, a.seeds)
-    return recipe_runs(config, a.recipe, given) if a.recipe else [config]
+    if a.grids: given = (*given, "grid")
+    runs = recipe_runs(config, a.recipe, given) if a.recipe else [config]
+    if not a.grids and not a.seeds: return runs
+    return [each for run in runs for each in expand(run, a.grids, a.seeds)]
 
 # %% ../nbs/9_commands/2_train.ipynb #c0a02009
 @command

@@ -66,7 +66,7 @@ LEAVE_ONE_MONTH_OUT = Strategy(_months, "photos of held-out months")
 RANDOM = Strategy(_photos, "held-out photos")
 LEAVE_ONE = ("leave_one_state_out", "leave_one_month_out")  # strategies whose groups are their folds
 DEFAULT_FOLDS = 5  # of every other strategy
-EVERY_FOLD = -2  # in the place of a member's fold: it learns from all of them and scores none
+EVERY_FOLD = 1_000_000  # in the place of a member's fold: it learns from all of them and scores none
 HELD_OUT = -1  # in the place of a photo's fold: no member is trained on it, and none of the folds scores it
 
 # %% ../../nbs/1_data/8_folds.ipynb #703a78a4

@@ -8,12 +8,14 @@ __all__ = ['SILENT', 'ROUNDING', 'STRENGTHS', 'WIDTHS', 'INNER_PARTS', 'photo_ro
            'KernelRidge', 'GaussianProcess']
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed04
+import math
+
 import numpy as np
 import torch
 from torch import nn
 
 from ..data.targets import LINKS, LOG_TARGETS, TARGETS, BiomassError, to_link, weighted_r2
-from .model import to_grams
+from .model import LOG_CEILING, to_grams
 from .options import KERNELS, SCALERS
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed06
@@ -130,8 +132,9 @@ class ClosedForm(nn.Module):
         return to_link(grams.detach().cpu().double(), self.columns, self.link)
 
     def to_grams(self, space: torch.Tensor) -> torch.Tensor:
-        "`[..., 5]` in the link's space -> grams, none negative; logarithms are cut at `LOG_CEILING`."
-        return to_grams(space, self.columns, self.link).clamp_min(0)
+        "`[..., 5]` in the link's space -> grams, none negative; what is finite is cut at exp(LOG_CEILING)."
+        grams = to_grams(space, self.columns, self.link).clamp_min(0)
+        return torch.where(grams.isfinite(), grams.clamp_max(math.exp(LOG_CEILING)), grams)
 
     def inner_scores(self, rows: torch.Tensor, grams: torch.Tensor, groups) -> np.ndarray:
         "Weighted R² `[widths, strengths]` of an inner cross-validation over two or more `groups` `[n]`."
@@ -266,14 +269,11 @@ class GaussianProcess(KernelRidge):
         self,
         dims: list,  # channels of each feature spec
         rows: int = 0,  # training rows that it holds; `fit` sets it
-        link: str = "sqrt",
-        log_targets: str = "all",
-        scaler: str = "standard",
-        kernel: str = "rbf",
         uncertainty: bool = True,  # says to readers of `args` that there are intervals; never False
+        **options,  # of `KernelRidge`
     ):
         if uncertainty is not True: raise TypeError("uncertainty: a Gaussian process always has it")
-        super().__init__(dims, rows, link, log_targets, scaler, kernel)
+        super().__init__(dims, rows, **options)
         self.args |= dict(uncertainty=True)
         self.register_buffer("alpha", torch.ones(()))
         self.register_buffer("deviation", torch.zeros(len(TARGETS)))
