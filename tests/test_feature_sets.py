@@ -12,7 +12,7 @@ from conftest import assert_close
 from safetensors.torch import save_file
 
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.folds import EVERY_FOLD, read_table
+from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import OWN_ENDS, TARGETS, BiomassError
@@ -22,10 +22,9 @@ from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.store import photo_batches
 from biomass_kit.inference import bundle as bundles
-from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.bundle import member_dims, read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.maps import photo_maps
-from biomass_kit.inference.members import member_dims
 from biomass_kit.inference.plan import plan_levels, plan_passes
 from biomass_kit.inference.predict import predict_folder, some_members
 from biomass_kit.model.options import HEADS
@@ -220,20 +219,6 @@ def test_a_closed_head_teaches_a_neural_one(base, trained, tmp_path):
     plain = dataclasses.replace(base, out=tmp_path / "plain")
     train(plain, **quiet)
     assert not np.allclose(read_table(taught.out / "oof.csv")[RAW], read_table(plain.out / "oof.csv")[RAW])
-
-
-@pytest.mark.parametrize("head", ("neural", "ridge"))
-def test_who_learned_from_all_photos_predicts_alone(base, room, tmp_path, head):
-    "The bundle's prediction is that of one member; the folds' members give scores of every photo."
-    config = with_set(base, "two blocks", head, learn_from="all", out=tmp_path / "run")
-    results = train(config, **quiet)
-    bundle = read_bundle(config.out)
-    alone = some_members(bundle, lambda m: m["fold"] == EVERY_FOLD)
-    assert results["photos"] == 16 and len(bundle.members) == 3 and len(alone.members) == 1
-    photos = sorted((room / "data" / "test").iterdir())
-    ensemble = Ensemble(bundle, device_type="cpu")
-    assert ensemble.levels[0].members == (2,)
-    assert_close(ensemble.predict(photos), Ensemble(alone, device_type="cpu").predict(photos))
 
 
 @pytest.fixture(scope="module")
