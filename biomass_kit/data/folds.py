@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP_DATE', 'GROUP_MONTH', 'GROUP_DATE_STATE', 'LEAVE_ONE_STATE_OUT', 'LEAVE_ONE_MONTH_OUT', 'RANDOM', 'LEAVE_ONE',
-           'DEFAULT_FOLDS', 'EVERY_FOLD', 'HELD_OUT', 'FLOORS', 'FOLD_COLUMNS', 'Strategy', 'strategy', 'make_folds',
-           'shared_dates', 'held_out_text', 'floor_predictions', 'bootstrap_scores', 'date_interval',
+           'DEFAULT_FOLDS', 'EVERY_FOLD', 'HELD_OUT', 'FLOORS', 'FOLD_COLUMNS', 'Strategy', 'fold_name', 'strategy',
+           'make_folds', 'shared_dates', 'held_out_text', 'floor_predictions', 'bootstrap_scores', 'date_interval',
            'score_beside_floors', 'inner_split', 'write_folds', 'read_table', 'read_folds']
 
 # %% ../../nbs/1_data/8_folds.ipynb #dc86d365
@@ -68,6 +68,13 @@ LEAVE_ONE = ("leave_one_state_out", "leave_one_month_out")  # strategies whose g
 DEFAULT_FOLDS = 5  # of every other strategy
 EVERY_FOLD = 1_000_000  # in the place of a member's fold: it learns from all of them and scores none
 HELD_OUT = -1  # in the place of a photo's fold: no member is trained on it, and none of the folds scores it
+
+# %% ../../nbs/1_data/8_folds.ipynb #f01dc001
+def fold_name(
+    k: int,  # the fold that a member does not learn from, or EVERY_FOLD
+) -> str:
+    "Which fold a member scores, in words."
+    return "all photos" if k == EVERY_FOLD else f"fold {k}"
 
 # %% ../../nbs/1_data/8_folds.ipynb #703a78a4
 def strategy(

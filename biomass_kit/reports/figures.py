@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..data.folds import fold_name
 from biomass_kit.data.targets import (
     ENDS,
     TARGETS,
@@ -151,7 +152,7 @@ def plot_learning(
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     handles = [Line2D([], [], color=color[f]) for f in folds]
     handles += [Line2D([], [], color="#333333", ls=dashes[r]) for r in runs]
-    names = [f"fold {f}" for f in folds] + [f"run {r}" for r in runs]
+    names = [fold_name(f) for f in folds] + [f"run {r}" for r in runs]
     plain_legend(fig, handles, names, loc="outside lower center", ncols=4, fontsize=10, frameon=False)
     return fig
 

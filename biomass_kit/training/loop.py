@@ -96,7 +96,7 @@ def not_finite(f: MemberTrainer, photos: torch.Tensor, what: str) -> BiomassErro
     kept = "no epoch before was kept"
     if f.checkpoint and f.checkpoint.is_file(): kept = f"the epochs before are kept in {f.checkpoint}"
     names = ", ".join(Path(f.paths[i]).name for i in photos)
-    return BiomassError(f"fold {f.k}: {what}; photos {names}; "
+    return BiomassError(f"{f.name}: {what}; photos {names}; "
                         f"look at them, or try a smaller --lr and another --out; {kept}")
 
 # %% ../../nbs/5_training/4_loop.ipynb #306c5fcf

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.folds import EVERY_FOLD, HELD_OUT, inner_split
+from ..data.folds import HELD_OUT, fold_name, inner_split
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
 from ..features.augment import draw_seed
@@ -122,7 +122,7 @@ class MemberTrainer:
         self.backbone = None if self.stored else sources[0].backbone
         self.accelerator = accelerator
         self.precision = precision
-        self.name = "all photos" if k == EVERY_FOLD else f"fold {k}"
+        self.name = fold_name(k)
         self.teacher = None  # [N, 5] grams to which predictions are pulled
         self.checkpoint = None  # file in which a killed run finds the last finished epoch
         self._take_photos(table, fold)

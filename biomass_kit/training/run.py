@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import EVERY_FOLD, FOLD_COLUMNS, read_table
+from ..data.folds import EVERY_FOLD, FOLD_COLUMNS, fold_name, read_table
 from ..data.photos import crop_lines, photo_crops
 from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
@@ -227,7 +227,7 @@ def fit_in_order(run: Run, k: int, progress, log) -> tuple:  # (MemberTrainer, i
     try: return run.fit_member(k, progress)
     except RuntimeError as e:
         if "use_deterministic_algorithms" not in str(e): raise
-        log(f"{run.config.out.name} fold {k}: {str(e).split('. ')[0]}; "
+        log(f"{run.config.out.name} {fold_name(k)}: {str(e).split('. ')[0]}; "
             "it is trained without, so another run may end in other bits")
         torch.set_deterministic_debug_mode("warn")  # until `deterministic` ends
         return run.fit_member(k, progress)

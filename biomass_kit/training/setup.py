@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from ..data.folds import HELD_OUT, inner_split, make_folds, read_folds, read_table
+from ..data.folds import HELD_OUT, fold_name, inner_split, make_folds, read_folds, read_table
 from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
@@ -76,7 +76,7 @@ def finish_trackers(runs: list, results: list):
         out = run.config.out
         for k in run.elsewhere:
             for row in read_table(out / "folds" / f"{k}-history.csv").to_dict("records"):
-                track_epoch(run.accelerator, f"{out.name} fold {k}", row)
+                track_epoch(run.accelerator, f"{out.name} {fold_name(k)}", row)
         run.accelerator.log({f"{out.name}/{name}": s["weighted_r2"] for name, s in found["scores"].items()})
     for tracker in runs[0].accelerator.trackers: tracker.finish()
 
