@@ -102,6 +102,7 @@ def loading():
         with quits_at_once("interrupted while loading"): yield
     finally:
         print("\b \b" * len(note), end="", file=sys.stderr, flush=True)
+        gc.freeze()
         if collects: gc.enable()
 
 # %% ../nbs/9_commands/1_command.ipynb #c0a01011

@@ -37,7 +37,7 @@ from .backbone import Backbone, backbone_digest
 from .device import autocast
 from .options import CACHE_DTYPES
 from .tiles import TileSpec, cut_tiles
-from .tta import View, flip_pixels
+from .tta import View, flip_pixels, places_of_each
 
 # %% ../../nbs/2_features/6_store.ipynb #794c2913
 @dataclass(frozen=True)
@@ -418,6 +418,19 @@ class StoredFeatures:
         "The features of some photos, each in its variant."
         each = variants if isinstance(variants, list) else [variants] * len(photos)
         return torch.from_numpy(self.array[list(photos), [self.column[v] for v in each]]).float()
+
+    def gather_views(
+        self,
+        photos: list,  # B row numbers
+        variants: list,  # of each
+        views: list,  # Views that each is arranged for
+        grid: tuple,  # (rows, columns)
+    ) -> torch.Tensor:  # float32 [B, 2, T, D]
+        "`gather` and `arrange` of every photo by itself, copied once."
+        halves, tiles = places_of_each(views, grid)
+        rows, columns = (
+            np.array(numbers)[:, None, None] for numbers in (photos, [self.column[v] for v in variants]))
+        return torch.from_numpy(self.array[rows, columns, halves[:, :, None], tiles[:, None]]).float()
 
 # %% ../../nbs/2_features/6_store.ipynb #5a9777ae
 def store_features(

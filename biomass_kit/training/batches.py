@@ -27,7 +27,7 @@ from biomass_kit.features.augment import (
 )
 from ..features.store import Draw, read_ahead
 from ..features.tiles import TileSpec, cut_tiles
-from ..features.tta import View, arrange, arrange_each, flip_pixels
+from ..features.tta import View, arrange, flip_pixels
 from .config import TrainConfig
 
 # %% ../../nbs/5_training/2_batches.ipynb #b5b76b2d
@@ -88,7 +88,7 @@ class StoredBatches(Batches):
         batch = self.batch(photos, self.grids[0])
         box, partner = batch["box"], batch["partner"]
         each = [
-            arrange_each(stored.gather(photos, variants), views, grid)
+            stored.gather_views(photos, variants, views, grid)
             for stored, grid in zip(self.stored, self.grids)]
         if box == Box(): return {**batch, "features": [mix(f, batch["share"], partner) for f in each]}
         cut = [cutmix_tiles(f, grid, box, partner) for f, grid in zip(each, self.grids)]

@@ -80,7 +80,7 @@ def train_step(
         outputs = f.model.outputs(*batch_features(f, batch, truth, stage))
     loss, terms = total_loss(outputs, truth, f.model.units, loss_options(f.config))
     if not torch.isfinite(loss): raise not_finite(f, photo, f"the loss is {loss.item()}")
-    optimizer.zero_grad()
+    optimizer.optimizer.zero_grad()
     f.accelerator.backward(loss)
     if f.part.processes > 1: average_gradients(f.accelerator, optimizer, len(photo))
     trained = [p for group in optimizer.param_groups for p in group["params"]]

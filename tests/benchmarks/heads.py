@@ -1,0 +1,139 @@
+"""Ten neural members on stored features, this tree against an older one, and shared by two processes.
+
+    git archive COMMIT | tar x -C OLD
+    python tests/benchmarks/heads.py --old OLD --data DIR --backbone-weights FILE --cache-dir DIR
+
+The recipe `neural` (two grids, five folds, 60 epochs) is trained by both trees in turn, each in a process of one
+thread; features are computed before. CPU seconds are those of fitting the members, imports and features left out.
+Wall seconds are those of the whole command, which also writes bundle and report: the older tree in one process, this
+one in two (`torchrun`). Weights of both trees are compared bit for bit; --fused adds this tree's opt-in form, whose
+weights and out-of-fold grams are compared by their largest difference.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Optional
+
+import tyro
+
+HERE = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Args:
+    "Compare two trees."
+
+    data: Path  # competition folder
+    backbone_weights: Path  # safetensors file
+    cache_dir: Path  # features are kept here
+    old: Optional[Path] = None  # the older tree; its workers do without
+    backbone: str = "vit_small_patch14_dinov2"
+    tile_size: int = 252
+    rounds: int = 3
+    epochs: int = 60
+    wall: bool = True  # time whole commands too
+    worker: bool = False  # what the processes of a round run
+    fused: bool = False  # with a worker: the opt-in form
+
+
+def options(a: Args) -> dict:
+    "What both trees are asked for."
+    return dict(backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size, data=a.data,
+                cache_dir=a.cache_dir, device_type="cpu", epochs=a.epochs)
+
+
+def work(a: Args):
+    "Fit all members; print CPU seconds, digests of weights and out-of-fold grams."
+    import gc
+    import hashlib
+
+    import numpy as np
+    import torch
+
+    from biomass_kit.features.tta import parse_view
+    from biomass_kit.training.config import TrainConfig, check_config
+    from biomass_kit.training.member import predict_fold
+    from biomass_kit.training.recipes import recipe_runs
+    from biomass_kit.training.run import Run
+    from biomass_kit.training.setup import make_accelerator
+
+    torch.set_num_threads(1)
+    more = {"fused": True} if a.fused else {}
+    config = TrainConfig(**options(a), **more, out=Path(tempfile.mkdtemp()) / "run")
+    accelerator = make_accelerator(torch.device("cpu"), "fp32")
+    spent, weights, grams = 0.0, [], []
+    for c in recipe_runs(config, "neural"):
+        run = Run(check_config(c), accelerator, "fp32", {})
+        run.store(lambda x, **_: x, lambda line: None)
+        gc.collect()
+        for k in run.members:
+            start = time.process_time()
+            f, _ = run.fit_member(k, lambda x, **_: x)
+            spent += time.process_time() - start
+            tensors = b"".join(t.numpy().tobytes() for t in f.model.state_dict().values())
+            weights.append(hashlib.sha256(tensors).hexdigest())
+            grams += predict_fold(f, f.scored, [parse_view(v) for v in c.tta]).ravel().tolist()
+    print(json.dumps({"cpu_s": spent, "weights": weights, "grams": np.float64(grams).tolist()}))
+
+
+def environment(tree: Path) -> dict:
+    "One thread, and this tree's library."
+    return {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+
+
+def words(values: dict) -> list:
+    "Options as on a command line."
+    return [str(word) for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def fitted(a: Args, tree: Path, *more: str) -> dict:
+    "What a worker found with a tree's library."
+    own = {k: v for k, v in options(a).items() if k not in ("device_type",)}
+    command = [sys.executable, __file__, "--worker", *more, *words(own)]
+    said = subprocess.run(command, env=environment(tree), cwd=tree, check=True, capture_output=True, text=True)
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def wall_seconds(a: Args, tree: Path, processes: int) -> float:
+    "The whole command."
+    out = Path(tempfile.mkdtemp()) / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "biomass_kit.train"]
+    command += ["--recipe", "neural", "--out", str(out), "--no-report-photos", *words(options(a))]
+    start = time.perf_counter()
+    subprocess.run(command, env=environment(tree), cwd=tree, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main():
+    a = tyro.cli(Args)
+    if a.worker: return work(a)
+    fitted(a, HERE)  # features are stored from here on
+    old, new, fused = [], [], []
+    for _ in range(a.rounds):
+        old.append(fitted(a, a.old))
+        new.append(fitted(a, HERE))
+        fused.append(fitted(a, HERE, "--fused"))
+    seconds = {name: median(r["cpu_s"] for r in runs) for name, runs in
+               {"old": old, "new": new, "fused": fused}.items()}
+    equal = all(r["weights"] == old[0]["weights"] for r in old + new)
+    apart = max(abs(x - y) for x, y in zip(fused[0]["grams"], new[0]["grams"]))
+    print("| | CPU seconds | old / it | weights |\n|---|---|---|---|")
+    print(f"| old | {seconds['old']:.1f} | 1 | |")
+    print(f"| new | {seconds['new']:.1f} | {seconds['old'] / seconds['new']:.2f} | "
+          f"{'equal to the last bit' if equal else 'DIFFERENT'} |")
+    print(f"| new, --fused | {seconds['fused']:.1f} | {seconds['old'] / seconds['fused']:.2f} | "
+          f"out-of-fold grams at most {apart:.2g} g apart |")
+    if not a.wall: return
+    times = [(wall_seconds(a, a.old, 1), wall_seconds(a, HERE, 2)) for _ in range(a.rounds)]
+    one, two = (median(t) for t in zip(*times))
+    print(f"\nwhole command: old in one process {one:.1f} s, new in two {two:.1f} s, ratio {one / two:.2f}")
+
+
+if __name__ == "__main__": main()
