@@ -17,7 +17,7 @@ import torch
 from biomass_kit.features.augment import (
     Box,
     PairAugment,
-    cutmix_pairs,
+    cutmix_batch,
     cutmix_tiles,
     draw_cutmix,
     draw_mixup,
@@ -141,13 +141,13 @@ class PixelBatches(Batches):
         return arrange(flip_pixels(cut_tiles(pair, self.spec), view)[None], view, self.spec.grid)[0]
 
     def of_pairs(self, photos: list, pairs: list) -> dict:
-        "The batch of some photos whose halves are augmented already."
+        "The batch of some photos whose halves are augmented already; a box is pasted into these arrays."
         smallest = min(p.shape[1:3] for p in pairs)
         batch = self.batch(photos, smallest)  # one box for all; its share is each photo's own
         box = batch["box"]
         if box != Box():
             batch["share"] = torch.tensor([box.share(*p.shape[1:3]) for p in pairs])
-            pairs = [cutmix_pairs(p, pairs[j], box) for p, j in zip(pairs, batch["partner"])]
+            cutmix_batch(pairs, batch["partner"], box)
         return {**batch, "tiles": torch.stack([self._tiles(p, i) for p, i in zip(pairs, photos)])}
 
     def __getitem__(self, photos: list) -> dict: return self.of_pairs(photos, [self.pair(i) for i in photos])
