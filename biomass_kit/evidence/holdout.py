@@ -111,7 +111,7 @@ class Trainer:
     def run(self, config: TrainConfig, held_out: np.ndarray, progress=quiet, log=lambda line: None) -> Run:
         "A run that knows nothing of the photos held out, its features read from what is stored."
         run = Run(config, self.accelerator, self.precision, self.built, held_out)
-        if run.config.freeze_backbone and run.config.cache: run.store(progress, log, self.stored)
+        run.store(progress, log, self.stored)
         return run
 
     def identity(self, name: str) -> str:

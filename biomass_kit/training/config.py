@@ -6,7 +6,7 @@
 __all__ = ['AVERAGES', 'TRACKERS', 'LOGGED', 'LOGGED_LINKS', 'ALSO', 'FINE_TUNED', 'CLASS_HEADS', 'KEPT', 'CLOSED', 'NEURAL',
            'READ_ONLY_WHEN', 'NOT_NEGATIVE', 'CHECKS', 'DataConfig', 'FoldsConfig', 'FeaturesConfig', 'StoreConfig',
            'AugmentConfig', 'ModelConfig', 'LossConfig', 'LoopConfig', 'RunConfig', 'PhysicsConfig', 'TrainConfig',
-           'feature_configs', 'check_config', 'config_record']
+           'feature_configs', 'mixes', 'stores_first_stage', 'check_config', 'config_record']
 
 # %% ../../nbs/5_training/1_config.ipynb #b40288f5
 import dataclasses
@@ -85,9 +85,11 @@ class FeaturesConfig:
 # %% ../../nbs/5_training/1_config.ipynb #c0f1600a
 @dataclass(frozen=True)
 class StoreConfig:
-    "Reading ahead, and keeping a frozen backbone's features."
+    "Reading ahead, and keeping a frozen backbone's features, or the photos that one learns from."
 
-    cache: bool = True  # keep a frozen backbone's features on disk; --no-cache recomputes them every epoch
+    # keep on disk what a frozen backbone made of the photos, or, where it learns, the decoded photos;
+    # --no-cache makes them anew every epoch
+    cache: bool = True
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
     # how features lie on disk; fp16 takes half the disk space
     cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"
@@ -102,6 +104,9 @@ class AugmentConfig:
     # full = flips and pixel transforms; auto = full, or flips on stored features
     augment: Literal["auto", "none", "flips", "full"] = "auto"
     stored_draws: int = 0  # pixel augmentations stored a photo, for a frozen backbone with --augment full
+    # the pixels that full changes: the photo's own, or as many as its tiles show, which is faster and gives
+    # other augmented copies
+    augment_size: Literal["native", "tiles"] = "native"
     augment_crop: bool = False  # full also crops and resizes, alike in both halves
     augment_green: bool = False  # full also jitters the hue of what is green
     swap_prob: float = 0.5  # probability that a training photo's halves are exchanged
@@ -255,8 +260,8 @@ CLASS_HEADS = "--use-aux-heads or --distill-aux"
 KEPT = "--freeze-backbone and the cache"
 CLOSED = "a head in closed form, such as --head kernel_ridge"
 NEURAL = (  # fields that only a head that learns in epochs reads
-    "augment", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup", "mixup_prob",
-    "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
+    "augment", "augment_size", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup",
+    "mixup_prob", "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
     "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
     "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs",
@@ -270,7 +275,20 @@ def _has_class_heads(c): return c.use_aux_heads or c.distill_aux
 def _has_value_heads(c): return c.use_aux_values
 def _fine_tunes(c): return not c.freeze_backbone
 def _keeps_features(c): return c.freeze_backbone and c.cache
+def _changes_pixels(c): return c.augment in ("auto", "full") and not _keeps_features(c)
+def _has_cache(c): return c.cache
 def _is_closed(c): return c.head != "neural"
+
+# %% ../../nbs/5_training/1_config.ipynb #px160021
+def mixes(c) -> bool:
+    "Whether some batches are mixed."
+    return bool(c.use_mixup and c.mixup_prob or c.use_cutmix and c.cutmix_prob)
+
+
+def stores_first_stage(c) -> bool:
+    "Whether the first of two stages reads stored features: those that the backbone would make of the same photos."
+    return c.two_stage and c.cache and c.augment in ("none", "flips") and not mixes(c)
+
 
 # %% ../../nbs/5_training/1_config.ipynb #co000001
 READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
@@ -301,9 +319,9 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "grad_checkpointing": (_fine_tunes, FINE_TUNED),
     "freeze_epochs": (lambda c: c.two_stage, "--two-stage"),
     "backbone_lr": (_fine_tunes, FINE_TUNED),
-    "cache": (lambda c: c.freeze_backbone, "--freeze-backbone"),
+    "augment_size": (_changes_pixels, "--augment full of photos, not of stored features"),
     "cache_dtype": (_keeps_features, KEPT),
-    "cache_gb": (_keeps_features, KEPT),
+    "cache_gb": (_has_cache, "the cache"),
     "shard": (_fine_tunes, FINE_TUNED),
     "correction_threshold": (
         lambda c: c.physics == "derive_dead" and not c.always_correct_dead, "--physics derive_dead"),

@@ -11,7 +11,8 @@ __all__ = ['CHECKPOINT', 'CLASSES', 'CHECKPOINT_SECONDS', 'batch_truth', 'batch_
 import json
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Callable
 
@@ -26,7 +27,7 @@ from ..features.augment import Box, mix
 from ..features.device import autocast
 from ..inference.bundle import write_tensors
 from ..model.loss import total_loss
-from .batches import epoch_batches, epoch_order
+from .batches import epoch_order, stage_batches
 from biomass_kit.training.member import (
     MemberTrainer,
     Stage,
@@ -128,7 +129,7 @@ def run_epoch(
     f.model.train()
     if f.backbone is not None: set_mode(f.backbone, stage.train_backbone)
     terms = []
-    for batch in epoch_batches(f.dataset, f.fit, loop.epoch, f.part):
+    for batch in islice(loop.batches, loop.steps):
         terms.append(train_step(f, batch, loop.optimizer, stage))
         loop.schedule.step()
         if c.average == "ema": update_averages(loop.averages)
@@ -153,9 +154,11 @@ def run_fold(
         if loop.epoch < last:
             loop.begin(stage)
             if loop.epoch > first: loop.resume(held, first)
-            while loop.epoch < last:
-                next(bar)
-                loop.end_epoch(number, run_epoch(f, loop, stage))
+            left = range(loop.epoch, last)
+            with closing(stage_batches(f.dataset, f.fit, left, f.part)) as loop.batches:
+                for _ in left:
+                    next(bar)
+                    loop.end_epoch(number, run_epoch(f, loop, stage))
         first = last
     next(bar, None)  # lets the progress bar close
     if loop.best_weights is not None: load_fold_state(f, loop.best_weights)
@@ -221,10 +224,12 @@ class Loop:
         self.best_score = -math.inf  # of the watched photos, for `--checkpoint best`
         self.best_weights = None  # from `fold_state`
         self.written = time.monotonic()
+        self.batches = None  # of the present stage, from `stage_batches`
 
     def begin(self, stage: Stage):
-        "Optimizer, schedule and averages of a stage."
+        "Features, optimizer, schedule and averages of a stage."
         f, c = self.f, self.f.config
+        f.rest(not stage.train_backbone)
         self.steps = len(epoch_order(f.dataset, f.fit, 0, f.part))
         total = stage.epochs * self.steps
         # forgets the last stage's optimizer, whose gradients it would unscale again

@@ -11,7 +11,7 @@ __all__ = ['FLAT', 'link_options', 'closed_options', 'model_options', 'loss_opti
 # %% ../../nbs/5_training/3_member.ipynb #a0b885f9
 import math
 import warnings
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
 from ..features.augment import draw_seed
 from ..features.backbone import Backbone, adapted_layers
-from ..features.store import FeatureRequest, StoredFeatures, feature_batches
+from ..features.store import FeatureRequest, StoredFeatures, feature_batches, read_pair
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View, backbone_views, parse_view
 from ..inference.members import head_class
@@ -99,6 +99,9 @@ class Source(NamedTuple):
     backbone: Backbone
     spec: TileSpec
     stored: StoredFeatures = None  # of all photos, where the backbone is frozen and its features are kept
+    first: StoredFeatures = None  # of the backbone at its start, where a first stage reads them
+    read: Callable = read_pair  # what gives a photo's halves
+
 
 # %% ../../nbs/5_training/3_member.ipynb #0505dffa
 class MemberTrainer:
@@ -141,10 +144,21 @@ class MemberTrainer:
         labels = class_labels(table) if c.use_aux_heads else {}
         self.labels = {name: torch.tensor(v) for name, v in labels.items()}
         if c.use_aux_values: self.labels |= value_labels(table, self.fit)
-        if self.stored:
-            grids = [source.spec.grid for source in self.sources]
-            self.dataset = StoredBatches([source.stored for source in self.sources], grids, c, self.k)
-        else: self.dataset = PixelBatches(self.paths, self.sources[0].spec, c, self.k)
+        self.rest(False)
+
+    def rest(self, resting: bool):
+        "Read stored features while the backbone rests, where those of its start are stored."
+        c, source = self.config, self.sources[0]
+        self.resting = resting and source.first is not None
+        grids = [each.spec.grid for each in self.sources]
+        if self.kept: self.dataset = StoredBatches(self.kept, grids, c, self.k)
+        else: self.dataset = PixelBatches(self.paths, source.spec, c, self.k, source.read)
+
+    @property
+    def kept(self) -> list:
+        "StoredFeatures of each feature spec that are what its backbone would say now; empty where it must be asked."
+        if self.stored: return [source.stored for source in self.sources]
+        return [source.first for source in self.sources] if self.resting else []
 
     def _build_head(self, dims: list):
         "A new head, its random weights named by seed and fold; fitted to the grams and features to be seen."
@@ -173,11 +187,12 @@ def plain_features(
 ) -> list:  # for each feature spec: View -> [n, 2, T, D] on the device
     "Unaugmented features of some photos."
     device = f.accelerator.device
-    if f.stored: return [{v: s.stored.gather(photos, v).to(device) for v in views} for s in f.sources]
+    if f.kept: return [{v: kept.gather(photos, v).to(device) for v in views} for kept in f.kept]
     f.backbone.eval()
     paths = [f.paths[i] for i in photos]
     request = FeatureRequest(f.backbone, f.sources[0].spec, tuple(views))
-    batches = feature_batches(paths, [request], f.config.batch_size, f.config.num_workers, f.precision)
+    batches = feature_batches(
+        paths, [request], f.config.batch_size, f.config.num_workers, f.precision, read=f.sources[0].read)
     found = [features for (features,), _ in batches]
     return [{v: torch.cat([each[v] for each in found]) for v in views}]
 

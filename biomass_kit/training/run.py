@@ -29,6 +29,7 @@ from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
+from ..features.pairs import PairStore
 from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
@@ -36,7 +37,7 @@ from ..inference.physics import training_bounds
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
-from .config import TrainConfig, check_config, config_record
+from .config import TrainConfig, check_config, config_record, stores_first_stage
 from biomass_kit.training.folder import (
     arithmetic_text,
     deterministic,
@@ -153,17 +154,21 @@ class Run:
         log,
         known: dict = None,  # what other runs of this process have mapped; filled here
     ):
-        "Compute what is not stored yet, then map all of it, one feature spec after the other."
+        "Compute what is to be stored and is not yet, then map all of it, one feature spec after the other."
+        c = self.config
+        if not (c.freeze_backbone and c.cache or stores_first_stage(c)): return
+        kept = "stored" if c.freeze_backbone else "first"
         known = {} if known is None else known
-        variants = tuple(stored_variants(self.config))
+        variants = tuple(stored_variants(c))
         for i, source in enumerate(self.sources):
-            key = id(source.backbone), source.spec, variants, self.config.cache_dtype
+            key = id(source.backbone), source.spec, variants, c.cache_dtype
             if key not in known: known[key] = self._stored(source, progress, log)
-            self.sources[i] = source._replace(stored=known[key])
+            self.sources[i] = source._replace(**{kept: known[key]})
 
     def _stored(self, source: Source, progress, log) -> StoredFeatures:
         "The features of one spec, each process having computed its share of the photos."
         c, accelerator = self.config, self.accelerator
+        if not c.freeze_backbone: self._start_again()
         source.backbone.to(accelerator.device).eval()
         cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
         request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
@@ -177,10 +182,19 @@ class Run:
         if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
         return stored
 
-    def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
-        "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
+    def trim_photos(self, log):
+        "Trim the cache in which decoded photos were kept, if they were."
+        c, kept = self.config, isinstance(self.sources[0].read, PairStore)
+        if kept and self.accelerator.is_main_process and (said := trim_text(c.cache_dir, c.cache_gb)): log(said)
+
+    def _start_again(self):
+        "The backbone back at its starting weights, without LoRA factors."
         take_lora(self.backbone)
         self.backbone.load_state_dict(self.start)
+
+    def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
+        "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
+        self._start_again()
         if config.lora_rank:
             add_lora(self.backbone, config.lora_rank, self.lora_layers, draw_seed("head", config.seed, k, 1))
         self.backbone.to(self.accelerator.device)
@@ -312,11 +326,12 @@ def _train_members(configs: list, accelerator: Accelerator, precision: str, buil
     accelerator.wait_for_everyone()
     for run in runs:
         say(describe(run, sum(r is run for r, _ in todo)))
-        if run.config.freeze_backbone and run.config.cache: run.store(progress, say)
+        run.store(progress, say)
     for number, (run, k) in enumerate(todo, 1):
         name = f"member {number} of {len(todo)}, {run.config.out.name}"
         train_member(run, k, named_progress(progress, name), say)
     accelerator.wait_for_everyone()
+    for run in runs: run.trim_photos(say)
     return runs
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'make_accelerator', 'start_trackers', 'finish_trackers', 'stored_variants', 'check_folds', 'check_teacher',
-           'check_tiles', 'teacher_grams', 'Start', 'start_backbone', 'prepare']
+           'photo_reader', 'check_tiles', 'teacher_grams', 'Start', 'start_backbone', 'prepare']
 
 # %% ../../nbs/5_training/7_setup.ipynb #59d6405a
 import dataclasses
@@ -13,8 +13,9 @@ import json
 import os
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,9 +30,10 @@ from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
 from ..features.augment import PairAugment, draw_seed, pixel_transform
 from ..features.backbone import build_backbone, patch_size
+from ..features.pairs import PairStore, decode_pair
 from ..features.store import Draw
 from ..features.tiles import TileSpec
-from ..features.tta import STORED_VIEWS
+from ..features.tta import STORED_VIEWS, View
 from ..inference.bundle import read_bundle
 from ..inference.ensemble import Ensemble
 from ..inference.physics import NEEDS_COVARIANCE
@@ -82,7 +84,10 @@ def finish_trackers(runs: list, results: list):
 
 # %% ../../nbs/5_training/7_setup.ipynb #097c531f
 def stored_variants(c: TrainConfig) -> list:
-    "What is stored of each photo for a frozen backbone: the four views, and the augmented copies if any."
+    """What is stored of each photo for a frozen backbone: the four views, and the augmented copies if any.
+
+    For a first stage without flips the plain view is all that is read."""
+    if c.augment == "none" and not c.freeze_backbone: return [View()]
     if not c.stored_draws: return list(STORED_VIEWS)
     augment = PairAugment(pixel_transform(c.augment_crop, c.augment_green))
     told = json.dumps(augment.transform.to_dict(), sort_keys=True, default=str)
@@ -125,6 +130,13 @@ def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray, quadrat_cm: tup
                            f"{quadrat_text(quadrat_cm)}; give a run with the same --quadrat-cm")
 
 # %% ../../nbs/5_training/7_setup.ipynb #12000001
+def photo_reader(c: TrainConfig, spec: TileSpec) -> Callable:
+    "What gives training a photo's halves: decoded once and kept, where a backbone that learns sees them every epoch."
+    size = spec if c.augment_size == "tiles" else None
+    if c.freeze_backbone or not c.cache: return partial(decode_pair, spec=size)
+    return PairStore(c.cache_dir, size, c.cache_gb * 1e9)
+
+
 def check_tiles(
     crops: dict,  # path of a photo -> Crop
     spec: TileSpec,
@@ -189,7 +201,9 @@ def prepare(
     fold[known] = make_folds(table[known], c.cv, c.n_folds, c.fold_seed)
     folds = check_folds(c, table, fold)
     begun = [(spec, *start_backbone(spec, built)) for spec in feature_configs(c)]
-    sources = [Source(backbone, TileSpec(*spec.grid, size)) for spec, backbone, size, _ in begun]
+    tiles = [TileSpec(*spec.grid, size) for spec, _, size, _ in begun]
+    sources = [
+        Source(backbone, cut, read=photo_reader(c, cut)) for (_, backbone, _, _), cut in zip(begun, tiles)]
     crops = {path: crop_of(*photo_size(path)) for path in table["path"]}
     for source in sources: check_tiles(crops, source.spec, patch_size(source.backbone.model))
     for line in crop_lines(dict(zip(table["image_path"], crops.values()))): warnings.warn(line)

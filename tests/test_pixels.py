@@ -1,0 +1,215 @@
+"""Training on pixels: photos decoded once, draws named by numbers alone, a first stage that reads stored features."""
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from commands import Started
+from conftest import assert_close
+from safetensors.torch import save_file
+
+from biomass_kit.data.files import file_digest
+from biomass_kit.data.photos import list_photos
+from biomass_kit.data.targets import TARGETS
+from biomass_kit.features import pairs, store
+from biomass_kit.features.augment import Box
+from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.pairs import PairStore, decode_pair
+from biomass_kit.features.tiles import TileSpec
+from biomass_kit.training import loop
+from biomass_kit.training.batches import PixelBatches, stage_batches
+from biomass_kit.training.config import check_config
+from biomass_kit.training.loop import CHECKPOINT
+from biomass_kit.training.run import train
+
+quiet = dict(log=lambda line: None)
+SPEC = TileSpec(2, 2, 32)
+
+
+@pytest.fixture(scope="module")
+def photos(data): return list_photos(data / "train")[:10]
+
+
+@pytest.fixture(scope="module")
+def learning(config, tmp_path_factory):
+    "One fold of a tiny transformer that is fine-tuned with every pixel transform."
+    room = tmp_path_factory.mktemp("pixels")
+    torch.manual_seed(0)
+    weights = room / "vit.safetensors"
+    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), weights)
+    return dataclasses.replace(
+        config, out=room / "run", cache_dir=room / "cache", backbone="test_vit", backbone_weights=weights,
+        tile_size=32, use_aux_heads=False, train_folds=(0,), freeze_backbone=False, backbone_lr=1e-3,
+        batch_size=4)
+
+
+def drawn(config, photos, workers, read, epochs=(0, 1, 2)):
+    "All that the batches of some epochs hold, in order."
+    config = dataclasses.replace(check_config(config), num_workers=workers)
+    dataset = PixelBatches(photos, SPEC, config, fold=1, read=read)
+    batches = list(stage_batches(dataset, np.arange(len(photos)), epochs))
+    assert [sorted(sum((b["photo"].tolist() for b in batches[i : i + 3]), [])) for i in (0, 3, 6)] == [
+        list(range(10))] * 3
+    return batches
+
+
+def same(some, others):
+    "Whether batches hold the same bits."
+    keys = ("photo", "tiles", "partner")
+    return len(some) == len(others) and all(
+        a["box"] == b["box"] and torch.equal(torch.as_tensor(a["share"]), torch.as_tensor(b["share"]))
+        and all(torch.equal(a[key], b[key]) for key in keys) for a, b in zip(some, others))
+
+
+@pytest.mark.parametrize("size", ("native", "tiles"))
+def test_draws_are_the_same_bits_with_any_workers_and_with_or_without_the_store(learning, photos, size, tmp_path):
+    config = dataclasses.replace(
+        learning, augment_size=size, augment_crop=True, augment_green=True, mixup_prob=0.5)
+    kept = SPEC if size == "tiles" else None
+    plain = drawn(config, photos, 0, lambda path: decode_pair(path, kept))
+    assert {b["box"] != Box() for b in plain} == {True, False}, "some batches with a box and some without"
+    for workers, where in itertools.product((0, 1, 4), (tmp_path / "one", tmp_path / "one", tmp_path / "two")):
+        assert same(drawn(config, photos, workers, PairStore(where, kept)), plain), (workers, where)
+    other = drawn(dataclasses.replace(config, seed=1), photos, 0, PairStore(tmp_path / "one", kept))
+    assert not same(other, plain)
+
+
+def test_one_epoch_does_not_depend_on_those_before(learning, photos):
+    whole = drawn(learning, photos, 4, store.read_pair)
+    dataset = PixelBatches(photos, SPEC, check_config(learning), fold=1)
+    alone = list(stage_batches(dataset, np.arange(len(photos)), [2]))
+    assert same(alone, whole[6:])
+
+
+def test_a_photo_is_decoded_once_for_all_epochs_and_folds(learning, tmp_path, monkeypatch):
+    counts, plain = {}, pairs.read_pair
+
+    def read(path):
+        counts[path] = counts.get(path, 0) + 1
+        return plain(path)
+
+    monkeypatch.setattr(pairs, "read_pair", read)
+    said = []
+    config = dataclasses.replace(learning, out=tmp_path / "run", cache_dir=tmp_path / "cache", train_folds=None)
+    train(config, log=said.append)
+    assert len(counts) == 30 and set(counts.values()) == {1}
+    assert any("cache" in line and "GB of at most" in line for line in said)
+    train(dataclasses.replace(config, out=tmp_path / "again"), **quiet)
+    assert set(counts.values()) == {1}, "nor by a later run"
+
+
+def members(config):
+    "Digests of a run's members, and what they predict."
+    files = {p.name: file_digest(p) for p in sorted((config.out / "bundle").glob("*.safetensors"))}
+    return files, (config.out / "oof.csv").read_bytes()
+
+
+def test_a_run_ends_with_the_same_bits_with_and_without_the_store(learning, tmp_path):
+    found = []
+    for name, options in {"kept": {}, "full": dict(cache_gb=1e-5), "crowd": dict(num_workers=4)}.items():
+        config = dataclasses.replace(
+            learning, out=tmp_path / name, cache_dir=tmp_path / f"cache-{name}", **options)
+        if name == "full":
+            with pytest.warns(UserWarning, match="not every photo is kept decoded"): train(config, **quiet)
+        else: train(config, **quiet)
+        found.append(members(config))
+    assert found[0] == found[1] == found[2]
+    without = dataclasses.replace(learning, out=tmp_path / "without", cache=False, cache_dir=None)
+    train(without, **quiet)
+    assert members(without)[1] == found[0][1], "its members' names hold the option; its predictions do not"
+
+
+class Killed(Exception): pass
+
+
+@pytest.mark.parametrize("size", ("native", "tiles"))
+def test_a_killed_run_goes_on_to_the_same_bits(learning, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    whole = dataclasses.replace(
+        learning, out=tmp_path / "whole", two_stage=True, freeze_epochs=2, augment_size=size, num_workers=3)
+    train(whole, **quiet)
+    plain = loop.Loop.write
+    for epochs in (1, 3):
+        cut = dataclasses.replace(whole, out=tmp_path / f"cut{epochs}")
+
+        def write(self, epochs=epochs):
+            plain(self)
+            if self.epoch == epochs: raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Loop, "write", write)
+            with pytest.raises(Killed): train(cut, **quiet)
+        assert list((cut.out / "folds").glob(f"*{CHECKPOINT}"))
+        train(cut, **quiet)
+        assert members(cut) == members(whole)
+
+
+def fill(folder, photos):
+    "Read photos through a store, twice, in another process."
+    kept = PairStore(folder)
+    for photo in (*photos, *photos): assert np.array_equal(kept(photo), store.read_pair(photo))
+
+
+def test_processes_share_a_store(photos, tmp_path):
+    jobs = [Started(fill, tmp_path / "cache", photos, log=tmp_path / f"{i}.log") for i in range(2)]
+    for job in jobs: assert job.wait() == 0, job.said()
+    assert len(list((tmp_path / "cache").rglob("*-pair.npy"))) == len(photos)
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+FIRST = dict(two_stage=True, freeze_epochs=3, epochs=4, use_mixup=False, use_cutmix=False)
+
+
+def passes(config, monkeypatch):
+    "The stage of every backbone pass over training batches, by epoch; and the run's predictions."
+    seen, step, forward = [], loop.run_epoch, Backbone.forward
+    now = []
+
+    def epoch(f, at, stage):
+        now[:] = [at.epoch]
+        found = step(f, at, stage)
+        now.clear()
+        return found
+
+    def counted(self, tiles):
+        seen.append(now[0] if now else None)
+        return forward(self, tiles)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_epoch", epoch)
+        patch.setattr(Backbone, "forward", counted)
+        train(config, **quiet)
+    oof = np.genfromtxt(config.out / "oof.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    return seen, np.stack([oof[f"{t}_raw"] for t in TARGETS], 1)
+
+
+@pytest.mark.parametrize("options", (
+    dict(augment="flips"), dict(augment="none"), dict(augment="flips", lora_rank=2),
+    dict(augment="flips", checkpoint="best", average="none")))
+def test_a_first_stage_without_pixel_changes_reads_stored_features(learning, options, tmp_path, monkeypatch):
+    base = dataclasses.replace(learning, cache_dir=tmp_path / "cache", **FIRST, **options)
+    seen, grams = passes(dataclasses.replace(base, out=tmp_path / "stored"), monkeypatch)
+    assert not {0, 1, 2} & set(seen) and 3 in seen, "the backbone ran in the first stage"
+    assert None in seen, "its features were stored before"
+    live, due = passes(dataclasses.replace(base, out=tmp_path / "live", cache=False, cache_dir=None), monkeypatch)
+    assert {0, 1, 2, 3} <= set(live)
+    assert_close(grams, due)
+
+
+@pytest.mark.parametrize("options", (dict(use_mixup=True), dict(use_cutmix=True), dict(augment="full")))
+def test_a_first_stage_that_changes_photos_looks_at_them(learning, options, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        learning, out=tmp_path / "run", cache_dir=tmp_path / "cache", **{**FIRST, "augment": "flips", **options})
+    seen, _ = passes(config, monkeypatch)
+    assert {0, 1, 2, 3} <= set(seen)
+
+
+def test_later_members_also_read_the_starting_backbones_features(learning, tmp_path):
+    config = dataclasses.replace(
+        learning, out=tmp_path / "both", cache_dir=tmp_path / "cache", train_folds=(0, 1), augment="flips", **FIRST)
+    train(config, **quiet)
+    alone = dataclasses.replace(config, out=tmp_path / "second", cache_dir=tmp_path / "other", train_folds=(1,))
+    train(alone, **quiet)
+    (name,) = (name for name in members(alone)[0] if name.startswith("member"))
+    assert members(config)[0][name] == members(alone)[0][name]
