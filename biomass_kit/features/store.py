@@ -38,7 +38,7 @@ from .backbone import Backbone, backbone_digest
 from .device import autocast
 from .options import CACHE_DTYPES
 from .tiles import TileSpec, cut_tiles
-from .tta import View, flip_pixels, places_of_each
+from .tta import View, flip_pixels
 
 # %% ../../nbs/2_features/6_store.ipynb #794c2913
 @dataclass(frozen=True)
@@ -103,6 +103,10 @@ class FeatureCache:
         name = str(variant) if isinstance(variant, View) else variant.key
         if block is not None: name += f"-block{block}"
         return self.folder / f"{digest[:32]}-{name}.npy"
+
+    def has(self, digest: str, variant) -> bool:
+        "Whether there are entries; only `get` knows whether they are whole."
+        return not self.off and all(self.path(digest, variant, b).is_file() for b in self.widths)
 
     def get(self, digest: str, variant):
         "The stored features `[2, T, D]`, or None where a block is missing; marks the entries as used."
@@ -432,24 +436,10 @@ class StoredFeatures:
     def gather(
         self,
         photos,  # [B] row numbers
-        variants,  # one variant for all, or a list with one per photo
+        variant,  # one of `variants`
     ) -> torch.Tensor:  # float32 [B, 2, T, D]
-        "The features of some photos, each in its variant."
-        each = variants if isinstance(variants, list) else [variants] * len(photos)
-        return torch.from_numpy(self.array[list(photos), [self.column[v] for v in each]]).float()
-
-    def gather_views(
-        self,
-        photos: list,  # B row numbers
-        variants: list,  # of each
-        views: list,  # Views that each is arranged for
-        grid: tuple,  # (rows, columns)
-    ) -> torch.Tensor:  # float32 [B, 2, T, D]
-        "`gather` and `arrange` of every photo by itself, copied once."
-        halves, tiles = places_of_each(views, grid)
-        rows, columns = (
-            np.array(numbers)[:, None, None] for numbers in (photos, [self.column[v] for v in variants]))
-        return torch.from_numpy(self.array[rows, columns, halves[:, :, None], tiles[:, None]]).float()
+        "The features of some photos."
+        return torch.from_numpy(self.array[list(photos), self.column[variant]]).float()
 
 # %% ../../nbs/2_features/6_store.ipynb #5a9777ae
 def store_features(

@@ -168,10 +168,7 @@ class Run:
     def _stored(self, source: Source, progress, log) -> StoredFeatures:
         "The features of one spec, each process having computed its share of the photos."
         c, accelerator = self.config, self.accelerator
-        if not c.freeze_backbone: self._start_again()
-        source.backbone.to(accelerator.device).eval()
-        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        request = FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+        request = self.request(source)
         paths = list(self.table["path"])
         if accelerator.num_processes > 1:
             mine = paths[accelerator.process_index :: accelerator.num_processes]
@@ -179,8 +176,17 @@ class Run:
             accelerator.wait_for_everyone()
         stored = store_features(paths, request, c.num_workers, self.precision, progress)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
+        root = request.cache.root
+        if accelerator.is_main_process and not request.cache.off: log(trim_text(root, c.cache_gb))
         return stored
+
+    def request(self, source: Source) -> FeatureRequest:
+        "What is asked of the feature store for one spec, its backbone at its start."
+        c = self.config
+        if not c.freeze_backbone: self._start_again()
+        source.backbone.to(self.accelerator.device).eval()
+        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
+        return FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
 
     def trim_photos(self, log):
         "Trim the cache in which decoded photos were kept, if they were."
