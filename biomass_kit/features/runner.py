@@ -169,14 +169,14 @@ class TileRunner:
         if self.block:
             try: return _in_one_size(self._run_compiled, tiles, self.block)
             except Exception as e: self._give_up(e)
-        asked = self._most()
+        asked = min(self._most(), len(tiles))
         while True:
             try: out = [self._run(b) for b in tiles.split(block_size(len(tiles), self.most))]
             except (RuntimeError, MemoryError) as e:
                 if self.most == 1 or not ran_out(e): raise
                 out = None
             if out is not None: break
-            self.most = min(self.most, len(tiles)) // 2 or 1
+            self.most = max(1, min(self.most, len(tiles)) // 2)
             if self.device.type == "cuda": torch.cuda.empty_cache()
         if self.most < asked:
             self.say(f"{self.device} ran out of memory with {asked} tiles at once; {self.most} from here on")

@@ -68,6 +68,7 @@ class Members(Passes):
         **options,
     ):
         super().__init__(bundle, *args, **options)
+        self.overlaps = self.device.type == "cuda"  # whether it is given a batch before the last one is read
         self.fits = None  # photos that fit into memory at once, where that was ever asked too much
         self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
 
@@ -216,7 +217,7 @@ class Ensemble(Members):
     ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); ends early when there is no time
         "Raw predictions, a batch at a time, memory bounded by it; a GPU gets the next before one is read."
         deadline, pace, taken, underway = deadline or Deadline(), Pace(), deque(), deque()
-        ahead = self.device.type == "cuda" and deadline.text is None  # a deadline measures each batch alone
+        ahead = self.overlaps and deadline.text is None  # a deadline measures each batch alone
         asked = ((taken.append(row), paths[row])[1] for row in rows)
         start = deadline.clock()
         with closing(photo_batches(asked, self.requests, batch_size, num_workers, strict, self.say)) as batches:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/precision.py --weights RUN --photos DIR
 
-Each precision twice: with weights held in it, as predictions are made, and in fp32 under autocast, as they were made
-up to version 0.1. Without a GPU a matrix product takes inputs rounded to half precision, adds up in fp32 and rounds
-its result, as a GPU's does; the CPU's own kernels for half precision are too slow.
+Each precision twice: with weights held in it, as predictions are made, and in fp32 under autocast, as they
+were made before. Without a GPU a matrix product takes inputs rounded to half precision, adds up in fp32 and
+rounds its result, as a GPU's does; the CPU's own kernels for half precision are too slow.
 """
 import platform
 import time
@@ -35,11 +35,12 @@ class Args:
     weights: Path  # a trained run or bundle
     photos: Path  # folder of photos
     count: int = 20  # photos, evenly spread over the folder
+    precisions: tuple[str, ...] = tuple(HALVES)
     device_type: str = "auto"
 
 
 class RoundedProducts(TorchFunctionMode):
-    "Matrix products of a half precision with sums in fp32; of all tensors under autocast, else of those in it."
+    "Products in half precision with sums in fp32: of all tensors under autocast, else of those in it."
 
     def __init__(self, dtype: torch.dtype, autocast: bool):
         super().__init__()
@@ -90,7 +91,7 @@ def main():
     due = exact.predict(paths, num_workers=0)
     widest = due.std(0).argmax()
     print(f"largest prediction {due.max():.1f} g, spread {due.std(0)[widest]:.1f} g of {TARGETS[widest]}")
-    for precision in HALVES:
+    for precision in a.precisions:
         for form, autocast in (("weights held in it", False), ("autocast", True)):
             start = time.perf_counter()
             ensemble, rounded = in_half(bundle, device, precision, autocast)
