@@ -59,7 +59,7 @@ def test_blocks_over_views_and_grids_change_last_bits_alone(room, name):
 
 
 def test_two_grids_share_forwards(room, monkeypatch):
-    "13 tiles of a half, both halves, three views and three photos: 234 tiles in blocks of 60, filled by both grids."
+    "13 tiles of a half, both halves, three views, three photos: 234 tiles in blocks of at most 60."
     seen, plain = [], Backbone.forward
 
     def forward(self, tiles):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'cublas_workspace', 'launches', 'working_gpus', 'pick_devices', 'pick_device', 'pick_precision',
-           'autocast', 'ran_out', 'beside', 'upload', 'arrived']
+           'autocast', 'ran_out', 'beside', 'upload', 'arrived', 'fetched']
 
 # %% ../../nbs/2_features/4_device.ipynb #e86d65f6
 import functools
@@ -161,4 +161,20 @@ def arrived(
         here = torch.cuda.current_stream(t.device)
         here.wait_event(ready)
         t.record_stream(here)
+
+
+# %% ../../nbs/2_features/4_device.ipynb #cuda0015
+def fetched(
+    tensor: torch.Tensor,
+) -> Callable:  # without arguments -> np.ndarray
+    "Have a tensor copied from its device; what is returned waits for this copy, not for later work."
+    if not tensor.is_cuda: return tensor.cpu().numpy
+    host, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(tensor.device))
+
+    def wait():
+        done.synchronize()
+        return host.numpy()
+
+    return wait
 

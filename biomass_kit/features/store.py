@@ -34,7 +34,7 @@ from ..data.interrupts import begin
 from ..data.photos import read_photo, split_pair
 from ..data.targets import BiomassError, in_one_line
 from .backbone import Backbone, backbone_digest
-from .device import arrived, autocast, beside, upload
+from .device import arrived, autocast, beside, fetched, upload
 from .options import CACHE_DTYPES
 from .runner import HALVES, TileRunner
 from .tiles import TileSpec, cut_tiles
@@ -353,8 +353,8 @@ def _write_all(cache: FeatureCache, digests: list, variant, features: np.ndarray
 def _kept(cache: FeatureCache, digests: list, variant, features: torch.Tensor, later: list) -> torch.Tensor:
     "Store features, now or later; returns what a later reader gets, so that both see the same."
     if later is not None and cache.dtype == np.float32:
-        host = features.to("cpu", non_blocking=True)
-        later.append(lambda: _write_all(cache, digests, variant, host.numpy()))
+        host = fetched(features)
+        later.append(lambda: _write_all(cache, digests, variant, host()))
         return features
     kept = features.cpu().numpy().astype(cache.dtype)
     _write_all(cache, digests, variant, kept)
@@ -364,6 +364,7 @@ def _kept(cache: FeatureCache, digests: list, variant, features: torch.Tensor, l
 # %% ../../nbs/2_features/6_store.ipynb #cuda0002
 def _whole_batch(photos: list, i: int, request: FeatureRequest, variant, rows: list, fresh) -> torch.Tensor:
     "One variant of all photos, float32 [B, 2, T, D]: `fresh` ones, stored ones, zeros for what cannot be read."
+    if len(rows) == len(photos): return fresh
     spec, device = request.spec, request.backbone.mean.device
     out = torch.zeros(len(photos), 2, spec.rows * spec.cols, request.backbone.dim, device=device)
     stored = [b for b, p in enumerate(photos) if variant in p.found[i]]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from ..data.interrupts import begin
 from ..data.progress import counted
 from ..data.targets import TARGETS, BiomassError, combine, in_one_line
-from ..features.device import ran_out
+from ..features.device import fetched, ran_out
 from ..features.store import photo_batches
 from .bundle import Bundle
 from .issues import MEANS, Issue, Outcome
@@ -183,13 +183,13 @@ class Ensemble(Members):
     ) -> Callable:  # without arguments; waits for the device, then gives what `_results` says
         "Give one batch to the device, despite what may be wrong with photos, members and memory."
         level, later = level or self.levels[0], []
-        found = self.predict_in_parts(photos, level, intervals, later)
+        found = fetched(self.predict_in_parts(photos, level, intervals, later))
         return partial(self._results, photos, paths, level, intervals, found, later)
 
     # (float32 [B, 5] grams, or [B, 3, 5] with the ends; position in the batch -> Issue)
-    def _results(self, photos, paths, level, intervals, found: torch.Tensor, later: list) -> tuple:
+    def _results(self, photos, paths, level, intervals, found: Callable, later: list) -> tuple:
         "What the members said of a batch, as one."
-        issues, found = {}, found.cpu().numpy()
+        issues, found = {}, found()
         for store in later: store()
         broken = ~np.isfinite(found).all((0, 1, 3))
         finite = np.nan_to_num(found, posinf=0, neginf=0) if broken.any() else found
