@@ -3,6 +3,7 @@
 Without a GPU, `pytest -m cuda --device cpu tests` tries the tests themselves.
 """
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from biomass_kit.data.files import read_json
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
+from biomass_kit.features import runner
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.device import pick_device, pick_precision
 from biomass_kit.features.store import FeatureRequest, feature_batches
@@ -159,24 +161,37 @@ def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
 
     All of them on the device.
     """
-    passes, plain = [], Backbone.forward
+    seen, plain = Counter(), Backbone.forward
 
     def forward(self, tiles):
-        passes.append((tiles.device.type, len(tiles)))
+        seen[tiles.device.type] += tiles[..., 0, 0, 0].numel()
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
     photos = list_photos(room / "data/test")
     bundles = [read_bundle(untrained_bundle(tmp_path / "frozen")),
                read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True))]
-    frozen = Ensemble(bundles[0], device_type=device, cache_dir=tmp_path / "cache")
+    frozen, tuned = (Ensemble(b, device_type=device, cache_dir=tmp_path / "cache") for b in bundles)
+    for r in (*frozen.runners.values(), *tuned.runners.values()): r._most()  # a GPU measures with tiles
+    seen.clear()
     first = frozen.predict(photos, batch_size=8)
-    assert passes == [(device, 8)] * 6
-    passes.clear()
+    assert seen == {device: 8 * 2 * (4 + 9) * 3}
+    seen.clear()
     assert_as_on_the_same_device(frozen.predict(photos, batch_size=3), first)
-    assert passes == []
-    Ensemble(bundles[1], device_type=device).predict(photos, batch_size=8)
-    assert passes == [(device, 8)] * 3 * 5
+    assert not seen
+    tuned.predict(photos, batch_size=8)
+    assert seen == {device: 8 * 2 * 4 * 3 * 5}
+
+
+def test_compiled_on_the_device(room, tmp_path, device, monkeypatch):
+    "By the compiler that is there; the CPU's takes too long for a test."
+    if device == "cpu": monkeypatch.setattr(runner, "BACKEND", "eager")
+    bundle = read_bundle(untrained_bundle(tmp_path / "bundle"))
+    photos, said = list_photos(room / "data/test"), []
+    plain = Ensemble(bundle, device_type=device, compile="off").predict(photos, batch_size=3)
+    compiled = Ensemble(bundle, device_type=device, compile="on", say=said.append)
+    assert_close(compiled.predict(photos, batch_size=3), plain, compiled.precision)
+    assert not said and all(r.block for r in compiled.runners.values())
 
 
 def test_tiles_cut_on_the_device(device):
@@ -215,8 +230,10 @@ def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch)
 
     monkeypatch.setattr(Backbone, "forward", forward)
     parts = predict_competition(folder, room / "data", tmp_path / "parts.csv", **options)
-    assert tried[:2] == [4, 2] and max(tried[1:]) == 2 and not parts.attrs["outcome"].issues
     said = "ran out of memory with 4 photos at once; 2 at once from here on"
+    if device == "cuda": said = "ran out of memory with 312 tiles at once; 2 from here on"
+    else: assert tried[:2] == [4, 2]
+    assert max(tried[-9:]) == 2 and not parts.attrs["outcome"].issues
     assert any(said in line for line in parts.attrs["outcome"].notes)
     assert_close(by_photo(parts), by_photo(whole))
 
@@ -236,12 +253,14 @@ def test_memory_that_is_short_indeed(room, tmp_path, device):
     whole, one = taken(1)
     _, eight = taken(8)
     assert eight > 2 * one and not said, "too small a model for this test"
+    (tiles,) = ensemble.runners.values()
+    most = tiles.most
     torch.cuda.empty_cache()
     there = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((one + eight) / 2 / there)
     try: parts, _ = taken(8)
     finally: torch.cuda.set_per_process_memory_fraction(1.0)
-    assert ensemble.fits in (1, 2, 4) and len(said) == 1 and "ran out of memory with 8 photos at once" in said[0]
+    assert (tiles.most < most or ensemble.fits in (1, 2, 4)) and "ran out of memory with" in said[0]
     assert_close(parts, whole)
 
 

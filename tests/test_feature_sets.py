@@ -341,7 +341,7 @@ def test_every_level_of_a_joint_bundle_predicts(joined, room):
     assert len(whole.levels) > 2
     for level in whole.levels:
         loaded = next(photo_batches(photos, whole.requests, 3))
-        grams, issues = whole.predict_loaded(loaded, photos, level)
+        grams, issues = whole.predict_loaded(loaded, photos, level)()
         names = {whole.bundle.members[i]["name"] for i in level.members}
         few = some_members(whole.bundle, lambda m: m["name"] in names)
         assert_close(grams, Ensemble(few, [str(v) for v in level.views], device_type="cpu").predict(photos))

@@ -49,7 +49,7 @@ class Statistic(NamedTuple):
 def _token(token, patches): return token
 
 
-def _mean(token, patches): return patches.mean(1)
+def _mean(token, patches): return patches.mean(1, dtype=torch.float32)
 
 
 def _max(token, patches): return patches.amax(1)
@@ -94,6 +94,7 @@ def block_index(
 # %% ../../nbs/2_features/5_backbone.ipynb #f77776fe
 class Backbone(nn.Module):
     "A timm model that turns uint8 tiles into features; normalisation and pooling included."
+    dtype = torch.float32  # of the model's weights; tiles are normalised, and statistics summed, in float32
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
         tiles: torch.Tensor,  # uint8 [..., 3, s, s]
     ) -> torch.Tensor:  # float32 [..., dim]
         x = (tiles.flatten(0, -4).float() - self.mean) / self.std
-        return self.features(x).float().view(*tiles.shape[:-3], -1)
+        return self.features(x.to(self.dtype)).float().view(*tiles.shape[:-3], -1)
 
     def features(
         self,

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'cublas_workspace', 'launches', 'working_gpus', 'pick_devices', 'pick_device', 'pick_precision',
-           'autocast', 'ran_out']
+           'autocast', 'ran_out', 'beside', 'upload', 'arrived', 'fetched']
 
 # %% ../../nbs/2_features/4_device.ipynb #e86d65f6
+import functools
 import os
 import warnings
 from contextlib import contextmanager
@@ -120,3 +121,60 @@ def autocast(device: torch.device, precision: str):
 def ran_out(e: BaseException) -> bool:
     "Whether an exception says that memory ran out."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(e)
+
+# %% ../../nbs/2_features/4_device.ipynb #cuda0011
+@functools.cache
+def _side_stream(device: torch.device): return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device):  # yields a CUDA event; None on the CPU
+    "Work beside what a GPU computes; the event has come when all of it is done."
+    if device.type != "cuda":
+        yield None
+        return
+    side, ready = _side_stream(device), torch.cuda.Event()
+    with torch.cuda.stream(side): yield ready
+    ready.record(side)
+
+
+# %% ../../nbs/2_features/4_device.ipynb #cuda0014
+def upload(
+    array,  # NumPy's
+    device: torch.device,  # a GPU
+) -> torch.Tensor:
+    "An array on a GPU; as a rule its copy is still on its way when this returns."
+    pixels = torch.from_numpy(array)
+    try: pixels = pixels.pin_memory()
+    except RuntimeError: pass  # a limit on locked memory: copied while the reader waits
+    return pixels.to(device, non_blocking=True)
+
+
+def arrived(
+    ready,  # from `beside`
+    tensors: list,  # that were made there
+):
+    "Let a GPU wait for what is made beside it, and keep its memory until it was seen."
+    if ready is None: return
+    there = {id(t): t for t in tensors if t.is_cuda}
+    for t in there.values():
+        here = torch.cuda.current_stream(t.device)
+        here.wait_event(ready)
+        t.record_stream(here)
+
+
+# %% ../../nbs/2_features/4_device.ipynb #cuda0015
+def fetched(
+    tensor: torch.Tensor,
+) -> Callable:  # without arguments -> np.ndarray
+    "Have a tensor copied from its device; what is returned waits for this copy, not for later work."
+    if not tensor.is_cuda: return tensor.cpu().numpy
+    host, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(tensor.device))
+
+    def wait():
+        done.synchronize()
+        return host.numpy()
+
+    return wait
+

@@ -35,8 +35,9 @@ from ..data.interrupts import begin
 from ..data.photos import read_photo, split_pair
 from ..data.targets import BiomassError, in_one_line
 from .backbone import Backbone, backbone_digest
-from .device import autocast
+from .device import arrived, autocast, beside, fetched, upload
 from .options import CACHE_DTYPES
+from .runner import HALVES, TileRunner
 from .tiles import TileSpec, cut_tiles
 from .tta import View, flip_pixels
 
@@ -89,6 +90,7 @@ class FeatureCache:
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
         arithmetic = precision if device == "cpu" else f"{device} {precision}"
+        if precision in HALVES: arithmetic += " weights"  # held in it; earlier versions used autocast
         key = json.dumps([CACHE_FORM, backbone_digest(backbone, any_blocks=True), *spec, arithmetic, dtype])
         self.widths = {}  # block, None for the output -> channels
         for block, _, width in backbone.parts: self.widths[block] = self.widths.get(block, 0) + width
@@ -267,6 +269,7 @@ class FeatureRequest(NamedTuple):
     spec: TileSpec
     variants: tuple  # Views (without swap) and Draws
     cache: FeatureCache = None
+    runner: TileRunner = None  # of the backbone; None is a backbone that learns, under autocast
 
 
 class LoadedPhoto(NamedTuple):
@@ -275,6 +278,7 @@ class LoadedPhoto(NamedTuple):
     found: list  # for each request: variant -> stored features
     tiles: list  # for each request: variant -> tiles uint8 [2, T, 3, s, s] of what is not stored
     fault: str = ""  # why it could not be read
+    ready: object = None  # CUDA event after which the tiles are there; None where they are already
 
 # %% ../../nbs/2_features/6_store.ipynb #330a4d2d
 def _digest(path, requests) -> str:
@@ -311,11 +315,14 @@ def load_photo(
     found = [_stored(r, digest) for r in requests]
     missing = [[v for v in r.variants if v not in f] for r, f in zip(requests, found)]
     if not any(missing): return LoadedPhoto(digest, found, [{} for _ in requests])
-    try: tiles = _all_tiles(read(path), requests, missing, digest)
+    try:
+        pair = read(path)
+        with beside(requests[0].backbone.mean.device) as ready:
+            tiles = _all_tiles(pair, requests, missing, digest)
     except (BiomassError, MemoryError) as e:
         if strict: raise
         return faulty_photo(in_one_line(e), requests)
-    return LoadedPhoto(digest, found, tiles)
+    return LoadedPhoto(digest, found, tiles, ready=ready)
 
 # %% ../../nbs/2_features/6_store.ipynb #e0d50060
 def _stored(request, digest) -> dict:
@@ -334,7 +341,7 @@ def _all_tiles(pair, requests, missing, digest) -> list:
 def _cut(pair, spec, device) -> torch.Tensor:
     "Tiles cut on a GPU, or, where its memory does not hold the photo too, in the same arithmetic beside it."
     if device.type != "cuda": return cut_tiles(pair, spec)
-    try: return cut_tiles(torch.from_numpy(pair).to(device), spec)
+    try: return cut_tiles(upload(pair, device), spec)
     except torch.OutOfMemoryError: return cut_tiles(pair, spec, as_float=True)
 
 
@@ -348,28 +355,45 @@ def _tiles(pair, request, variants, digest, cut) -> dict:
                 draw.apply(pair, digest) if draw else pair, request.spec, request.backbone.mean.device)
     return {v: cut[request.spec, v.key if isinstance(v, Draw) else None] for v in variants}
 
+
 # %% ../../nbs/2_features/6_store.ipynb #51716a1b
-def _variant_features(photos, i, request, variant, precision) -> torch.Tensor:
-    "One request's features of one variant, float32 [B, 2, T, D] on the device; zeros for photos that cannot be read."
+def _fresh_tiles(photos: list, i: int, request: FeatureRequest, variant, rows: list) -> torch.Tensor:
+    "What the backbone must see of some photos for one request and variant, uint8 [b, 2, T, 3, s, s] on the device."
+    device = request.backbone.mean.device
+    tiles = torch.stack([photos[b].tiles[i][variant].to(device) for b in rows])
+    return flip_pixels(tiles, variant) if isinstance(variant, View) else tiles
+
+
+def _write_all(cache: FeatureCache, digests: list, variant, features: np.ndarray):
+    "Store one variant of some photos; an overflow is not worth remembering."
+    for digest, f in zip(digests, features):
+        if np.isfinite(f).all(): cache.put(digest, variant, f)
+
+
+def _kept(cache: FeatureCache, digests: list, variant, features: torch.Tensor, later: list) -> torch.Tensor:
+    "Store features, now or later; returns what a later reader gets, so that both see the same."
+    if later is not None and cache.dtype == np.float32:
+        host = fetched(features)
+        later.append(lambda: _write_all(cache, digests, variant, host()))
+        return features
+    kept = features.cpu().numpy().astype(cache.dtype)
+    _write_all(cache, digests, variant, kept)
+    return torch.from_numpy(kept).to(features.device).float()
+
+
+# %% ../../nbs/2_features/6_store.ipynb #cuda0002
+def _whole_batch(photos: list, i: int, request: FeatureRequest, variant, rows: list, fresh) -> torch.Tensor:
+    "One variant of all photos, float32 [B, 2, T, D]: `fresh` ones, stored ones, zeros for what cannot be read."
+    if len(rows) == len(photos): return fresh
     spec, device = request.spec, request.backbone.mean.device
     out = torch.zeros(len(photos), 2, spec.rows * spec.cols, request.backbone.dim, device=device)
     stored = [b for b, p in enumerate(photos) if variant in p.found[i]]
     if stored:
-        out[stored] = torch.from_numpy(np.stack([photos[b].found[i][variant] for b in stored])).to(device).float()
-    fresh = [b for b, p in enumerate(photos) if variant in p.tiles[i]]
-    if not fresh: return out
-    tiles = torch.stack([photos[b].tiles[i][variant].to(device) for b in fresh])
-    with autocast(device, precision):
-        features = request.backbone(flip_pixels(tiles, variant) if isinstance(variant, View) else tiles)
-    if request.cache:
-        kept = features.cpu().numpy().astype(request.cache.dtype)
-        for b, f in zip(fresh, kept):
-            if np.isfinite(f).all():
-                request.cache.put(photos[b].digest, variant, f)  # an overflow is not worth remembering
-        # what a later reader gets, so that both see the same
-        features = torch.from_numpy(kept).to(device).float()
-    out[fresh] = features
+        found = np.stack([photos[b].found[i][variant] for b in stored])
+        out[stored] = torch.from_numpy(found).to(device).float()
+    if rows: out[rows] = fresh
     return out
+
 
 # %% ../../nbs/2_features/6_store.ipynb #27d6a67e
 def photo_batches(
@@ -392,16 +416,45 @@ def photo_batches(
     finally: loaded.close()
 
 # %% ../../nbs/2_features/6_store.ipynb #1cac4539
+def _autocast_runs(backbone: Backbone, precision: str, parts):
+    "Features of each part, of a backbone whose weights are in fp32."
+    for tiles in parts:
+        with autocast(backbone.mean.device, precision): features = backbone(tiles)
+        yield features
+
+
+def _shared_runs(requests: list) -> list:
+    "Indices of the requests that one runner serves; those without a runner stand alone."
+    groups = {}
+    for i, r in enumerate(requests): groups.setdefault(id(r.runner) if r.runner else (i,), []).append(i)
+    return list(groups.values())
+
+
+# %% ../../nbs/2_features/6_store.ipynb #cuda0003
 @torch.inference_mode()
 def loaded_features(
     photos: list,  # B LoadedPhotos
     requests: list,  # those that they were loaded for, or the same with fewer variants
-    precision: str = "fp32",  # of the backbones' arithmetic
+    precision: str = "fp32",  # of backbones that have no runner
+    later: list = None,  # takes functions that store features once the device is done; None stores at once
 ) -> list:  # for each request: variant -> float32 [B, 2, T, D] on the device
     "What the backbones make of one batch."
-    return [
-        {v: _variant_features(photos, i, r, v, precision) for v in r.variants} for i,
-        r in enumerate(requests)]
+    out = [{} for _ in requests]
+    for photo in photos: arrived(photo.ready, [t for tiles in photo.tiles for t in tiles.values()])
+    for group in _shared_runs(requests):
+        first = requests[group[0]]
+        asked = [
+            (i, v, [b for b, p in enumerate(photos) if v in p.tiles[i]])
+            for i in group for v in requests[i].variants]
+        parts = (_fresh_tiles(photos, i, requests[i], v, rows) for i, v, rows in asked if rows)
+        if first.runner: found = first.runner(parts)
+        else: found = _autocast_runs(first.backbone, precision, parts)
+        for i, v, rows in asked:
+            r, fresh = requests[i], next(found) if rows else None
+            if rows and r.cache: fresh = _kept(r.cache, [photos[b].digest for b in rows], v, fresh, later)
+            out[i][v] = _whole_batch(photos, i, r, v, rows, fresh)
+    return out
+
 
 # %% ../../nbs/2_features/6_store.ipynb #73e9b174
 def feature_batches(
@@ -455,7 +508,9 @@ def store_features(
     if not paths: return StoredFeatures(np.zeros(shape, request.cache.dtype), variants)
     with tempfile.TemporaryFile() as f:  # without a name: it is gone when nobody reads it any more
         array = np.memmap(f, request.cache.dtype, "w+", shape=shape)
-    one_by_one = feature_batches(paths, [request], 1, num_workers, precision)
+    runner = request.runner or TileRunner(request.backbone, request.spec.size, precision)
+    held = request._replace(backbone=runner.backbone, runner=runner)
+    one_by_one = feature_batches(paths, [held], 1, num_workers, precision)
     rows = progress(array, desc=f"features {request.spec}", unit="photo")
     for row, ((features,), _) in zip(rows, one_by_one):
         for i, v in enumerate(variants): row[i] = features[v][0].cpu().numpy()

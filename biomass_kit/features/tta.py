@@ -68,7 +68,8 @@ def arrange(
     grid: tuple,  # (rows, columns), T = rows * columns
 ):  # torch.Tensor [B, 2, T, ...]
     "Put mirrored tiles in their mirrored places and exchange the halves if the view swaps."
-    if view.h or view.v: features = features[:, :, _places(view, grid)]
+    dims = [d for d, on in ((3, view.h), (2, view.v)) if on]  # an index would make a GPU wait for its copy
+    if dims: features = features.unflatten(2, grid).flip(dims).flatten(2, 3)
     return features.flip(1) if view.swap else features
 
 

@@ -11,39 +11,27 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ..data.interrupts import begin
 from ..data.progress import counted
 from ..data.targets import TARGETS, BiomassError, combine, in_one_line
-from ..features.device import pick_device, pick_precision, ran_out
-from ..features.store import FeatureCache, FeatureRequest, loaded_features, photo_batches
-from ..features.tta import backbone_views, parse_view
+from ..features.device import fetched, ran_out
+from ..features.store import photo_batches
 from .bundle import Bundle
 from .issues import MEANS, Issue, Outcome
 from .members import member_specs
-from biomass_kit.inference.plan import (
-    Deadline,
-    Level,
-    Pace,
-    Pass,
-    choose_level,
-    heard_members,
-    load_backbones,
-    pass_columns,
-    pass_work,
-    plan_levels,
-    plan_passes,
-)
+from .passes import Passes
+from .plan import Deadline, Level, Pace, choose_level
 from .uncertainty import check_intervals, interval_views
 from ..model.model import predict_views, view_batch
 
@@ -70,62 +58,24 @@ def combine_some(
     return combine(predictions, **how)
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #d4763477
-class Members:
+class Members(Passes):
     "All members of a bundle on one device, and what they say of photos that were read."
 
     def __init__(
         self,
         bundle: Bundle,
-        views: list = None,  # names of views; None takes the bundle's
-        device_type="auto",  # "cpu", "cuda", "mps" or "auto", or a torch.device
-        precision: str = "auto",  # "fp32", "fp16", "bf16" or "auto", of the backbone
-        # where features are kept; True is the default folder, if it can be used; None keeps none
-        cache_dir=None,
-        say: Callable = warnings.warn,  # takes notes of what befalls the device
+        *args,  # of `Passes`
+        **options,
     ):
-        self.bundle, self.say = bundle, say
+        super().__init__(bundle, *args, **options)
+        self.overlaps = self.device.type == "cuda"  # whether it is given a batch before the last one is read
         self.fits = None  # photos that fit into memory at once, where that was ever asked too much
-        self.device = device_type if isinstance(device_type, torch.device) else pick_device(device_type, say)
-        self.precision = pick_precision(self.device, precision)
-        self.views = [parse_view(v) for v in views or bundle.manifest["views"]]
-        self.passes = plan_passes(bundle.members, self.views, heard_members(bundle.manifest))
-        self.levels = plan_levels(bundle.manifest, self.views)
         self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
-        self.backbones = load_backbones(bundle, self.passes, self.device)
-        self.columns = pass_columns(bundle, self.passes, self.backbones)
-        self.requests = [self._request(p, cache_dir) for p in self.passes]
-
-    def __str__(self):
-        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
-        return f"{self.device}{name} in {self.precision}"
 
     def read(self, i: int, passes: list) -> list:
         "A member's own part of what the passes gave, `[..., D]` for each of its feature specs."
         own = [self.columns[i, place] for place in range(len(member_specs(self.bundle.members[i])))]
         return [passes[at] if columns is None else passes[at][..., columns] for at, columns in own]
-
-    def _request(self, p: Pass, cache_dir) -> FeatureRequest:
-        "What a pass asks of the feature store."
-        backbone = self.backbones[p.backbone, p.spec.size]
-        place = None if cache_dir is True else cache_dir
-        cache = FeatureCache(backbone, p.spec, place, self.precision, say=self.say) if cache_dir else None
-        return FeatureRequest(backbone, p.spec, p.views, cache)
-
-    def _variants(self, p: Pass, level: Level) -> tuple:
-        "The backbone views of a pass that a level asks for."
-        return tuple(backbone_views(level.views)) if set(p.members) & set(level.members) else ()
-
-    def work(
-        self,
-        photos: list,  # LoadedPhotos
-        level: Level,
-    ) -> float:
-        "Work of a batch, without what is stored already."
-        total = 0.0
-        for i, p in enumerate(self.passes):
-            fresh = sum(v in photo.tiles[i] for photo in photos for v in self._variants(p, level))
-            total += pass_work(p, self.bundle.manifest) * fresh
-        return total
 
     @torch.inference_mode()
     def predict_members(
@@ -134,29 +84,34 @@ class Members:
         # function of (model, viewed); `interval_views` gives [M, 2, B, 5] ends instead
         read: Callable = predict_views,
         level: Level = None,  # None is the richest
-    ) -> torch.Tensor:  # float32 [M, B, 5] raw grams on the CPU, one slice a member of the level
+    ) -> torch.Tensor:  # float32 [M, B, 5] raw grams on the device, one slice a member of the level
         "Each member's mean over views, for one batch of photos."
         level = level or self.levels[0]
         viewed = [
             view_batch(seen, level.views, p.spec.grid) if self._variants(p, level) else None
             for p, seen in zip(self.passes, features)]
-        return torch.stack([read(self.models[i], self.read(i, viewed)) for i in level.members]).cpu()
+        return torch.stack([read(self.models[i], self.read(i, viewed)) for i in level.members])
 
-    def predict_each(self, photos: list, level: Level, intervals: bool, precision: str) -> np.ndarray:
-        "What every member of a level says of loaded photos: [1, M, B, 5], or [3, M, B, 5] with lower and upper ends."
-        requests = [r._replace(variants=self._variants(p, level)) for r, p in zip(self.requests, self.passes)]
-        features = loaded_features(photos, requests, precision)
+    def predict_each(self, features: list, level: Level, intervals: bool) -> torch.Tensor:
+        "What members of a level say: [1, M, B, 5] on the device, or [3, M, B, 5] with lower and upper ends."
         grams = self.predict_members(features, level=level)[None]
-        if intervals:
-            grams = torch.cat([grams, self.predict_members(features, interval_views, level).transpose(0, 1)])
-        return grams.numpy()
+        if not intervals: return grams
+        return torch.cat([grams, self.predict_members(features, interval_views, level).transpose(0, 1)])
 
-    def predict_in_parts(self, photos: list, level: Level, intervals: bool) -> np.ndarray:
+    def predict_in_parts(
+        self,
+        photos: list,
+        level: Level,
+        intervals: bool,
+        later: list,  # takes what is left to store, as `loaded_features` does
+    ) -> torch.Tensor:  # on the device, which may still be computing it
         "`predict_each` of a batch, in as many parts as the device's memory asks for."
         asked = size = min(self.fits or len(photos), len(photos))
         while True:
+            later.clear()
             parts = [photos[i : i + size] for i in range(0, len(photos), size)]
-            try: found = [self.predict_each(part, level, intervals, self.precision) for part in parts]
+            try:
+                found = [self.predict_each(self.features(p, level, later), level, intervals) for p in parts]
             except (RuntimeError, MemoryError) as e:
                 if size == 1 or not ran_out(e): raise
                 found = None
@@ -167,16 +122,11 @@ class Members:
             self.fits = size
             self.say(
                 f"{self.device} ran out of memory with {asked} photos at once; {size} at once from here on")
-        return np.concatenate(found, 2)
+        return torch.cat(found, 2)
 
     def combine(self, found: np.ndarray, members: tuple) -> np.ndarray:
         "The members as one: [E, M, B, 5] -> float32 [B, E, 5]."
         return np.stack([combine_some(part, members, self.bundle.manifest) for part in found], 1)
-
-
-# %% ../../nbs/4_inference/6_ensemble.ipynb #d4763479
-class Ensemble(Members):
-    "From photos to raw grams: a bundle's members as one, on one device."
 
     # (grams [E, 5], Issue)
     def _mended(self, path, found: np.ndarray, level: Level, intervals: bool) -> tuple:
@@ -196,15 +146,33 @@ class Ensemble(Members):
         return self.combine(found[:, good][:, :, None], kept)[0], issue
 
     def _in_fp32(self, path, level: Level, intervals: bool) -> tuple:  # ([E, M, 5] or None, why)
-        "What members say of one photo in fp32; read again, it may be gone by now or not fit into memory."
+        "What members say of one photo in fp32; it and the weights are read again, and may be gone by now."
         requests = [r._replace(cache=None) for r in self.requests]
         (photo,), = photo_batches([path], requests, 1, strict=False, say=self.say)
         fault = photo.fault.removeprefix(f"{path}: ")
         if fault: return None, f", and it could not be read again ({fault})"
-        try: return self.predict_each([photo], level, intervals, "fp32")[:, :, 0], ""
+        try:
+            found = self.predict_each(self.features_in_fp32(photo, level), level, intervals)
+            return found[:, :, 0].cpu().numpy(), ""
+        except (BiomassError, OSError, SafetensorError) as e:
+            return None, f", and its backbones could not be read again ({in_one_line(e)})"
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e): raise
             return None, ", and memory ran out in fp32"
+
+
+# %% ../../nbs/4_inference/6_ensemble.ipynb #d4763479
+class _Underway(NamedTuple):
+    "A batch that the device was given."
+    rows: list
+    photos: list  # LoadedPhotos
+    level: Level
+    results: Callable  # as `predict_loaded` returns it
+    start: float  # on the deadline's clock
+
+
+class Ensemble(Members):
+    "From photos to raw grams: a bundle's members as one, on one device."
 
     def predict_loaded(
         self,
@@ -212,10 +180,17 @@ class Ensemble(Members):
         paths: list,  # theirs, for those that must be read again
         level: Level = None,  # None is the richest
         intervals: bool = False,  # the ends too
-    ) -> tuple:  # (float32 [B, 5] grams, or [B, 3, 5] with the ends; position in the batch -> Issue)
-        "One batch, despite what may be wrong with photos, members and memory."
-        level, issues = level or self.levels[0], {}
-        found = self.predict_in_parts(photos, level, intervals)
+    ) -> Callable:  # without arguments; waits for the device, then gives what `_results` says
+        "Give one batch to the device, despite what may be wrong with photos, members and memory."
+        level, later = level or self.levels[0], []
+        found = fetched(self.predict_in_parts(photos, level, intervals, later))
+        return partial(self._results, photos, paths, level, intervals, found, later)
+
+    # (float32 [B, 5] grams, or [B, 3, 5] with the ends; position in the batch -> Issue)
+    def _results(self, photos, paths, level, intervals, found: Callable, later: list) -> tuple:
+        "What the members said of a batch, as one."
+        issues, found = {}, found()
+        for store in later: store()
         broken = ~np.isfinite(found).all((0, 1, 3))
         finite = np.nan_to_num(found, posinf=0, neginf=0) if broken.any() else found
         grams = self.combine(finite, level.members)
@@ -240,25 +215,35 @@ class Ensemble(Members):
         # photos that this device may have to do after those it has begun to read
         later: Callable = lambda: 0,
     ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); ends early when there is no time
-        "Raw predictions, a batch at a time, memory bounded by the batch."
-        deadline, pace, taken = deadline or Deadline(), Pace(), deque()
+        "Raw predictions, a batch at a time, memory bounded by it; a GPU gets the next before one is read."
+        deadline, pace, taken, underway = deadline or Deadline(), Pace(), deque(), deque()
+        ahead = self.overlaps and deadline.text is None  # a deadline measures each batch alone
         asked = ((taken.append(row), paths[row])[1] for row in rows)
         start = deadline.clock()
         with closing(photo_batches(asked, self.requests, batch_size, num_workers, strict, self.say)) as batches:
             for photos in batches:
                 pace.waited(len(photos), deadline.clock() - start)
                 batch = [taken.popleft() for _ in photos]
-                mine = [paths[row] for row in batch]
-                level = _level_in_time(self, photos, mine, pace, deadline, lambda: max(len(taken), later()))
+                mine, left = [paths[row] for row in batch], partial(_photos_left, taken, later)
+                level = _level_in_time(self, photos, mine, pace, deadline, left)
                 if level is None: break
+                self.consider_compiling(level, len(photos), left(), pace, deadline)
                 start = deadline.clock()
-                grams, issues = self.predict_loaded(photos, mine, level, intervals)
-                pace.worked(self.work(photos, level), deadline.clock() - start)
-                if level is not self.levels[0]:
-                    hurried = Issue(f"deadline of {deadline.text}", str(level))
-                    issues = dict.fromkeys(range(len(batch)), hurried) | issues
-                yield batch, grams, {batch[i]: issue for i, issue in issues.items()}
+                results = self.predict_loaded(photos, mine, level, intervals)
+                underway.append(_Underway(batch, photos, level, results, start))
+                if len(underway) > ahead: yield self._end(underway.popleft(), deadline, pace)
                 start = deadline.clock()
+            while underway: yield self._end(underway.popleft(), deadline, pace)
+
+    def _end(self, batch: _Underway, deadline: Deadline, pace: Pace) -> tuple:
+        "What `run` yields of a batch, once the device has it."
+        grams, issues = batch.results()
+        pace.worked(self.work(batch.photos, batch.level), deadline.clock() - max(batch.start, pace.last))
+        pace.last = deadline.clock()
+        if batch.level is not self.levels[0]:
+            hurried = Issue(f"deadline of {deadline.text}", str(batch.level))
+            issues = dict.fromkeys(range(len(batch.rows)), hurried) | issues
+        return batch.rows, grams, {batch.rows[i]: issue for i, issue in issues.items()}
 
     def predict(
         self,
@@ -282,7 +267,13 @@ class Ensemble(Members):
             if nothing: faults.update(nothing)
         return grams
 
+
 # %% ../../nbs/4_inference/6_ensemble.ipynb #89061150
+def _photos_left(taken: deque, later: Callable) -> int:
+    "Photos that a device has after the batch at hand."
+    return max(len(taken), later())
+
+
 def _level_in_time(e: Ensemble, photos: list, paths: list, pace: Pace, deadline: Deadline, later: Callable):
     "The richest Level that brings this batch and all later photos home in time; None where none does."
     if deadline.text is None: return e.levels[0]
@@ -296,7 +287,7 @@ def _measure(e: Ensemble, photos: list, paths: list, pace: Pace, deadline: Deadl
     for _ in range(0 if first is None or pace.rates else 2):
         one = slice(first, first + 1)
         start = deadline.clock()
-        e.predict_loaded(photos[one], paths[one], e.levels[-1])
+        e.predict_loaded(photos[one], paths[one], e.levels[-1])()
         pace.rates.clear()
         pace.worked(e.work(photos[one], e.levels[-1]), deadline.clock() - start)
         if deadline.left() <= 0: return

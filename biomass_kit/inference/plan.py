@@ -210,6 +210,7 @@ class Pace:
 
     def __init__(self):
         self.rates, self.waits = deque(maxlen=2), deque(maxlen=2)
+        self.last = 0.0  # when the latest batch was done
 
     def worked(self, work: float, seconds: float):
         "Note a batch; one that found everything stored says nothing."

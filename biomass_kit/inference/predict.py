@@ -93,13 +93,14 @@ class _Job(NamedTuple):
     deadline: Deadline
     devices: list
     keep_means: bool
+    compile: str
 
     def means(self, n: int) -> np.ndarray:
         "What is known of `n` photos without looking at them: [n, 5], or [n, 3, 5] with the bounds."
         return np.repeat(fallback_grams(self.bundle, self.intervals)[None], n, 0)
 
     def ensemble(self, say: Callable, device: torch.device) -> Ensemble:
-        return Ensemble(self.bundle, self.views, device, self.precision, self.cache_dir, say)
+        return Ensemble(self.bundle, self.views, device, self.precision, self.cache_dir, say, self.compile)
 
     def run(self, paths: list, ensemble: Ensemble, queue, later: Callable):
         "What `Ensemble.run` yields of the rows in a WorkQueue."
@@ -170,6 +171,7 @@ def predict_photos(
     keep_means: bool = False,  # training means will do where all devices fail before any photo is predicted
     # takes what is known so far, as it would be returned: first of all the training means, then every SAVE_EVERY seconds
     save: Callable = None,
+    compile: str = "auto",  # one of COMPILE; auto compiles backbones where the photos left repay it
 ) -> np.ndarray:  # [N, 5] grams in the order of TARGETS, or [3, N, 5] with the ends; training means where `outcome` says so
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
@@ -181,7 +183,7 @@ def predict_photos(
     for view in views or (): parse_view(view)
     if device_type != "auto" and is_alone(): pick_device(device_type, outcome.note)
     job = _Job(bundle, views, device_type, precision, cache_dir, batch_size, num_workers, strict, intervals,
-               deadline, devices, keep_means)
+               deadline, devices, keep_means, compile)
     keep = (lambda raw: save(finished(raw))) if save else None
     if is_alone(): raw = _predict_here(job, progress, keep, paths, outcome)
     else:

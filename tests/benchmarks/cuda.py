@@ -1,0 +1,285 @@
+"""How close the kit comes to what a card gives: one command for a machine with a GPU and without network.
+
+    python tests/benchmarks/cuda.py [--old TREE] [--minutes 7.5]
+    python tests/benchmarks/cuda.py --device cpu --small
+
+Prediction: photos per second of the plan (5 frozen folds x 2 grids x 4 views, from JPEG files to grams), of
+the bare backbone on tiles in memory (autocast, weights in half precision, compiled), and of the plan of an
+older version. `--old` is its source tree; without it, it is taken from git where that knows it. Each version
+runs in a process of its own, and their grams are compared. `--small` tries the script itself, with a tiny
+backbone.
+
+A section is a function of (Job, seconds that are left) that returns rows of the table; all are in SECTIONS.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple, Optional
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+BEFORE = "bb9dd06"  # the commit that issue 16 began with
+DISTINCT = 8  # photos that are drawn; the others are copies of them
+FAILURES = subprocess.TimeoutExpired, RuntimeError  # of a process
+SHARES = 12  # of its time that a process may spend on one round of one plan; a slow card gets fewer photos
+BARS = {"plan / bare": 1.10, "new / old": 1.3}
+
+
+@dataclass(frozen=True)
+class Args:
+    "Time the plan against the bare backbone and an older plan."
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    old: Optional[Path] = None  # source tree of the older version
+    backbone: str = "vit_base_patch14_reg4_dinov2.lvd142m"  # with random weights: the time is the same
+    tile_size: int = 518
+    photos: int = 128
+    height: int = 1000  # pixels
+    batch_size: int = 4
+    num_workers: int = 8
+    rounds: int = 3
+    minutes: float = 7.5  # for everything
+    small: bool = False  # a tiny backbone, few photos, nothing really compiled
+
+
+SMALL = dict(backbone="test_vit", tile_size=32, photos=8, height=64, num_workers=1, rounds=2, batch_size=2)
+
+
+class Job(NamedTuple):
+    "What the processes share."
+    args: dict
+    photos: str  # folder
+    bundle: str
+    room: str
+    old: Optional[str]  # source tree
+
+
+class Row(NamedTuple):
+    "One line of the table."
+    what: str
+    value: str
+    bar: str = ""
+
+
+# What runs in a process of its own
+
+
+def sync(device: str):
+    import torch
+
+    if device == "cuda": torch.cuda.synchronize()
+
+
+def rate(run, photos: int, job: Job, until: float) -> float:
+    "Photos per second, the median of some rounds; one at least."
+    seconds = []
+    while not seconds or len(seconds) < job.args["rounds"] and time.time() < until:
+        start = time.perf_counter()
+        run()
+        sync(job.args["device"])
+        seconds.append(time.perf_counter() - start)
+    return photos / median(seconds)
+
+
+def time_plan(job: Job, until: float, name: str, **options) -> dict:
+    "Rate of the plan of this process's version; its grams are left in the room."
+    from biomass_kit.data.photos import list_photos
+    from biomass_kit.inference.bundle import read_bundle
+    from biomass_kit.inference.ensemble import Ensemble
+
+    paths, a = list_photos(job.photos), job.args
+    reading = a["batch_size"], a["num_workers"]
+    start = time.perf_counter()
+    ensemble = Ensemble(read_bundle(job.bundle), device_type=a["device"], **options)
+    ensemble.predict(paths[: a["batch_size"]], *reading)
+    warm = time.perf_counter() - start
+    again = rate(lambda: ensemble.predict(paths[: a["batch_size"]], *reading), a["batch_size"], job, 0)
+    some = paths[: max(a["batch_size"], int(again * (until - time.time()) / SHARES))]
+    found = []
+    per_second = rate(lambda: found.append(ensemble.predict(some, *reading)), len(some), job, until)
+    np.save(Path(job.room) / f"{name}.npy", found[-1])
+    return {"rate": per_second, "warm": warm, "precision": ensemble.precision}
+
+
+def bare_forms(backbone, precision: str, size: int, backend: str) -> dict:
+    "Form -> (function of tiles, precision of autocast)."
+    import torch
+
+    from biomass_kit.features.runner import HALVES, in_half
+
+    forms = {"autocast": (backbone, precision)}
+    if precision in HALVES: forms["weights"] = in_half(backbone, size, precision), "fp32"
+    fastest, own = list(forms.values())[-1]
+    forms["compiled"] = torch.compile(fastest, dynamic=False, backend=backend), own
+    return forms
+
+
+def time_bare(job: Job, until: float, backend: str) -> dict:
+    "Form -> photos per second of the bare backbone on tiles in memory, as many as the plan's photos have."
+    import torch
+
+    from biomass_kit.features.device import autocast
+    from biomass_kit.features.runner import block_size, most_tiles
+    from biomass_kit.inference.bundle import read_bundle
+    from biomass_kit.inference.ensemble import Ensemble
+
+    a, rates = job.args, {}
+    plan, size = Ensemble(read_bundle(job.bundle), device_type=a["device"]), a["tile_size"]
+    backbone = plan.bundle.load_backbone(plan.bundle.members[0]).to(plan.device)
+    per_photo = sum(len(p.views) * 2 * p.spec.rows * p.spec.cols for p in plan.passes)
+    tiles = a["batch_size"] * per_photo
+    (planned,) = plan.runners.values()
+    block = block_size(tiles, most_tiles(planned._run, size, plan.device))
+    seen = torch.randint(0, 255, (block, 3, size, size), dtype=torch.uint8).to(plan.device)
+    times = 4 * -(-tiles // block)  # as four batches of photos
+
+    for form, (run, precision) in bare_forms(backbone, plan.precision, size, backend).items():
+
+        @torch.inference_mode()
+        def passes(n=times, run=run, precision=precision):
+            with autocast(plan.device, precision):
+                for _ in range(n): run(seen)
+
+        try:
+            passes(2)
+            rates[form] = rate(passes, times * block / per_photo, job, until)
+        except Exception as e: print(f"bare {form}: {type(e).__name__}: {e}", file=sys.stderr)
+    return rates
+
+
+def new_side(job: Job, until: float) -> dict:
+    "Everything of the version at hand, in turn."
+    from biomass_kit.features import runner
+
+    backend = runner.BACKEND = "eager" if job.args["small"] else runner.BACKEND
+    found = {}
+    for how in ("off", "on"):
+        found[f"plan, compile {how}"] = time_plan(job, until, f"compile-{how}", compile=how)
+    return found | {"bare": time_bare(job, until, backend)}
+
+
+SIDES = {"new": new_side, "old": lambda job, until: time_plan(job, until, "old")}
+
+
+# What the first process does
+
+
+def ask(side: str, tree, job: Job, seconds: float) -> dict:
+    "What a side says, in a process that imports the kit from a source tree."
+    order = Path(job.room) / f"{side}.json"
+    order.write_text(json.dumps({"job": job._asdict(), "until": time.time() + 0.6 * seconds}))
+    environment = {**os.environ, "PYTHONPATH": str(tree), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    command = [sys.executable, __file__, "side", side, str(order)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=max(1, seconds))
+    sys.stderr.write(done.stderr[-2000:])
+    if done.returncode: raise RuntimeError(f"{side}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gap(job: Job, a: str, b: str) -> float:
+    "The largest difference in grams of two sides' predictions."
+    found, due = (np.load(Path(job.room) / f"{name}.npy") for name in (a, b))
+    both = min(len(found), len(due))
+    return np.abs(found[:both] - due[:both]).max()
+
+
+def prediction(job: Job, seconds: float) -> list:  # Rows
+    "The plan beside the bare backbone, and beside an older plan."
+    start = time.time()
+    new = ask("new", ROOT, job, seconds * (0.65 if job.old else 1))
+    plans = {name: found["rate"] for name, found in new.items() if name != "bare"}
+    ready = {name: f"ready after {new[name]['warm']:.0f} s" for name in plans}
+    rows = [Row(f"{name} ({ready[name]})", f"{r:.2f} photos/s") for name, r in plans.items()]
+    rows += [Row(f"bare backbone, {form}", f"{r:.2f} photos/s") for form, r in new["bare"].items()]
+    best, floor = max(plans.values()), max(new["bare"].values())
+    rows.append(Row("time of the plan / of the fastest bare backbone", f"{floor / best:.3f}",
+                    f"at most {BARS['plan / bare']:g}"))
+    rows.append(Row("largest difference, compiled or not", f"{gap(job, 'compile-on', 'compile-off'):.2g} g"))
+    if not job.old: return [*rows, Row("older plan", "not at hand: give --old")]
+    try: old = ask("old", job.old, job, seconds - (time.time() - start))
+    except FAILURES as e: return [*rows, Row("older plan", f"failed: {type(e).__name__}")]
+    rows.append(Row(f"older plan (ready after {old['warm']:.0f} s)", f"{old['rate']:.2f} photos/s"))
+    rows.append(Row("speed of the new plan / of the old", f"{best / old['rate']:.2f}",
+                    f"at least {BARS['new / old']:g}"))
+    return [*rows, Row("largest difference, new and old", f"{gap(job, 'compile-off', 'old'):.2g} g")]
+
+
+SECTIONS = {"Prediction": prediction}
+
+
+def old_tree(a: Args, room: Path) -> Optional[str]:
+    "The source tree of the older version; None where it cannot be had."
+    if a.old: return str(a.old.resolve())
+    made = subprocess.run(["git", "archive", "-o", room / "old.tar", BEFORE], cwd=ROOT, capture_output=True)
+    if made.returncode: return None
+    shutil.unpack_archive(room / "old.tar", room / "old")
+    return str(room / "old")
+
+
+def prepared(a: Args, room: Path) -> Job:
+    "Photos and an untrained bundle."
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from untrained import untrained_bundle
+
+    from biomass_kit.data.photos import list_photos
+    from biomass_kit.data.synthetic import write_dataset
+
+    drawn = write_dataset(room / "data", n_photos=2, n_test=min(DISTINCT, a.photos), seed=1, height=a.height)
+    photos = room / "photos"
+    photos.mkdir()
+    sources = list_photos(drawn / "test")
+    for i in range(a.photos):
+        source = sources[i % len(sources)]
+        shutil.copy(source, photos / f"{i:04d}{source.suffix}")
+    bundle = untrained_bundle(room / "bundle", backbone=a.backbone, tile_size=a.tile_size)
+    args = {k: v for k, v in asdict(a).items() if k != "old"}
+    return Job(args, str(photos), str(bundle), str(room), old_tree(a, room))
+
+
+def table(title: str, rows: list) -> str:
+    "Rows as Markdown."
+    return "\n".join([f"\n## {title}\n", "| | measured | bar |", "|---|---|---|",
+                      *(f"| {r.what} | {r.value} | {r.bar} |" for r in rows)])
+
+
+def named(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def main():
+    import torch
+    import tyro
+
+    from biomass_kit.data.targets import in_one_line
+
+    a = tyro.cli(Args)
+    if a.small: a = Args(**{**asdict(a), **SMALL})
+    end = time.time() + 60 * a.minutes
+    parts = []
+    with tempfile.TemporaryDirectory() as room:
+        job = prepared(a, Path(room))
+        for title, section in SECTIONS.items():
+            try: rows = section(job, end - time.time())
+            except FAILURES as e: rows = [Row("failed", in_one_line(e))]
+            parts.append(table(title, rows))
+    print(f"{named(a.device)}, torch {torch.__version__}, {date.today()}: {a.backbone}, "
+          f"tiles of {a.tile_size} px, batches of {a.batch_size} photos, {a.num_workers} readers",
+          *parts, sep="\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["side"]:
+        order = json.loads(Path(sys.argv[3]).read_text())
+        print(json.dumps(SIDES[sys.argv[2]](Job(**order["job"]), order["until"])))
+    else: main()
