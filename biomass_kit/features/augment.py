@@ -129,7 +129,9 @@ class TableHueSaturationValue(A.HueSaturationValue):
     @classmethod
     def get_class_fullname(cls) -> str: return A.HueSaturationValue.get_class_fullname()
 
-    def apply(self, img: np.ndarray, hue_shift: float, sat_shift: float, val_shift: float, **params) -> np.ndarray:
+    def apply(
+        self, img: np.ndarray, hue_shift: float, sat_shift: float, val_shift: float, **params
+    ) -> np.ndarray:
         levels = np.arange(256, dtype=np.uint8)
         hue = np.mod(levels.astype(np.int16) + hue_shift, 180).astype(np.uint8)
         saturation = add_constant(levels, sat_shift) if sat_shift else levels.copy()
@@ -310,6 +312,7 @@ def cutmix_pairs(
     return cutmix_batch([pair.copy(), other.copy()], [1, 0], box)[0]
 
 
+# %% ../../nbs/2_features/3_augment.ipynb #px160005
 def cutmix_tiles(
     values,  # tensor [B, 2, T, ...]: features of tiles (or tiles)
     grid: tuple,  # (rows, columns), T = rows * columns
