@@ -286,7 +286,7 @@ def mixes(c) -> bool:
 
 
 def stores_first_stage(c) -> bool:
-    "Whether the first of two stages reads stored features, since the backbone would say the same of its photos."
+    "Whether the first of two stages reads stored features: its photos are shown as they are, flips aside."
     return c.two_stage and c.cache and c.augment in ("none", "flips") and not mixes(c)
 
 
