@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'BOXES', 'SameSizeCrop', 'excess_green', 'GreenJitter', 'FourChannelAffine', 'WholeGaussNoise',
-           'pixel_transform', 'draw_seed', 'draw_rng', 'PairAugment', 'draw_view', 'draw_mixup', 'mix', 'Box',
-           'draw_cutmix', 'boxed', 'cutmix_batch', 'cutmix_pairs', 'cutmix_tiles']
+           'TableHueSaturationValue', 'pixel_transform', 'draw_seed', 'draw_rng', 'PairAugment', 'draw_view',
+           'draw_mixup', 'mix', 'Box', 'draw_cutmix', 'boxed', 'cutmix_batch', 'cutmix_pairs', 'cutmix_tiles']
 
 # %% ../../nbs/2_features/3_augment.ipynb #4a0be4e5
 import copy
@@ -19,6 +19,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 import numpy as np
+from albucore import add_constant
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 
 from .tta import View
@@ -121,6 +122,25 @@ class WholeGaussNoise(A.GaussNoise):
         return cv2.add(img, noise_map, dtype=cv2.CV_8U)
 
 
+# %% ../../nbs/2_features/3_augment.ipynb #px160004
+class TableHueSaturationValue(A.HueSaturationValue):
+    "`HueSaturationValue` to the same bits in less time, for RGB images of 8 bits; written down as that one."
+
+    @classmethod
+    def get_class_fullname(cls) -> str: return A.HueSaturationValue.get_class_fullname()
+
+    def apply(
+        self, img: np.ndarray, hue_shift: float, sat_shift: float, val_shift: float, **params
+    ) -> np.ndarray:
+        levels = np.arange(256, dtype=np.uint8)
+        hue = np.mod(levels.astype(np.int16) + hue_shift, 180).astype(np.uint8)
+        saturation = add_constant(levels, sat_shift) if sat_shift else levels.copy()
+        saturation[0] = 0  # grey stays grey
+        value = add_constant(levels, val_shift) if val_shift else levels
+        tables = np.stack([hue, saturation, value], -1)[None]
+        return cv2.cvtColor(cv2.LUT(cv2.cvtColor(img, cv2.COLOR_RGB2HSV), tables), cv2.COLOR_HSV2RGB)
+
+
 # %% ../../nbs/2_features/3_augment.ipynb #2b7cac34
 def pixel_transform(
     crop: bool = False,  # also crop, alike in both halves
@@ -137,7 +157,7 @@ def pixel_transform(
                 border_mode=cv2.BORDER_REFLECT_101, p=0.5),
             A.OneOf([WholeGaussNoise(std_range=(0.01, 0.05)), A.GaussianBlur(blur_limit=(3, 5))], p=0.3),
             A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5),
-            A.HueSaturationValue(hue_shift_limit=6, sat_shift_limit=15, val_shift_limit=10, p=0.5),
+            TableHueSaturationValue(hue_shift_limit=6, sat_shift_limit=15, val_shift_limit=10, p=0.5),
             *([GreenJitter()] if green else []),
             A.CoarseDropout(
                 num_holes_range=(1, 4), hole_height_range=(0.05, 0.12), hole_width_range=(0.05, 0.12), p=0.2),
@@ -292,6 +312,7 @@ def cutmix_pairs(
     return cutmix_batch([pair.copy(), other.copy()], [1, 0], box)[0]
 
 
+# %% ../../nbs/2_features/3_augment.ipynb #px160005
 def cutmix_tiles(
     values,  # tensor [B, 2, T, ...]: features of tiles (or tiles)
     grid: tuple,  # (rows, columns), T = rows * columns

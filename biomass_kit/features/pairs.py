@@ -119,6 +119,7 @@ class PairStore:
 
     def _stop(self, why: str):
         "Keep no further photo, and say so once."
-        if not self.full: self.say(f"not every photo is kept decoded, so training reads them more slowly ({why})")
+        if self.full: return
         self.full = True
+        self.say(f"not every photo is kept decoded, so training reads them more slowly ({why})")
 

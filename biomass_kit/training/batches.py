@@ -168,7 +168,7 @@ class PixelBatches(Batches):
     def __getitem__(self, photos: list) -> dict: return self.of_pairs(photos, [self.pair(i) for i in photos])
 
     def ahead(self, batches):  # yields a batch for each (epoch, its photos)
-        "Batches in order, made by threads: some read and augment photo by photo, some cut the tiles of whole batches."
+        "Batches in order, made by threads: some augment photo by photo, some cut the tiles of whole batches."
         workers = self.config.num_workers
         each = [(self.of_epoch(epoch), photos) for epoch, photos in batches]
         single = ((one, i) for one, photos in each for i in photos)
@@ -201,6 +201,7 @@ def epoch_order(
     return [b[part.process :: part.processes] for b in batches]
 
 
+# %% ../../nbs/5_training/2_batches.ipynb #px160032
 def stage_batches(dataset: Batches, photos: np.ndarray, epochs, part: Part = Part()):
     "The batches of `epoch_order` of some epochs, made ahead of their use, also those of the next epoch."
     return dataset.ahead([(e, batch) for e in epochs for batch in epoch_order(dataset, photos, e, part)])

@@ -261,7 +261,8 @@ KEPT = "--freeze-backbone and the cache"
 CLOSED = "a head in closed form, such as --head kernel_ridge"
 NEURAL = (  # fields that only a head that learns in epochs reads
     "augment", "augment_size", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup",
-    "mixup_prob", "use_cutmix", "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
+    "mixup_prob", "use_cutmix", "cutmix_prob", "hidden_ratio",
+    "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
     "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
     "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs",
@@ -286,7 +287,7 @@ def mixes(c) -> bool:
 
 
 def stores_first_stage(c) -> bool:
-    "Whether the first of two stages reads stored features: those that the backbone would make of the same photos."
+    "Whether the first of two stages reads stored features: its photos are shown as they are, flips aside."
     return c.two_stage and c.cache and c.augment in ("none", "flips") and not mixes(c)
 
 

@@ -156,7 +156,7 @@ class MemberTrainer:
 
     @property
     def kept(self) -> list:
-        "StoredFeatures of each feature spec that are what its backbone would say now; empty where it must be asked."
+        "For each feature spec the StoredFeatures that its backbone would give now; none where it must run."
         if self.stored: return [source.stored for source in self.sources]
         return [source.first for source in self.sources] if self.resting else []
 
