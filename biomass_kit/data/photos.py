@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PHOTO_SUFFIXES', 'DECODERS', 'HEIC_BRANDS', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'END_MARKER',
            'NOISE', 'MARKER', 'FRAMES', 'SCAN', 'MUCH_LOST', 'NO_PHOTOS', 'missing_decoders', 'read_photo',
-           'photo_size', 'Crop', 'crop_of', 'split_pair', 'photo_crops', 'lost_words', 'crop_lines', 'photo_files',
-           'list_photos', 'photo_names', 'left_out']
+           'photo_size', 'Crop', 'crop_of', 'split_pair', 'read_pair', 'photo_crops', 'lost_words', 'crop_lines',
+           'photo_files', 'list_photos', 'photo_names', 'left_out']
 
 # %% ../../nbs/1_data/5_photos.ipynb #07c72851
 import io
@@ -234,6 +234,11 @@ def split_pair(
     top = (photo.shape[0] - side) // 2
     left = (photo.shape[1] - 2 * side) // 2
     return np.stack([photo[top : top + side, left + i * side : left + (i + 1) * side] for i in (0, 1)])
+
+# %% ../../nbs/1_data/5_photos.ipynb #rp000101
+def read_pair(path) -> np.ndarray:  # uint8 [2, S, S, 3]
+    "The halves of a photo's file."
+    return split_pair(read_photo(path))
 
 # %% ../../nbs/1_data/5_photos.ipynb #a13d0025
 def photo_crops(

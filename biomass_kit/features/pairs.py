@@ -19,8 +19,9 @@ from typing import Callable
 import numpy as np
 
 from ..data.files import atomic_path, file_digest
+from ..data.photos import read_pair
 from ..data.targets import BiomassError
-from .store import default_cache_dir, is_whole, npy_bytes, read_pair
+from .store import default_cache_dir, is_whole, npy_bytes
 from .tiles import TileSpec, cut_tiles, join_tiles
 
 # %% ../../nbs/2_features/6b_pairs.ipynb #pa000005

@@ -15,6 +15,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
+from ..data.photos import read_pair
+from ..features.ahead import read_ahead
 from biomass_kit.features.augment import (
     Box,
     PairAugment,
@@ -28,7 +30,7 @@ from biomass_kit.features.augment import (
     mix,
     pixel_transform,
 )
-from ..features.store import Draw, StoredFeatures, read_ahead, read_pair
+from ..features.store import Draw, StoredFeatures
 from ..features.tiles import TileSpec, cut_tiles
 from ..features.tta import View, arrange, flip_pixels, places_of_each
 from .config import TrainConfig

@@ -23,7 +23,7 @@ from ..features.store import StoredFeatures, feature_batches
 from ..inference.ensemble import peak_memory
 from ..model.model import member_state
 from .batches import stage_batches
-from .config import check_config, stores_first_stage
+from .config import check_config
 from .folder import is_finished
 from .loop import Loop, run_epoch
 from .member import fit_closed, learning_part, stages
@@ -108,7 +108,7 @@ def epoch_seconds(
     loop.batches.close()
     return seconds
 
-
+# %% ../../nbs/5_training/8b_forecast.ipynb #fc000010
 def member_seconds(
     run: Run,  # with something stored, where a run stores it
 ) -> tuple:  # (seconds to train one member, its MemberTrainer)
@@ -128,7 +128,7 @@ def member_seconds(
     run.fold = fold
     return sum(each) / share * (2 if c.distill_aux else 1), f
 
-# %% ../../nbs/5_training/8b_forecast.ipynb #fc000010
+# %% ../../nbs/5_training/8b_forecast.ipynb #fc000011
 def _bytes(tensors) -> int: return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -157,7 +157,7 @@ def kept_bytes(run: Run) -> int:
     if c.augment_size == "tiles": pixels = len(sides) * spec.rows * spec.cols * spec.size**2
     return min(6 * pixels, int(c.cache_gb * 1e9))
 
-# %% ../../nbs/5_training/8b_forecast.ipynb #fc000011
+# %% ../../nbs/5_training/8b_forecast.ipynb #fc000012
 def forecast(
     config,  # a TrainConfig
     built: dict = None,  # starting backbones, shared among calls
@@ -168,20 +168,19 @@ def forecast(
     precision = pick_precision(device, c.precision)
     run = Run(c, make_accelerator(device, precision), precision, {} if built is None else built)
     passes, pass_s, stored = 0, 0.0, len(run.table)
-    if c.freeze_backbone and c.cache or stores_first_stage(c):
+    if run.keeps:
         stored = stored_photos(run)
         pass_s, features = probe_photo(run)
         passes = sum(map(len, features))
-        kept = "stored" if c.freeze_backbone else "first"
         for i, (source, each) in enumerate(zip(run.sources, features)):
             seen = shown_again(each, len(run.table), run.request(source).cache.dtype)
-            run.sources[i] = source._replace(**{kept: seen})
+            run.sources[i] = source._replace(**{run.keeps: seen})
     seconds, f = member_seconds(run)
     left = sum(not is_finished(c.out, k) for k in run.members)
     return Forecast(
         len(run.table), stored, passes, pass_s, left, seconds, kept_bytes(run), bundle_bytes(run, f))
 
-# %% ../../nbs/5_training/8b_forecast.ipynb #fc000013
+# %% ../../nbs/5_training/8b_forecast.ipynb #fc000014
 def _megabytes(size: int) -> str: return f"{size / 1e6:,.0f} MB"
 
 
@@ -203,5 +202,6 @@ def forecast_lines(
     disk = f"{_megabytes(sum(f.kept_bytes for f in found))} in the cache"
     disk += f", {_megabytes(sum(f.bundle_bytes for f in found))} of bundles"
     memory = peak_memory(device) / 1e9
-    return [*lines, f"in all about {clock(sum(f.seconds for f in found))} in one process; on disk at most {disk}; "
-                    f"peak memory so far {memory:.2f} GB"]
+    whole = clock(sum(f.seconds for f in found))
+    return [*lines, f"in all about {whole} in one process; on disk at most {disk}; "
+            f"peak memory so far {memory:.2f} GB"]

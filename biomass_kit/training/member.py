@@ -21,11 +21,12 @@ from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.folds import HELD_OUT, fold_name, inner_split
+from ..data.photos import read_pair
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
 from ..features.augment import draw_seed
 from ..features.backbone import Backbone, adapted_layers
-from ..features.store import FeatureRequest, StoredFeatures, feature_batches, read_pair
+from ..features.store import FeatureRequest, StoredFeatures, feature_batches
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View, backbone_views, parse_view
 from ..inference.members import head_class

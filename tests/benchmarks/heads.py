@@ -3,12 +3,13 @@
     git archive COMMIT | tar x -C OLD
     python tests/benchmarks/heads.py --old OLD --data DIR --backbone-weights FILE --cache-dir DIR
 
-The recipe `neural` (two grids, five folds, 60 epochs) is trained by both trees in turn, each in a process of one
-thread; features are computed before. CPU seconds are those of fitting the members, imports and features left out.
-Wall seconds are those of the whole command, which also writes bundle and report: the older tree in one process, this
-one in two (`torchrun`). Weights of both trees are compared bit for bit; --fused adds this tree's opt-in form, whose
-weights and out-of-fold grams are compared by their largest difference.
+The recipe `neural` (two grids, five folds, 60 epochs) is trained by both trees in turn, each in a process of
+one thread; features are computed before. CPU seconds are those of fitting the members, imports and features
+left out. Wall seconds are those of the whole command, which also writes bundle and report: the older tree in
+one process, this one in two (`torchrun`). Weights of both trees are compared bit for bit; --fused, this
+tree's opt-in form, by the largest difference of out-of-fold grams.
 """
+import hashlib
 import json
 import os
 import subprocess
@@ -48,17 +49,11 @@ def options(a: Args) -> dict:
                 cache_dir=a.cache_dir, device_type="cpu", epochs=a.epochs)
 
 
-def work(a: Args):
-    "Fit all members; print CPU seconds, digests of weights and out-of-fold grams."
-    import gc
-    import hashlib
-
-    import numpy as np
+def runs_of(a: Args):  # yields each Run of the recipe, its features mapped
+    "What is trained, by whichever library is imported here."
     import torch
 
-    from biomass_kit.features.tta import parse_view
     from biomass_kit.training.config import TrainConfig, check_config
-    from biomass_kit.training.member import predict_fold
     from biomass_kit.training.recipes import recipe_runs
     from biomass_kit.training.run import Run
     from biomass_kit.training.setup import make_accelerator
@@ -67,19 +62,26 @@ def work(a: Args):
     more = {"fused": True} if a.fused else {}
     config = TrainConfig(**options(a), **more, out=Path(tempfile.mkdtemp()) / "run")
     accelerator = make_accelerator(torch.device("cpu"), "fp32")
-    spent, weights, grams = 0.0, [], []
     for c in recipe_runs(config, "neural"):
         run = Run(check_config(c), accelerator, "fp32", {})
         run.store(lambda x, **_: x, lambda line: None)
-        gc.collect()
+        yield run
+
+
+def work(a: Args):
+    "Fit all members; print CPU seconds, digests of weights and out-of-fold grams."
+    spent, weights, grams = 0.0, [], []
+    for run in runs_of(a):
+        from biomass_kit.training.member import View, predict_fold
+
         for k in run.members:
             start = time.process_time()
             f, _ = run.fit_member(k, lambda x, **_: x)
             spent += time.process_time() - start
             tensors = b"".join(t.numpy().tobytes() for t in f.model.state_dict().values())
             weights.append(hashlib.sha256(tensors).hexdigest())
-            grams += predict_fold(f, f.scored, [parse_view(v) for v in c.tta]).ravel().tolist()
-    print(json.dumps({"cpu_s": spent, "weights": weights, "grams": np.float64(grams).tolist()}))
+            grams += predict_fold(f, f.scored, [View()]).ravel().tolist()
+    print(json.dumps({"cpu_s": spent, "weights": weights, "grams": grams}))
 
 
 def environment(tree: Path) -> dict:
@@ -96,8 +98,8 @@ def fitted(a: Args, tree: Path, *more: str) -> dict:
     "What a worker found with a tree's library."
     own = {k: v for k, v in options(a).items() if k not in ("device_type",)}
     command = [sys.executable, __file__, "--worker", *more, *words(own)]
-    said = subprocess.run(command, env=environment(tree), cwd=tree, check=True, capture_output=True, text=True)
-    return json.loads(said.stdout.splitlines()[-1])
+    how = dict(env=environment(tree), cwd=tree, check=True, capture_output=True, text=True)
+    return json.loads(subprocess.run(command, **how).stdout.splitlines()[-1])
 
 
 def wall_seconds(a: Args, tree: Path, processes: int) -> float:
