@@ -65,6 +65,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "model.layers": "tensors; their shapes and gradients are asserted",
     "inference.members": "what is refused; it is printed",
     "inference.bundle": "files and digests; the folder is listed",
+    "inference.partial": "lines of a file, and what is recalled of them; they are printed or asserted",
     "inference.issues": "a file of reasons and closing lines; both are printed",
     "inference.ensemble": "a plan, its cost and who serves which photos; they are printed or asserted",
     "inference.maps": "numbers per tile; the notebook of reports.photos lays them over photos",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'BEGUN', 'HIDDEN', 'WEIGHTS_SUFFIX', 'atomic_path', 'temporary_files', 'remove_abandoned', 'write_text',
-           'json_text', 'write_json', 'read_json', 'write_csv', 'file_digest', 'copy_file', 'is_hidden',
-           'visible_files', 'by_suffix']
+           'json_text', 'write_json', 'read_json', 'write_csv_parts', 'write_csv', 'file_digest', 'copy_file',
+           'is_hidden', 'visible_files', 'by_suffix']
 
 # %% ../../nbs/1_data/4_files.ipynb #e8251f60
 import hashlib
@@ -109,10 +109,21 @@ def read_json(path) -> dict:
     return found
 
 # %% ../../nbs/1_data/4_files.ipynb #a8ebbe08
+def write_csv_parts(
+    path,
+    parts,  # DataFrames of the same columns, at least one; each is asked for when the one before is written
+    **options,  # of `DataFrame.to_csv`
+) -> Path:
+    "Write a table as CSV atomically, without its index, no more than one part of it in memory."
+    with atomic_path(path) as tmp:
+        for i, part in enumerate(parts):
+            part.to_csv(tmp, mode="a", header=not i, index=False, lineterminator="\n", **options)
+    return Path(path)
+
+
 def write_csv(path, frame: pd.DataFrame, **options) -> Path:
     "Write a table as CSV atomically, without its index; `options` go to `DataFrame.to_csv`."
-    with atomic_path(path) as tmp: frame.to_csv(tmp, index=False, lineterminator="\n", **options)
-    return Path(path)
+    return write_csv_parts(path, [frame], **options)
 
 # %% ../../nbs/1_data/4_files.ipynb #8fcbfd08
 def file_digest(path) -> str:  # hexadecimal sha256 of the file's bytes
