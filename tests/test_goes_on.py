@@ -1,4 +1,4 @@
-"""Many photos: a killed run goes on where it stopped, to the same bytes, and memory is bounded, whatever the number of photos."""
+"""Many photos: a killed run goes on where it stopped, to the same bytes; memory and report are bounded."""
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ from biomass_kit.data.synthetic import draw_photo
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features import store
 from biomass_kit.features.backbone import Backbone
+from biomass_kit.inference import folder as folder_table
 from biomass_kit.inference import predict
 from biomass_kit.inference.partial import partial_path, partial_paths
 from biomass_kit.inference.predict import predict_folder
@@ -45,7 +46,8 @@ def write_photo(path, seed): Image.fromarray(draw_photo((seed % 30, 5, 3), seed=
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     "Fourteen photos, one of them cut short."
-    folder = write_photos(tmp_path_factory.mktemp("drawn") / "photos", [f"{i:02d}.png" for i in range(PHOTOS)])
+    folder = tmp_path_factory.mktemp("drawn") / "photos"
+    write_photos(folder, [f"{i:02d}.png" for i in range(PHOTOS)])
     cut = folder / "05.png"
     cut.write_bytes(cut.read_bytes()[:900])
     return folder
@@ -132,7 +134,7 @@ def read(monkeypatch):
 def test_a_killed_run_goes_on_to_the_same_bytes(bundle, photos, tmp_path, read, passes, left):
     """Killed in its first batch, after one of them or more, among the p-values.
 
-    A batch is handed over by another thread, so the one before the pass in which a process hangs may be lost too.
+    A batch is handed over by another thread, so the one before the pass that hangs may be lost too.
     """
     due, _ = whole(bundle, photos, tmp_path / "whole.csv")
     read.clear()
@@ -197,7 +199,8 @@ def test_another_bundle_or_other_options_begin_anew(bundle, photos, tmp_path, re
         cut_short(bundle, photos, tmp_path / "grams.csv", 2)
         found, done = whole(weights, photos, tmp_path / "grams.csv", *words)
         assert found == due
-        assert f"grams_partial.jsonl: left by a run that differs in {differs}; predicting begins anew" in done.stdout
+        line = f"grams_partial.jsonl: left by a run that differs in {differs}; predicting begins anew"
+        assert line in done.stdout
     cut_short(bundle, photos, tmp_path / "grams.csv", 2, physics="none")
     read.clear()
     words = ("--physics", "derive_dead", "--quadrat-cm", 50, 50)
@@ -218,7 +221,8 @@ def zeros(data): return data[: len(data) // 2] + bytes(len(data) - len(data) // 
 def forged(data):
     "Lines with a checksum, but not of the kit's form, before the right ones."
     header, *lines = data.splitlines(keepends=True)
-    texts = [b"[" * 90_000, b'{"photo":{},"size":1,"time":1}', b'{"photo":"00.png","size":"x"}', b"{}", b"1" * 5000]
+    texts = [b"[" * 90_000, b"1" * 5000, b"{}"]
+    texts += [b'{"photo":{},"size":1,"time":1}', b'{"photo":"00.png","size":"x"}']
     own = json.loads(lines[0][9:])
     for wrong in (own["grams"][:4], [1e99] * 5, ["1"] * 4 + [{}], "12345", None):
         texts.append(json.dumps(own | {"grams": wrong}).encode())
@@ -242,7 +246,8 @@ def test_a_damaged_file_is_survived(bundle, photos, tmp_path, damage, says):
 def test_a_file_that_cannot_be_written_costs_nothing(bundle, photos, tmp_path):
     due, _ = whole(bundle, photos, tmp_path / "whole.csv")
     partial_path(tmp_path / "grams.csv").mkdir()
-    done = command("predict", "--weights", bundle, "--photos", photos, "--out", tmp_path / "grams.csv", *OPTIONS)
+    words = ["--weights", bundle, "--photos", photos, "--out", tmp_path / "grams.csv"]
+    done = command("predict", *words, *OPTIONS)
     assert done.returncode == 0 and (tmp_path / "grams.csv").read_bytes() == due
     assert "grams_partial.jsonl: cannot be written (Is a directory)" in done.stdout
 
@@ -290,13 +295,13 @@ def played(devices, make, run, rows, batch_size, deadline, outcome, **_):
 def test_memory_of_a_photo_is_a_few_hundred_bytes(bundle, photos, tmp_path, monkeypatch):
     "All that is held of each while a folder is predicted, its row in the table that is returned included."
     monkeypatch.setattr(predict, "serve_all", played)
-    monkeypatch.setattr(predict, "ROWS", 64)  # or parts would be larger where there are more photos
+    monkeypatch.setattr(folder_table, "ROWS", 64)  # or parts would be larger where there are more photos
     monkeypatch.setattr(predict, "photo_likeness", lambda bundle, paths, **_: np.full(len(paths), 0.5))
     peaks = {}
     for count in (100, 100, 1100):
-        folder = linked(tmp_path / f"{count}-{len(peaks)}", photos / "00.png", count)
+        many = linked(tmp_path / f"{count}-{len(peaks)}", photos / "00.png", count)
         tracemalloc.start()
-        table = predict_folder(bundle, folder, tmp_path / "grams.csv", device_type="cpu")
+        table = predict_folder(bundle, many, tmp_path / "grams.csv", device_type="cpu")
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(table) == count

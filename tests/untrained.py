@@ -37,7 +37,7 @@ def untrained_bundle(folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, 
 
 
 def trusted_bundle(folder, photos, views=("plain", "h")):
-    "Two untrained members that know intervals and remember photos, each with some noise, as those trained on."
+    "Two untrained members that know intervals and remember photos, each with some noise, as theirs."
     untrained_bundle(folder, grids=((1, 1),), folds=2)
     bundle = read_bundle(folder)
     ensemble = Ensemble(bundle, ["plain"], device_type="cpu")
@@ -48,5 +48,6 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     margins = {method: [0.5] * len(TARGETS) for method in METHODS}
     trust = {"reference": {"file": file, "member": bundle.members[0]["name"]},
              "intervals": {"level": 0.9, "of": "figures", "margins": margins}}
-    write_manifest(folder, bundle.members, {"method": "none", "threshold": 0.15}, list(views), {}, trust=trust)
+    physics = {"method": "none", "threshold": 0.15}
+    write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder

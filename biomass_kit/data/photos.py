@@ -268,7 +268,8 @@ def crop_lines(
     return [f"{counted(len(names), 'photo')} {what}: {_some(names)}" for what, names in said.items() if names]
 
 # %% ../../nbs/1_data/5_photos.ipynb #c78c6d45
-NO_PHOTOS = (".csv", ".html", ".ipynb", ".json", ".jsonl", ".md", ".pdf", WEIGHTS_SUFFIX, ".txt", ".whl", ".xlsx")
+NO_PHOTOS = (
+    ".csv", ".html", ".ipynb", ".json", ".jsonl", ".md", ".pdf", WEIGHTS_SUFFIX, ".txt", ".whl", ".xlsx")
 
 
 def _is_photo(path: Path) -> bool:
@@ -295,7 +296,7 @@ def list_photos(folder) -> list:
     "`photo_files`, at least one; else `BiomassError` says what the folder does hold."
     return _photos_among(folder, visible_files(folder))
 
-
+# %% ../../nbs/1_data/5_photos.ipynb #c78c6d46
 def photo_names(folder, photos: list) -> list:
     "What photos of `list_photos` are called: their paths relative to the folder, with / as separator."
     return [p.relative_to(folder).as_posix() for p in photos]

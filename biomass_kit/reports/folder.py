@@ -19,8 +19,8 @@ from ..data.folds import held_out_text
 from ..data.progress import counted
 from ..data.targets import ENDS, KG_HA, TARGETS, TOTAL, quadrat_text
 from ..inference.bundle import read_bundle
+from ..inference.folder import FOLDER_PHYSICS
 from ..inference.physics import ADD_UP
-from ..inference.predict import FOLDER_PHYSICS
 from ..inference.uncertainty import INTERVAL_LEVEL
 from biomass_kit.reports.html import (
     COLORS,
@@ -64,7 +64,7 @@ def ends_of(
     "The intervals of a table."
     return [predicted[[n + e for n in names]].to_numpy() for e in ends_in(predicted)]
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #f04ac062
 def headline(
     predicted,  # the table
 ) -> str:  # plain text
@@ -96,7 +96,7 @@ def _spread(
     if len(places) <= POINTS: return places
     return places[np.linspace(0, len(places) - 1, POINTS).round().astype(int)]
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #52d511da
 def plot_totals(
     predicted,  # the table
 ) -> Figure:
@@ -139,7 +139,8 @@ def shown_photos(
 
 # %% ../../nbs/7_reports/5_folder.ipynb #9535a6d4
 LISTED = 1000  # photos in the tables of a page, which has some hundred bytes for each
-SAMPLE = "half of them flagged where so many are, those least like the training photos first, the others at random"
+SAMPLE = ("half of them flagged where so many are, those least like the training photos first, "
+          "the others at random")
 
 
 def listed_photos(
@@ -148,8 +149,8 @@ def listed_photos(
 ) -> np.ndarray:  # row numbers, in their order
     """Which photos the tables list: all, or a sample.
 
-    Of more than `most`, flagged ones, those least like the training photos first, for half of the places or what the
-    others leave; for the rest a random sample of the others, the same each time.
+    Of more than `most`, flagged ones, those least like the training photos first, for half of the places or
+    what the others leave; for the rest a random sample of the others, the same each time.
     """
     flagged = (predicted["flag"] != "").to_numpy()
     odd, rest = np.flatnonzero(flagged), np.flatnonzero(~flagged)
@@ -159,7 +160,7 @@ def listed_photos(
     others = np.random.default_rng(0).choice(rest, min(most - len(odd), len(rest)), replace=False)
     return np.sort(np.concatenate([odd, others]))
 
-
+# %% ../../nbs/7_reports/5_folder.ipynb #9535a6d5
 def photo_table(
     predicted,  # the table, or some of its rows
     photos: int = None,  # in the whole of it
@@ -199,16 +200,17 @@ def _care(predicted, facts, listed) -> str:
             f"Intervals come from the errors on {facts['held_out']}. On any other date fewer values than "
             "meant may lie inside.")
     text += "".join(map(paragraph, facts.get("said of photos", [])))
-    caption = "Photos that need care." if len(odd) == count else f"{len(odd)} of {count} photos that need care."
-    return text + (
-        table([("Photo", 0), ("Why", 0)], odd[["photo", "flag"]].to_numpy().tolist(), caption) if len(odd) else "")
+    some = f"{len(odd)} of {count} photos" if len(odd) < count else "Photos"
+    rows = odd[["photo", "flag"]].to_numpy().tolist()
+    return text + (table([("Photo", 0), ("Why", 0)], rows, f"{some} that need care.") if rows else "")
 
 # %% ../../nbs/7_reports/5_folder.ipynb #21194030
 def _photos(predicted, facts, photos) -> str:
     "The shown photos with bars and maps."
     if not photos: return paragraph("Photos were left out of this report.")
     count, predicted = len(predicted), predicted.iloc[shown_photos(predicted)]
-    grams, ends, rows = predicted[list(TARGETS)].to_numpy(), ends_of(predicted, TARGETS), range(len(predicted))
+    grams, ends = predicted[list(TARGETS)].to_numpy(), ends_of(predicted, TARGETS)
+    rows = range(len(predicted))
     full = max((ends[1] if ends else grams).max(), 1.0)
     of = lambda i: photos.get(predicted["photo"].iloc[i], Seen(fault="not looked up"))
     note = lambda i: f"total {number(predicted[KG_HA[TOTAL]].iloc[i], 0)} {HECTARE}"
@@ -216,7 +218,8 @@ def _photos(predicted, facts, photos) -> str:
     warning = lambda i: predicted["flag"].iloc[i] if of(i).image is not None else ""
     made = [
         card(predicted["photo"].iloc[i], note(i), of(i), bars(grams[i], full, None, [e[i] for e in ends] or None), warning(i)) for i in rows]
-    which = "All photos" if len(rows) == count else f"{len(rows)} of {count} photos: those flagged and those with the least and the most"
+    some = f"{len(rows)} of {count} photos: those flagged and those with the least and the most"
+    which = "All photos" if len(rows) == count else some
     kinds = sorted({k for i in rows for k in of(i).maps})
     maps = " Maps are the mean over all members and their tile grids, in the plain view." if kinds else ""
     return paragraph(f"{which}, by predicted total.{maps}") + map_switch(kinds) + bar_key(False, facts.get("level")) + cards(made)

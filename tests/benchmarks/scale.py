@@ -1,10 +1,10 @@
 """Memory and time of `biomass_predict --photos` by the number of photos: `python tests/benchmarks/scale.py`.
 
-Each number runs in a process of its own, the whole command with its report: a tiny ViT of two members, intervals, a
-reference of training photos, photos of 320x160. Photos are hard links of eight synthetic JPEGs under names of their
-own; the kit reads and decodes each anew, the disk does not. Time is CPU time over that of a run of 48 photos, divided
-by the other photos. `--photos 1000 20000` takes less long; `--height 1000` has photos of the competition's
-size, and `--cache` stores their features too.
+Each number runs in a process of its own, the whole command with its report: a tiny ViT of two members,
+intervals, a reference of training photos, photos of 320x160. Photos are hard links of eight synthetic JPEGs
+under names of their own; the kit reads and decodes each anew, the disk does not. Time is CPU time over that of
+a run of 48 photos, divided by the other photos. `--photos 1000 20000` takes less long; `--height 1000` has
+photos of the competition's size, and `--cache` stores their features too.
 """
 import os
 import sys
@@ -68,8 +68,8 @@ def measured(count, photos, bundle, out, cache) -> Measured:
     assert status == 0, out.with_suffix(".log").read_text()
     with open(out, "rb") as table: assert sum(1 for _ in table) == count + 1
     report = out.with_name(f"{out.stem}_report.html").stat().st_size
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Measured(count, used.ru_maxrss * unit, used.ru_utime + used.ru_stime, time.monotonic() - began, report)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measured(count, peak, used.ru_utime + used.ru_stime, time.monotonic() - began, report)
 
 
 def main():
@@ -85,7 +85,8 @@ def main():
         found = []
         for n in (START, *a.photos):
             photos = links(room / f"{n}-photos", sources, n)
-            found.append(measured(n, photos, bundle, room / f"{n}.csv", room / f"{n}-cache" if a.cache else None))
+            cache = room / f"{n}-cache" if a.cache else None
+            found.append(measured(n, photos, bundle, room / f"{n}.csv", cache))
             print(f"{n} photos: {found[-1].wall:.0f} s", flush=True)
         tell(*found)
 
