@@ -55,7 +55,7 @@ def _save_meanwhile(save, raw, outcome):
     try: save(raw)
     except Exception as e: outcome.note(f"{in_one_line(e)}; meanwhile the predictions go on")
 
-
+# %% ../../nbs/4_inference/7_predict.ipynb #7570c710
 def _collect(batches, raw, outcome, deadline, save, keep):
     "Fill in `raw` and `outcome` from what `serve_all` yields; save now and then, and when it ends too early."
     saved, wait = deadline.clock(), SAVE_EVERY
