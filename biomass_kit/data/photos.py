@@ -10,6 +10,7 @@ __all__ = ['FORMATS', 'PHOTO_SUFFIXES', 'DECODERS', 'HEIC_BRANDS', 'MIN_HEIGHT',
 
 # %% ../../nbs/1_data/5_photos.ipynb #07c72851
 import io
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
-from .files import WEIGHTS_SUFFIX, by_suffix, visible_files
+from .files import WEIGHTS_SUFFIX, by_suffix, visible_files, visible_names
 from .progress import counted
 from .targets import BiomassError
 
@@ -302,7 +303,7 @@ def photo_names(folder, photos: list) -> list:
     return [p.relative_to(folder).as_posix() for p in photos]
 
 
-def _left_out(files: list) -> str:
+def _left_out(files) -> str:
     known = (*PHOTO_SUFFIXES, *NO_PHOTOS)
     others = [p for p in files if p.is_dir() or p.suffix.lower() not in known]
     return f"left out, as no photos that can be read: {by_suffix(others)}" if others else ""
@@ -334,6 +335,7 @@ def walk_photos(
     folder,
 ) -> tuple:  # (FolderPhotos of `list_photos`, what `left_out` says)
     "A folder's photos and what else lies there."
-    files = visible_files(folder)
-    names = photo_names(folder, _photos_among(folder, files))
-    return FolderPhotos(folder, names), _left_out(files)
+    names = visible_names(folder)
+    found = [name.replace(os.sep, "/") for name in names if _is_photo(Path(folder, name))]
+    if not found: list_photos(folder)  # which says what the folder holds
+    return FolderPhotos(folder, found), _left_out(Path(folder, name) for name in names)

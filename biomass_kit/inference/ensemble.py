@@ -347,14 +347,14 @@ class WorkQueue:
     "Hands rows to whoever asks, in whole batches, and counts those that came back."
 
     def __init__(self, rows: list, batch_size: int):
-        self.batches = deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        self.batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
         self.lock = threading.Lock()
         self.open = True  # whether more is handed out
         self.left = len(rows)
 
     def __iter__(self):
         while True:
-            with self.lock: batch = self.batches.popleft() if self.open and self.batches else ()
+            with self.lock: batch = next(self.batches, ()) if self.open else ()
             if not len(batch): return
             yield from batch
 

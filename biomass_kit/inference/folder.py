@@ -118,7 +118,7 @@ class FolderTable(NamedTuple):
             if numbers is None: numbers = np.empty((len(self.paths), len(names)))
             numbers[part] = table[names]
             words += table["flag"].tolist()
-        table = pd.DataFrame(numbers, columns=names)
+        table = pd.DataFrame(numbers, columns=names, copy=False)
         table.insert(0, "photo", self.outcome.names)
         table["flag"] = words
         table.attrs["outcome"] = self.outcome
