@@ -94,7 +94,9 @@ class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, En
     as far from those of other dates as this photo from all of them; flag, empty or why a value should not
     be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of
     a photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than
-    wide is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html.
+    wide is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html; of more than a
+    thousand photos its tables list a sample. A run that was killed goes on where it stopped, when the same
+    command is given again.
     """
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a0400a

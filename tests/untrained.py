@@ -1,9 +1,21 @@
 """Bundles of untrained members: as heavy and as many-headed as real ones, made in a second."""
+import numpy as np
 import torch
 
+from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.features.tta import DEFAULT_VIEWS
-from biomass_kit.inference.bundle import save_backbone, save_member, write_manifest
+from biomass_kit.inference.bundle import (
+    read_bundle,
+    save_backbone,
+    save_member,
+    save_reference,
+    write_manifest,
+)
+from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.inference.physics import METHODS
+from biomass_kit.inference.predict import plain_features
+from biomass_kit.inference.uncertainty import make_reference
 from biomass_kit.model.model import BiomassModel
 
 
@@ -21,4 +33,21 @@ def untrained_bundle(folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, 
             infos.append(save_member(folder, model, dict(name=f"{grid[0]}x{grid[1]}-{fold}", fold=fold, backbone=save_backbone(folder, body),
                                                          grid=list(grid), tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={})))
     write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {})
+    return folder
+
+
+def trusted_bundle(folder, photos, views=("plain", "h")):
+    "Two untrained members that know intervals and remember photos, each with some noise, as theirs."
+    untrained_bundle(folder, grids=((1, 1),), folds=2)
+    bundle = read_bundle(folder)
+    ensemble = Ensemble(bundle, ["plain"], device_type="cpu")
+    means = np.concatenate([f.mean((1, 2)).numpy() for (f,), _ in plain_features(ensemble, photos)])
+    noise = np.random.default_rng(0).normal(0, means.std(0), (40, *means.shape))
+    held = make_reference((means + noise).reshape(-1, means.shape[1]), np.repeat(np.arange(40), len(means)))
+    file = save_reference(folder, {name: torch.from_numpy(v) for name, v in held._asdict().items()})
+    margins = {method: [0.5] * len(TARGETS) for method in METHODS}
+    trust = {"reference": {"file": file, "member": bundle.members[0]["name"]},
+             "intervals": {"level": 0.9, "of": "figures", "margins": margins}}
+    physics = {"method": "none", "threshold": 0.15}
+    write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder

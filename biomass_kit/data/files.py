@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'BEGUN', 'HIDDEN', 'WEIGHTS_SUFFIX', 'atomic_path', 'temporary_files', 'remove_abandoned', 'write_text',
-           'json_text', 'write_json', 'read_json', 'write_csv', 'file_digest', 'copy_file', 'is_hidden',
-           'visible_files', 'by_suffix']
+           'json_text', 'write_json', 'read_json', 'write_csv_parts', 'write_csv', 'file_digest', 'copy_file',
+           'is_hidden', 'visible_names', 'visible_files', 'by_suffix']
 
 # %% ../../nbs/1_data/4_files.ipynb #e8251f60
 import hashlib
@@ -109,10 +109,21 @@ def read_json(path) -> dict:
     return found
 
 # %% ../../nbs/1_data/4_files.ipynb #a8ebbe08
+def write_csv_parts(
+    path,
+    parts,  # DataFrames of the same columns, at least one; each is asked for when the one before is written
+    **options,  # of `DataFrame.to_csv`
+) -> Path:
+    "Write a table as CSV atomically, without its index, no more than one part of it in memory."
+    with atomic_path(path) as tmp:
+        for i, part in enumerate(parts):
+            part.to_csv(tmp, mode="a", header=not i, index=False, lineterminator="\n", **options)
+    return Path(path)
+
+
 def write_csv(path, frame: pd.DataFrame, **options) -> Path:
     "Write a table as CSV atomically, without its index; `options` go to `DataFrame.to_csv`."
-    with atomic_path(path) as tmp: frame.to_csv(tmp, index=False, lineterminator="\n", **options)
-    return Path(path)
+    return write_csv_parts(path, [frame], **options)
 
 # %% ../../nbs/1_data/4_files.ipynb #8fcbfd08
 def file_digest(path) -> str:  # hexadecimal sha256 of the file's bytes
@@ -156,24 +167,39 @@ def _own_links(root: Path) -> list:
 
 
 # %% ../../nbs/1_data/4_files.ipynb #a13d0003
-def visible_files(
+def _in_parts(name: str) -> str:
+    "A path whose order among texts is the order of its parts."
+    return name.replace(os.sep, "\0")
+
+
+def visible_names(
     folder,
-) -> list:  # sorted paths: files, and linked folders that are not followed
-    "All that lies in a folder and its subfolders, but for what is hidden and the kit's own bundles."
+) -> list:  # their paths in the folder as text, which takes a quarter of the memory
+    "What `visible_files` finds, in the same order."
     root = Path(folder)
     if not root.is_dir(): raise BiomassError(f"{root}: no such folder")
-    found = []
-    try: own = _own_links(root)
+    found, top = [], os.fspath(root)
+    try: own = [link.name for link in _own_links(root)]
     except OSError as e: _refuse_closed(e)
-    for start in (root, *own):
+    for start in (top, *(os.path.join(top, name) for name in own)):
         for here, folders, names in os.walk(start, onerror=_refuse_closed):
-            if Path(here) != root and any(n.endswith(WEIGHTS_SUFFIX) for n in names):
+            inside = "" if here == top else os.path.relpath(here, top)
+            if inside and any(n.endswith(WEIGHTS_SUFFIX) for n in names):
                 folders.clear()
                 continue
             folders[:] = [f for f in folders if not _hidden(f)]
             links = [f for f in folders if os.path.islink(os.path.join(here, f))]
-            found += [p for n in (*links, *names) if not _hidden(n) and (p := Path(here, n)) not in own]
-    return sorted(found)
+            seen = [os.path.join(inside, n) for n in (*links, *names) if not _hidden(n)]
+            found += [name for name in seen if name not in own]
+    found.sort(key=_in_parts)
+    return found
+
+# %% ../../nbs/1_data/4_files.ipynb #a13d0103
+def visible_files(
+    folder,
+) -> list:  # sorted paths: files, and linked folders that are not followed
+    "All that lies in a folder and its subfolders, but for what is hidden and the kit's own bundles."
+    return [Path(folder, name) for name in visible_names(folder)]
 
 
 def by_suffix(files: list) -> str:

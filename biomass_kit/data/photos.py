@@ -6,11 +6,13 @@
 __all__ = ['FORMATS', 'PHOTO_SUFFIXES', 'DECODERS', 'HEIC_BRANDS', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'END_MARKER',
            'NOISE', 'MARKER', 'FRAMES', 'SCAN', 'MUCH_LOST', 'NO_PHOTOS', 'missing_decoders', 'read_photo',
            'photo_size', 'Crop', 'crop_of', 'split_pair', 'read_pair', 'photo_crops', 'lost_words', 'crop_lines',
-           'photo_files', 'list_photos', 'photo_names', 'left_out']
+           'photo_files', 'list_photos', 'photo_names', 'left_out', 'FolderPhotos', 'walk_photos']
 
 # %% ../../nbs/1_data/5_photos.ipynb #07c72851
 import io
+import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
-from .files import WEIGHTS_SUFFIX, by_suffix, visible_files
+from .files import WEIGHTS_SUFFIX, by_suffix, visible_files, visible_names
 from .progress import counted
 from .targets import BiomassError
 
@@ -272,7 +274,8 @@ def crop_lines(
     return [f"{counted(len(names), 'photo')} {what}: {_some(names)}" for what, names in said.items() if names]
 
 # %% ../../nbs/1_data/5_photos.ipynb #c78c6d45
-NO_PHOTOS = (".csv", ".html", ".ipynb", ".json", ".md", ".pdf", WEIGHTS_SUFFIX, ".txt", ".whl", ".xlsx")
+NO_PHOTOS = (
+    ".csv", ".html", ".ipynb", ".json", ".jsonl", ".md", ".pdf", WEIGHTS_SUFFIX, ".txt", ".whl", ".xlsx")
 
 
 def _is_photo(path: Path) -> bool:
@@ -286,22 +289,58 @@ def photo_files(folder) -> list:
     return [p for p in visible_files(folder) if _is_photo(p)]
 
 
-def list_photos(folder) -> list:
-    "`photo_files`, at least one; else `BiomassError` says what the folder does hold."
-    found = photo_files(folder)
+def _photos_among(folder, files: list) -> list:
+    "The photos among the files of a folder, at least one."
+    found = [p for p in files if _is_photo(p)]
     if found: return found
-    held = by_suffix(visible_files(folder))
+    held = by_suffix(files)
     raise BiomassError(f"{folder}: holds no photo, {f'only {held}' if held else 'and nothing else'}; "
                        f"photos end in {', '.join(PHOTO_SUFFIXES)}")
 
 
+def list_photos(folder) -> list:
+    "`photo_files`, at least one; else `BiomassError` says what the folder does hold."
+    return _photos_among(folder, visible_files(folder))
+
+# %% ../../nbs/1_data/5_photos.ipynb #c78c6d46
 def photo_names(folder, photos: list) -> list:
     "What photos of `list_photos` are called: their paths relative to the folder, with / as separator."
     return [p.relative_to(folder).as_posix() for p in photos]
 
 
+def _left_out(files) -> str:
+    known = (*PHOTO_SUFFIXES, *NO_PHOTOS)
+    others = [p for p in files if p.is_dir() or p.suffix.lower() not in known]
+    return f"left out, as no photos that can be read: {by_suffix(others)}" if others else ""
+
+
 def left_out(folder) -> str:
     "What else lies in a folder that may be missed: raw files, films, linked folders; '' where nothing does."
-    known = (*PHOTO_SUFFIXES, *NO_PHOTOS)
-    others = [p for p in visible_files(folder) if p.is_dir() or p.suffix.lower() not in known]
-    return f"left out, as no photos that can be read: {by_suffix(others)}" if others else ""
+    return _left_out(visible_files(folder))
+
+# %% ../../nbs/1_data/5_photos.ipynb #5b260002
+class FolderPhotos(Sequence):
+    "Paths of a folder's photos."
+
+    def __init__(
+        self,
+        folder,
+        names: list,  # as `photo_names` gives them
+    ):
+        self.folder, self.names = Path(folder), names
+
+    def __len__(self): return len(self.names)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice): return FolderPhotos(self.folder, self.names[at])
+        return self.folder / self.names[at]
+
+
+def walk_photos(
+    folder,
+) -> tuple:  # (FolderPhotos of `list_photos`, what `left_out` says)
+    "A folder's photos and what else lies there."
+    names = visible_names(folder)
+    found = [name.replace(os.sep, "/") for name in names if _is_photo(Path(folder, name))]
+    if not found: list_photos(folder)  # which says what the folder holds
+    return FolderPhotos(folder, found), _left_out(Path(folder, name) for name in names)

@@ -338,14 +338,14 @@ class WorkQueue:
     "Hands rows to whoever asks, in whole batches, and counts those that came back."
 
     def __init__(self, rows: list, batch_size: int):
-        self.batches = deque(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        self.batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
         self.lock = threading.Lock()
         self.open = True  # whether more is handed out
         self.left = len(rows)
 
     def __iter__(self):
         while True:
-            with self.lock: batch = self.batches.popleft() if self.open and self.batches else ()
+            with self.lock: batch = next(self.batches, ()) if self.open else ()
             if not len(batch): return
             yield from batch
 
@@ -385,16 +385,16 @@ def serve_all(
     make: Callable,  # device -> Ensemble
     # (Ensemble, WorkQueue of its rows, function that gives the photos to come) -> what `Ensemble.run` yields
     run: Callable,
-    photos: int,
+    rows: list,  # numbers of the photos to predict
     batch_size: int,
     deadline: Deadline,
     outcome: Outcome,  # takes devices in words, and notes of those that fail
     spare: torch.device = None,  # where to go on when all devices have failed
     lenient: Callable = lambda: False,  # whether training means will do when all have failed
 ):  # yields what `Ensemble.run` yields
-    "Batches of all photos as devices finish them, until all are done or the deadline has come."
-    left = set(range(photos))
-    devices = list(devices)[: max(1, -(-photos // batch_size))]  # no more than there are batches
+    "Batches of these photos as devices finish them, until all are done or the deadline has come."
+    left = set(rows)
+    devices = list(devices)[: max(1, -(-len(rows) // batch_size))]  # no more than there are batches
     while left and devices:
         queue, results = WorkQueue(sorted(left), batch_size), SimpleQueue()
         working, failed = set(range(len(devices))), {}
@@ -431,7 +431,7 @@ def predict_shared(predict, paths, device_type, outcome):
     state = PartialState(cpu=device_type == "cpu", timeout=timedelta(days=7))
     mine = list(range(state.process_index, len(paths), state.num_processes))
     own, outcome.issues = Outcome(), {}
-    grams = predict([paths[i] for i in mine], own)
+    grams = predict(paths[state.process_index :: state.num_processes], own)
     parts = gather_object(
         [(mine, grams, {mine[i]: issue for i, issue in own.issues.items()}, own.notes, own.devices)])
     out = np.empty((len(paths), *grams.shape[1:]), np.float32)

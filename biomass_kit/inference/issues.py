@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ..data.files import write_csv
-from ..data.photos import crop_lines, missing_decoders, photo_crops
+from ..data.photos import crop_lines, lost_words, missing_decoders, photo_crops
 from ..data.progress import counted
 
 # %% ../../nbs/4_inference/5_issues.ipynb #5b500056
@@ -39,13 +40,22 @@ class Outcome:
     devices: list = field(default_factory=list)  # that predicted photos, in words
     seconds: float = 0.0
     issues_path: Path = None  # where all issues are listed, if there are any
-    crops: dict = field(default_factory=dict)  # row -> data.Crop, of photos that were predicted
+    crops: dict = field(default_factory=dict)  # row -> data.Crop, of photos that were turned or cut by much
     left_out: str = ""  # what lies among the photos and is none that can be read
+    looked: np.ndarray = field(default=None, compare=False)  # bool [photos], whose header was asked
 
-    def see_crops(self, paths: list):
+    def see_crops(self, paths):
         "Ask the headers of photos that were predicted, once each, what `split_pair` does to them."
-        known = {row for row, issue in self.issues.items() if issue.fallback == MEANS} | self.crops.keys()
-        self.crops |= photo_crops({row: path for row, path in enumerate(paths) if row not in known})
+        if self.looked is None: self.looked = np.zeros(len(self.names), bool)
+        for row, path in enumerate(paths):
+            if self.looked[row] or self.got_means(row): continue
+            self.looked[row] = True
+            crops = photo_crops({row: path})
+            self.crops |= {row: crop for row, crop in crops.items() if crop.turned or lost_words(crop)}
+
+    def got_means(self, row: int) -> bool:
+        "Whether nothing could be said of a photo, so far."
+        return row in self.issues and self.issues[row].fallback == MEANS
 
     def said_of_photos(self) -> list:
         "Lines on photos that lack a decoder, were turned or lost much area, and on what was left out."
