@@ -22,12 +22,12 @@ from sources import MODULES, commands
 from untrained import untrained_bundle
 
 from biomass_kit.command import command as wrapped
+from biomass_kit.data import photos as reading
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.interrupts import at_work, begin
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import TARGETS, BiomassError
-from biomass_kit.features import store
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference.bundle import Bundle
 from biomass_kit.inference.ensemble import Ensemble
@@ -283,7 +283,7 @@ def test_a_device_that_hangs_while_its_models_are_built_holds_nobody_up(room, wh
 @pytest.mark.parametrize("gone", ["before anything gave a value", "where some members gave one"])
 def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch, gone):
     some, reads = gone.startswith("where"), []
-    plain_forward, plain_read = Backbone.forward, store.read_photo
+    plain_forward, plain_read = Backbone.forward, reading.read_photo
     stuck = sorted((room / "data/test").iterdir())[2].name
 
     def forward(self, tiles):
@@ -299,7 +299,7 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
         return plain_read(path)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    monkeypatch.setattr(store, "read_photo", read)
+    monkeypatch.setattr(reading, "read_photo", read)
     table = predicted(room, tmp_path / "s.csv", device_type="cpu", precision="bf16")
     issues = pd.read_csv(tmp_path / "s_issues.csv").set_index("photo")
     mine = issues.loc[next(n for n in issues.index if n.endswith(stuck))]

@@ -16,9 +16,9 @@ from conftest import assert_close
 from PIL import Image
 from untrained import trusted_bundle
 
+from biomass_kit.data import photos as reading
 from biomass_kit.data.synthetic import draw_photo
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.features import store
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference import folder as folder_table
 from biomass_kit.inference import predict
@@ -124,8 +124,8 @@ def cut_short(bundle, photos, out, batches, **options):
 @pytest.fixture
 def read(monkeypatch):
     "Names of the photos that are read from here on, each time."
-    names, plain = [], store.read_photo
-    monkeypatch.setattr(store, "read_photo", lambda path: names.append(path.name) or plain(path))
+    names, plain = [], reading.read_photo
+    monkeypatch.setattr(reading, "read_photo", lambda path: names.append(path.name) or plain(path))
     return names
 
 

@@ -10,9 +10,9 @@ from conftest import assert_close
 from safetensors.torch import save_file
 
 from biomass_kit.data.files import file_digest
-from biomass_kit.data.photos import list_photos
+from biomass_kit.data.photos import list_photos, read_pair
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.features import pairs, store
+from biomass_kit.features import pairs
 from biomass_kit.features.augment import Box
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.pairs import PairStore, decode_pair
@@ -77,7 +77,7 @@ def test_draws_are_the_same_bits_with_any_workers_and_any_store(learning, photos
 
 
 def test_one_epoch_does_not_depend_on_those_before(learning, photos):
-    whole = drawn(learning, photos, 4, store.read_pair)
+    whole = drawn(learning, photos, 4, read_pair)
     dataset = PixelBatches(photos, SPEC, check_config(learning), fold=1)
     alone = list(stage_batches(dataset, np.arange(len(photos)), [2]))
     assert same(alone, whole[6:])
@@ -150,7 +150,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(learning, size, tmp_path, monkeyp
 def fill(folder, photos):
     "Read photos through a store, twice, in another process."
     kept = PairStore(folder)
-    for photo in (*photos, *photos): assert np.array_equal(kept(photo), store.read_pair(photo))
+    for photo in (*photos, *photos): assert np.array_equal(kept(photo), read_pair(photo))
 
 
 def test_processes_share_a_store(photos, tmp_path):

@@ -13,6 +13,7 @@ from conftest import assert_close
 from PIL import Image
 from untrained import untrained_bundle
 
+from biomass_kit.data import photos as reading
 from biomass_kit.data.files import atomic_path
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
@@ -182,7 +183,7 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
         build(self, *args, **options)
 
     monkeypatch.setattr(Ensemble, "__init__", first)
-    monkeypatch.setattr(store, "read_photo", lambda path, plain=store.read_photo: seen and plain(path))
+    monkeypatch.setattr(reading, "read_photo", lambda path, plain=reading.read_photo: seen and plain(path))
     monkeypatch.setattr(predict, "write_submission", lambda path, rows, photos, grams: (
         saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams)))
     monkeypatch.setattr(predict, "SAVE_EVERY", 1.5 * slow.whole(4))
@@ -260,11 +261,11 @@ def test_a_huge_photo_takes_little_memory(tmp_path):
 
 def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
     "Whoever reads it waits for ever: it gets the means, and all others are read."
-    plain, never = store.read_photo, threading.Event()
+    plain, never = reading.read_photo, threading.Event()
     stuck = list_photos(room / "data/test")[5].name
     monkeypatch.setattr(store, "READ_TIMEOUT", 3.0)
     monkeypatch.setattr(
-        store, "read_photo",
+        reading, "read_photo",
         lambda path: never.wait(60) or plain(path) if str(path).endswith(stuck) else plain(path))
     table = predict_competition(
         room / "frozen", room / "data", room / "h.csv", device_type="cpu", batch_size=1)

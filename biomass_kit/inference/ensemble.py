@@ -67,10 +67,11 @@ class Members(Passes):
         *args,  # of `Passes`
         **options,
     ):
+        models = [bundle.load_model(m) for m in bundle.members]  # what is wrong with a head is said first
         super().__init__(bundle, *args, **options)
         self.overlaps = self.device.type == "cuda"  # whether it is given a batch before the last one is read
         self.fits = None  # photos that fit into memory at once, where that was ever asked too much
-        self.models = [bundle.load_model(m).to(self.device) for m in bundle.members]
+        self.models = [model.to(self.device) for model in models]
 
     def read(self, i: int, passes: list) -> list:
         "A member's own part of what the passes gave, `[..., D]` for each of its feature specs."
