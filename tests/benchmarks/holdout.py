@@ -5,7 +5,8 @@
 holdout.csv holds what `biomass_holdout` wrote as scores.csv for two ranges of seeds, on the 80 photos:
 
     biomass_holdout --data DIR --out OUT --backbone vit_small_patch14_dinov2 --backbone-weights FILE
-        --tile-size 252 --device-type cpu --recipes neural default quick linear probe --first-seed 0
+        --tile-size 252 --device-type cpu --recipes neural plan default quick linear stacked probe
+        --first-seed 0
     (and --first-seed 1000)
 """
 from pathlib import Path
