@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'BOXES', 'SameSizeCrop', 'excess_green', 'GreenJitter', 'FourChannelAffine', 'WholeGaussNoise',
            'TableHueSaturationValue', 'pixel_transform', 'draw_seed', 'draw_rng', 'PairAugment', 'draw_view',
-           'draw_mixup', 'mix', 'Box', 'draw_cutmix', 'boxed', 'cutmix_batch', 'cutmix_pairs', 'cutmix_tiles']
+           'draw_mixup', 'mix', 'Box', 'draw_cutmix', 'boxed', 'cutmix_batch', 'cutmix_tiles']
 
 # %% ../../nbs/2_features/3_augment.ipynb #4a0be4e5
 import copy
@@ -301,16 +301,6 @@ def cutmix_batch(
     pasted = [boxed(pairs[j], p.shape[1:3], box) for p, j in zip(pairs, partner)]
     for p, patch in zip(pairs, pasted): p[:, *box.slices(*p.shape[1:3])] = patch
     return pairs
-
-
-def cutmix_pairs(
-    pair: np.ndarray,  # uint8 [2, S, S, 3]
-    other: np.ndarray,  # uint8 [2, S', S', 3], the partner's
-    box: Box,
-) -> np.ndarray:  # uint8 [2, S, S, 3]; what stays of `pair` is `box.share(S, S)`
-    "Paste the box of the partner's halves into a pair's, before tiles are cut."
-    return cutmix_batch([pair.copy(), other.copy()], [1, 0], box)[0]
-
 
 # %% ../../nbs/2_features/3_augment.ipynb #px160005
 def cutmix_tiles(

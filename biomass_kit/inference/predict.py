@@ -404,7 +404,7 @@ def _save_folder(table: FolderTable, grams: np.ndarray, alike: np.ndarray = None
 
 def _kept(folder, out, outcome: Outcome, bundle: Bundle, deadline: Deadline, options: dict) -> Partial:
     "What is known of a run that was killed, and where this one adds to it."
-    asked = {name: options.get(name) or "auto" for name in ("device_type", "precision")}
+    asked = {name: options.get(name) or "auto" for name in ("device_type", "precision", "compile")}
     key = run_key(bundle, views=options.get("views"), deadline=deadline.text, **asked)
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Partial(out, folder, outcome.names, key, outcome.note, process, processes)

@@ -186,7 +186,6 @@ class LoopConfig:
     layer_decay: float = 1.0  # factor on --backbone-lr from each block to the one before
     grad_checkpointing: bool = False  # less memory for a learning backbone, at the cost of a second forward
     weight_decay: float = 0.05  # of matrices; biases and norms are not decayed
-    fused: bool = False  # AdamW in one kernel: heads learn faster, with other last bits
     warmup: float = 0.1  # share of a stage's steps
     grad_clip: float = 1.0  # largest gradient norm of a step
     seed: int = 0  # of heads, batches, augmentation
@@ -268,7 +267,7 @@ NEURAL = (  # fields that only a head that learns in epochs reads
     "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs",
     "batch_size",
     "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
-    "weight_decay", "fused", "warmup", "grad_clip", "seed", "checkpoint",
+    "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 
 

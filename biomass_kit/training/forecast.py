@@ -119,12 +119,13 @@ def member_seconds(
     with run.threads():
         f = run.new_trainer(run.members[0], c)
         if c.teacher or c.distill_aux: f.teacher = f.grams
+        start = time.perf_counter()
         if c.head != "neural":
-            start = time.perf_counter()
             fit_closed(f)
-            return time.perf_counter() - start, f
-        loop = Loop(f)
-        each = [stage.epochs * epoch_seconds(loop, stage) for stage in stages(c)]
+            each = [time.perf_counter() - start]
+        else:
+            loop = Loop(f)
+            each = [stage.epochs * epoch_seconds(loop, stage) for stage in stages(c)]
     run.fold = fold
     return sum(each) / share * (2 if c.distill_aux else 1), f
 

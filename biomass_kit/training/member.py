@@ -269,7 +269,7 @@ def make_optimizer(
         groups.append({"params": params, "lr": lr, "weight_decay": c.weight_decay if decays else 0.0})
     if stage.train_backbone: groups += backbone_groups(backbone, c)
     # foreach gives the bits of the form for single tensors, twice as fast on wide heads
-    return torch.optim.AdamW([g for g in groups if g["params"]], foreach=not c.fused, fused=c.fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], foreach=True)
 
 # %% ../../nbs/5_training/3_member.ipynb #me000003
 def backbone_groups(backbone, c: TrainConfig) -> list:

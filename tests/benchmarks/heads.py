@@ -6,8 +6,7 @@
 The recipe `neural` (two grids, five folds, 60 epochs) is trained by both trees in turn, each in a process of
 one thread; features are computed before. CPU seconds are those of fitting the members, imports and features
 left out. Wall seconds are those of the whole command, which also writes bundle and report: the older tree in
-one process, this one in two (`torchrun`). Weights of both trees are compared bit for bit; --fused, this
-tree's opt-in form, by the largest difference of out-of-fold grams.
+one process, this one in two (`torchrun`). Weights of both trees are compared bit for bit.
 """
 import hashlib
 import json
@@ -40,7 +39,6 @@ class Args:
     epochs: int = 60
     wall: bool = True  # time whole commands too
     worker: bool = False  # what the processes of a round run
-    fused: bool = False  # with a worker: the opt-in form
 
 
 def options(a: Args) -> dict:
@@ -59,8 +57,7 @@ def runs_of(a: Args):  # yields each Run of the recipe, its features mapped
     from biomass_kit.training.setup import make_accelerator
 
     torch.set_num_threads(1)
-    more = {"fused": True} if a.fused else {}
-    config = TrainConfig(**options(a), **more, out=Path(tempfile.mkdtemp()) / "run")
+    config = TrainConfig(**options(a), out=Path(tempfile.mkdtemp()) / "run")
     accelerator = make_accelerator(torch.device("cpu"), "fp32")
     for c in recipe_runs(config, "neural"):
         run = Run(check_config(c), accelerator, "fp32", {})
@@ -69,19 +66,16 @@ def runs_of(a: Args):  # yields each Run of the recipe, its features mapped
 
 
 def work(a: Args):
-    "Fit all members; print CPU seconds, digests of weights and out-of-fold grams."
-    spent, weights, grams = 0.0, [], []
+    "Fit all members; print CPU seconds and digests of weights."
+    spent, weights = 0.0, []
     for run in runs_of(a):
-        from biomass_kit.training.member import View, predict_fold
-
         for k in run.members:
             start = time.process_time()
             f, _ = run.fit_member(k, lambda x, **_: x)
             spent += time.process_time() - start
             tensors = b"".join(t.numpy().tobytes() for t in f.model.state_dict().values())
             weights.append(hashlib.sha256(tensors).hexdigest())
-            grams += predict_fold(f, f.scored, [View()]).ravel().tolist()
-    print(json.dumps({"cpu_s": spent, "weights": weights, "grams": grams}))
+    print(json.dumps({"cpu_s": spent, "weights": weights}))
 
 
 def environment(tree: Path) -> dict:
@@ -94,10 +88,10 @@ def words(values: dict) -> list:
     return [str(word) for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-def fitted(a: Args, tree: Path, *more: str) -> dict:
+def fitted(a: Args, tree: Path) -> dict:
     "What a worker found with a tree's library."
-    own = {k: v for k, v in options(a).items() if k not in ("device_type",)}
-    command = [sys.executable, __file__, "--worker", *more, *words(own)]
+    own = {k: v for k, v in options(a).items() if k != "device_type"}
+    command = [sys.executable, __file__, "--worker", *words(own)]
     how = dict(env=environment(tree), cwd=tree, check=True, capture_output=True, text=True)
     return json.loads(subprocess.run(command, **how).stdout.splitlines()[-1])
 
@@ -117,21 +111,15 @@ def main():
     a = tyro.cli(Args)
     if a.worker: return work(a)
     fitted(a, HERE)  # features are stored from here on
-    old, new, fused = [], [], []
+    old, new = [], []
     for _ in range(a.rounds):
         old.append(fitted(a, a.old))
         new.append(fitted(a, HERE))
-        fused.append(fitted(a, HERE, "--fused"))
-    seconds = {name: median(r["cpu_s"] for r in runs) for name, runs in
-               {"old": old, "new": new, "fused": fused}.items()}
+    before, now = (median(r["cpu_s"] for r in runs) for runs in (old, new))
     equal = all(r["weights"] == old[0]["weights"] for r in old + new)
-    apart = max(abs(x - y) for x, y in zip(fused[0]["grams"], new[0]["grams"]))
     print("| | CPU seconds | old / it | weights |\n|---|---|---|---|")
-    print(f"| old | {seconds['old']:.1f} | 1 | |")
-    print(f"| new | {seconds['new']:.1f} | {seconds['old'] / seconds['new']:.2f} | "
-          f"{'equal to the last bit' if equal else 'DIFFERENT'} |")
-    print(f"| new, --fused | {seconds['fused']:.1f} | {seconds['old'] / seconds['fused']:.2f} | "
-          f"out-of-fold grams at most {apart:.2g} g apart |")
+    print(f"| old | {before:.1f} | 1 | |")
+    print(f"| new | {now:.1f} | {before / now:.2f} | {'equal to the last bit' if equal else 'DIFFERENT'} |")
     if not a.wall: return
     times = [(wall_seconds(a, a.old, 1), wall_seconds(a, HERE, 2)) for _ in range(a.rounds)]
     one, two = (median(t) for t in zip(*times))
