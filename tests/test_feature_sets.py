@@ -194,6 +194,9 @@ def test_statistics_and_blocks_are_one_pass(base, room, tmp_path, passes):
     assert seen("d", feature_blocks=(1, 4), pooling=ALL_SIX) == once, "a block that nobody stored"
     assert seen("e", feature_blocks=(3, 4, 1), pooling=ALL_SIX) == 0
     assert seen("f", pooling=ALL_SIX, feature_blocks=(3,), also=("blocks=4",)) == 0
+    beside = ("blocks=2,pooling=max+mean", "blocks=5")
+    assert seen("g", feature_blocks=(2,), pooling="mean", also=beside) == once, "three specs, one pass"
+    assert seen("h", feature_blocks=(2,), pooling="max+mean") == 0, "and each is stored as if alone"
 
 
 BESIDE = {  # what else a head that reads several specs may be asked for

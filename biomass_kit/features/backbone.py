@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GEM_POWER', 'CLS', 'MEAN', 'MAX', 'MIN', 'GEM', 'STD', 'TIMM_LOG', 'LORA_LAYERS', 'Statistic', 'block_index',
-           'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'backbone_digest',
-           'lora_layers', 'adapted_layers', 'add_lora', 'take_lora']
+           'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'pass_kind', 'joint_reading',
+           'read_columns', 'backbone_digest', 'lora_layers', 'adapted_layers', 'add_lora', 'take_lora']
 
 # %% ../../nbs/2_features/5_backbone.ipynb #92842dbd
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -389,6 +390,37 @@ def build_backbone(
             "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
     return backbone, tile_size
 
+
+# %% ../../nbs/2_features/5_backbone.ipynb #sp150002
+def pass_kind(
+    pooling: str,  # one of POOLINGS, or statistics joined by "+"
+    blocks: tuple,  # indices
+) -> tuple:
+    "What two readers of one model must have alike to share a pass."
+    return bool(blocks), not pooled_statistics(pooling)  # without statistics it is the model's own pooling
+
+
+def joint_reading(
+    readings: list,  # (pooling, blocks) of readers of one model and one `pass_kind`
+) -> tuple:  # (pooling, blocks)
+    "The blocks and statistics of any of them."
+    if len(set(readings)) == 1: return readings[0]
+    names = dict.fromkeys(name for pooling, _ in readings for name in pooled_statistics(pooling))
+    return "+".join(names), tuple(sorted({block for _, blocks in readings for block in blocks}))
+
+
+def read_columns(
+    backbone: Backbone,  # which may give more than a reader asks for
+    pooling: str,  # the reader's
+    blocks: tuple = (),
+) -> torch.Tensor:  # int64 [D]
+    "Which of a backbone's channels a reader takes, in its order."
+    names = pooled_statistics(pooling)
+    if not names: return torch.arange(backbone.dim)
+    ends = list(itertools.accumulate(width for _, _, width in backbone.parts))
+    places = {(block, name): range(end - width, end)
+              for (block, name, width), end in zip(backbone.parts, ends)}
+    return torch.tensor([i for block in blocks or [None] for name in names for i in places[block, name]])
 
 # %% ../../nbs/2_features/5_backbone.ipynb #c3c0a223
 def backbone_digest(

@@ -25,7 +25,7 @@ from torch import nn
 import biomass_kit
 from ..data.files import atomic_path, copy_file, file_digest, json_text, write_text
 from ..data.targets import TARGETS, BiomassError, combine as join_members, in_one_line
-from ..features.backbone import Backbone, build_backbone, take_lora
+from ..features.backbone import Backbone, build_backbone, read_columns, take_lora
 from ..features.tiles import TileSpec
 from ..features.tta import parse_view
 from biomass_kit.inference.members import (
@@ -44,7 +44,6 @@ from biomass_kit.inference.members import (
     member_quadrat,
     member_schema,
     member_specs,
-    read_columns,
     read_member_info,
 )
 from .physics import METHODS
@@ -257,7 +256,8 @@ class Bundle(NamedTuple):
         place: int,  # of a feature spec among those that its head reads
     ) -> torch.Tensor:  # int64 [D]
         "Which of a backbone's channels a member reads; refuses a head that was made for other ones."
-        columns, due = read_columns(backbone, member_specs(member)[place]), member_dims(member)[place]
+        ref, due = member_specs(member)[place]["backbone"], member_dims(member)[place]
+        columns = read_columns(backbone, ref["pooling"], ref.get("blocks"))
         if len(columns) == due: return columns
         raise BiomassError(
             f"{self.folder / member['file']}: reads features of {due} channels, and "

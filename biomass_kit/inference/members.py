@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPEC_FIELDS', 'FIRST_POOLINGS', 'HEADER', 'member_specs', 'member_head', 'member_dims', 'member_files',
-           'member_quadrat', 'read_member_info', 'head_class', 'head_kind', 'member_schema', 'read_columns',
-           'check_quadrats', 'check_specs', 'check_alike', 'file_shapes', 'check_lora']
+           'member_quadrat', 'read_member_info', 'head_class', 'head_kind', 'member_schema', 'check_quadrats',
+           'check_specs', 'check_alike', 'file_shapes', 'check_lora']
 
 # %% ../../nbs/4_inference/1b_members.ipynb #1b000004
 import json
@@ -13,14 +13,12 @@ from itertools import product
 from pathlib import Path
 from pkgutil import resolve_name
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import biomass_kit
 from ..data.targets import QUADRAT_CM, BiomassError, quadrat_area, quadrat_text
-from ..features.backbone import Backbone, tensor_shapes
+from ..features.backbone import tensor_shapes
 from ..features.options import pooled_statistics
 from ..model.options import HEADS
 
@@ -87,21 +85,6 @@ def member_schema(model: nn.Module, specs: list) -> int:
     plain = head_kind(model) == "neural" and "link" not in model.args and len(specs) == 1
     if not plain or first["pooling"] not in FIRST_POOLINGS: return 3
     return 2 if "lora" in first else 1
-
-# %% ../../nbs/4_inference/1b_members.ipynb #47d465a8
-def read_columns(
-    backbone: Backbone,  # which may give more than one feature spec asks for
-    spec: dict,  # of `member_specs`
-) -> torch.Tensor:  # int64 [D]
-    "Which of a backbone's channels a feature spec reads, in its order."
-    ref = spec["backbone"]
-    names = pooled_statistics(ref["pooling"])
-    if not names: return torch.arange(backbone.dim)
-    ends = np.cumsum([width for _, _, width in backbone.parts])
-    places = {
-        (block, name): range(end - width, end) for (block, name, width), end in zip(backbone.parts, ends)}
-    blocks = ref.get("blocks") or [None]
-    return torch.tensor([i for block in blocks for name in names for i in places[block, name]])
 
 # %% ../../nbs/4_inference/1b_members.ipynb #b0de1005
 def check_quadrats(path, member: dict, others: list):

@@ -29,7 +29,7 @@ from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
 from ..features.pairs import PairStore
-from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
+from ..features.store import FeatureRequest, store_shared, trim_text
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
@@ -51,12 +51,12 @@ from biomass_kit.training.folder import (
 from .loop import CHECKPOINT, CLASSES, one_thread, run_fold
 from biomass_kit.training.member import (
     MemberTrainer,
-    Source,
     fit_closed,
     fold_intervals,
     plain_features,
     predict_fold,
 )
+from .passes import SharedPass, pass_request, shared_passes
 from .scores import manifest_physics, manifest_trust, run_facts, write_results
 from biomass_kit.training.setup import (
     LOGS,
@@ -160,23 +160,24 @@ class Run:
         log,
         known: dict = None,  # what other runs of this process have mapped; filled here
     ):
-        "Compute what is to be stored and is not yet, then map all of it, one feature spec after the other."
+        "Compute what is to be stored and is not yet, then map all of it, one backbone pass after the other."
         c, kept = self.config, self.keeps
         if not kept: return
         known = {} if known is None else known
         variants = tuple(stored_variants(c))
-        for i, source in enumerate(self.sources):
-            key = id(source.backbone), source.spec, variants, c.cache_dtype
-            if key not in known: known[key] = stored_features(self, source, progress, log)
-            self.sources[i] = source._replace(**{kept: known[key]})
+        for shared in shared_passes(self.sources):
+            read = tuple(id(self.sources[i].backbone) for i in shared.places)
+            key = read, shared.spec, variants, c.cache_dtype
+            if key not in known: known[key] = stored_features(self, shared, progress, log)
+            for i, stored in zip(shared.places, known[key]):
+                self.sources[i] = self.sources[i]._replace(**{kept: stored})
 
-    def request(self, source: Source) -> FeatureRequest:
-        "What is asked of the feature store for one spec, its backbone at its start."
+    def request(self, shared: SharedPass) -> FeatureRequest:
+        "What is asked of the feature store for one pass, its backbone at its start."
         c = self.config
         if not c.freeze_backbone: self._start_again()
-        source.backbone.to(self.accelerator.device).eval()
-        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        return FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+        device = self.accelerator.device
+        return pass_request(shared, self.sources, c, tuple(stored_variants(c)), device, self.precision)
 
     def _start_again(self):
         "The backbone back at its starting weights, without LoRA factors."
@@ -213,16 +214,22 @@ class Run:
             return f, run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
 
 # %% ../../nbs/5_training/8_run.ipynb #ru00000b
-def stored_features(run: Run, source: Source, progress, log) -> StoredFeatures:
-    "The features of one spec, each process having computed its share of the photos."
+def stored_features(
+    run: Run,
+    shared: SharedPass,
+    progress: Callable,
+    log: Callable,
+) -> list:  # StoredFeatures of each of its sources
+    "The features of one pass, each process having computed its share of the photos."
     c, accelerator = run.config, run.accelerator
-    request = run.request(source)
+    request = run.request(shared)
     paths = list(run.table["path"])
+    how = shared.columns, c.num_workers, run.precision, progress
     if accelerator.num_processes > 1:
         mine = paths[accelerator.process_index :: accelerator.num_processes]
-        store_features(mine, request, c.num_workers, run.precision, progress)
+        store_shared(mine, request, *how)
         accelerator.wait_for_everyone()
-    stored = store_features(paths, request, c.num_workers, run.precision, progress)
+    stored = store_shared(paths, request, *how)
     accelerator.wait_for_everyone()
     cache = request.cache
     if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))

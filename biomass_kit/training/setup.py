@@ -29,7 +29,7 @@ from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
 from ..features.augment import PairAugment, draw_seed, pixel_transform
-from ..features.backbone import build_backbone, patch_size
+from ..features.backbone import Backbone, build_backbone, patch_size
 from ..features.pairs import PairStore, decode_pair
 from ..features.store import Draw
 from ..features.tiles import TileSpec
@@ -179,14 +179,21 @@ def start_backbone(
     built: dict,  # starting backbones, shared by the runs that start from the same; filled here
 ) -> tuple:  # (backbone, its tile size, its starting weights)
     "The backbone that a config names, built once."
-    asked = c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks
-    key = *asked, None if c.pretrained else c.seed, bool(c.lora_rank)
-    if key not in built:
+    asked = c.backbone, c.backbone_weights, c.tile_size, c.pretrained
+    model = *asked, None if c.pretrained else c.seed, bool(c.lora_rank), c.freeze_backbone
+    reading = c.pooling, c.feature_blocks
+    if (model, reading) in built: return built[model, reading]
+    same = next((known for key, known in built.items() if key[0] == model), None)
+    if same and c.freeze_backbone:
+        first, size, weights = same
+        found = Backbone(first.model, first.name, *reading), size, weights
+    else:
         set_seed(c.seed)
-        backbone, size = build_backbone(*asked)
+        backbone, size = build_backbone(*asked, *reading)
         backbone.to(memory_format=torch.channels_last)  # faster where there are convolutions
-        built[key] = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
-    return built[key]
+        found = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
+    built[model, reading] = found
+    return found
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000012
 def prepare(
