@@ -409,7 +409,8 @@ def test_neural_options_are_refused_beside_a_closed_head(base, head):
     "Each of them, and what a closed head of another kind reads."
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.1}
     named = dict(augment="flips", augment_size="tiles", fusion="none", loss_kind="mse",
-                 target_weights="equal", teacher=Path("x"), average="ema", checkpoint="best", head_lr_stage1=0.1)
+                 target_weights="equal", teacher=Path("x"), average="ema", checkpoint="best",
+                 head_lr_stage1=0.1)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     closed = dataclasses.replace(base, head=head, epochs=60)
     check_config(closed)

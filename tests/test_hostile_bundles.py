@@ -1,4 +1,5 @@
-"""Bundles that were changed on the way: no flipped byte is missed, no tampering gets further than its name, nothing that runs code is loaded."""
+"""Bundles that were changed on the way:
+no flipped byte is missed, no tampering gets further than its name, nothing that runs code is loaded."""
 import ast
 import json
 import pickle
@@ -41,8 +42,10 @@ def small_bundle(folder):
     for fold, reads in enumerate((plain, plain | lora)):
         model = BiomassModel(body.dim, hidden_ratio=0.01, learning=True)
         model.fit_output(torch.rand(20, 5) * 50)
-        infos.append(save_member(folder, model, dict(name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
-                                                     bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})))
+        info = dict(
+            name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
+            bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})
+        infos.append(save_member(folder, model, info))
     write_manifest(
         folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {"model": {"weighted_r2": 0.5}})
     return folder
@@ -98,7 +101,8 @@ def test_sampled_flips_of_every_file_are_found(copy):
 
 @pytest.mark.long
 def test_every_byte_of_the_small_files(copy):
-    "Manifest, members and LoRA factors, byte by byte, each by one bit; and each byte of the manifest to a blank, which JSON forgives."
+    """Manifest, members and LoRA factors, byte by byte, each by one bit;
+    and each byte of the manifest to a blank, which JSON forgives."""
     rng = np.random.default_rng(1)
     for path in sorted(copy.iterdir()):
         if path.name.startswith("backbone-"): continue
@@ -216,12 +220,15 @@ def test_tampering_is_named(copy, name):
 
 
 def test_what_shows_when_weights_are_loaded(copy, sound):
-    "A backbone that is none, a head for another backbone, a head whose config asks for other or for giant tensors, or that a later library built."
+    """A backbone that is none, a head for another backbone,
+    a head whose config asks for other or for giant tensors, or that a later library built."""
     other_backbone(copy)
     with pytest.raises(BiomassError, match="weights do not fit test_vit"):
         read_bundle(copy).load_backbone(read_bundle(copy).members[0])
     bundle = read_bundle(sound)
-    of = lambda **changes: {**bundle.members[0], "model": bundle.members[0]["model"] | changes}
+
+    def of(**changes): return {**bundle.members[0], "model": bundle.members[0]["model"] | changes}
+
     with pytest.raises(BiomassError, match="reads features of 128 channels, and test_vit gives 64"):
         bundle.load_backbone(of(dim=128))
     with pytest.raises(BiomassError, match="its config asks for"): bundle.load_model(of(dim=10**7))
@@ -245,7 +252,8 @@ def changed(value, rng):
 
 @pytest.mark.parametrize("cases", [200, pytest.param(3000, marks=pytest.mark.long)])
 def test_junk_in_a_signed_manifest_is_refused_or_harmless(copy, cases):
-    "Whatever stands in the place of a value: no other error than ours; and what is read can be predicted with."
+    """Whatever stands in the place of a value: no other error than ours;
+    and what is read can be predicted with."""
     rng, plain, seen = np.random.default_rng(cases), manifest_of(copy), {"read": 0, "refused": 0}
     for _ in range(cases):
         junk = changed(plain, rng)
@@ -272,7 +280,8 @@ def predict(bundle):
 
 
 def test_bundles_of_earlier_libraries_are_read(copy):
-    "No digest, no way of combining; member configs with fields that are gone, or without fields that came later."
+    """No digest, no way of combining;
+    member configs with fields that are gone, or without fields that came later."""
     rewritten_member(copy, config={"a_switch_of_old": 3})
     rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items()
                                                 if k not in ("fusion", "symmetric", "density")})
@@ -289,11 +298,13 @@ def test_nothing_in_the_library_loads_or_runs_code():
     for path in CODE:
         for node in ast.walk(syntax(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path.name} line {node.lineno}"
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), (
+                    f"{path.name} line {node.lineno}")
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in readers, f"{path.name} line {node.lineno}"
             if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
-                assert ast.unparse(node.value) == str(node.arg == "weights_only"), f"{path.name} line {node.value.lineno}"
+                assert ast.unparse(node.value) == str(node.arg == "weights_only"), (
+                    f"{path.name} line {node.value.lineno}")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None)
                 assert not {(module, a.name) for a in node.names} & readers, f"{path.name} line {node.lineno}"

@@ -1,4 +1,5 @@
-"""Photos as disks, mail and strangers leave them: decoded to uint8 [H, W, 3] or refused by name; no crash, no hang, bounded memory."""
+"""Photos as disks, mail and strangers leave them: decoded to uint8 [H, W, 3] or refused by name;
+no crash, no hang, bounded memory."""
 import io
 import json
 import resource
@@ -105,7 +106,8 @@ def bombs(plain):
 
 
 def damaged(plain, rng):
-    "One photo cut short, with flipped bits, overwritten, spliced with another, or with its header's numbers changed; and its name."
+    """One photo cut short, with flipped bits, overwritten, spliced with another,
+    or with its header's numbers changed; and its name."""
     name = rng.choice(sorted(plain))
     data, other = bytearray(plain[name]), plain[rng.choice(sorted(plain))]
     at = int(rng.integers(len(data)))
@@ -141,9 +143,12 @@ def one(path, data):
     signal.alarm(HANGS)  # nobody catches it: a hang ends the process
     start = time.process_time()
     try: photo, what = read_photo(path), "read"
-    except BiomassError as e: assert str(path) in str(e), e; what = "refused"
+    except BiomassError as e:
+        assert str(path) in str(e), e
+        what = "refused"
     else:
-        assert photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3 and photo.shape[0] * photo.shape[1] <= MAX_PIXELS, photo.shape
+        assert photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+        assert photo.shape[0] * photo.shape[1] <= MAX_PIXELS, photo.shape
     seconds = time.process_time() - start
     try: size = photo_size(path)
     except BiomassError as e: assert str(path) in str(e) and what == "refused", e
@@ -172,13 +177,16 @@ def main(folder, cases):
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2200, marks=pytest.mark.long)])
 def test_damaged_photos_in_a_process_with_little_memory(cases, tmp_path):
-    "Truncations, flips, splices, lies about sizes, bombs: the process lives, each file is read or refused by its name, and Pillow prints nothing."
+    """Truncations, flips, splices, lies about sizes, bombs:
+    the process lives, each file is read or refused by its name, and Pillow prints nothing."""
     done = python(__file__, tmp_path, cases, timeout=1500)
     assert done.returncode == 0, (done.returncode, (tmp_path / "last").read_text(), done.stderr[-3000:])
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert sum(found["counts"].values()) >= cases and found["seconds"][0] < SECONDS and found["megabytes"] < MEMORY / 1e6, found
-    assert {"bits read", "bits refused", "cut refused", "swap read", "bomb refused"} <= set(found["counts"]) and "bomb read" not in found["counts"], found
+    assert sum(found["counts"].values()) >= cases and found["seconds"][0] < SECONDS
+    assert found["megabytes"] < MEMORY / 1e6, found
+    assert {"bits read", "bits refused", "cut refused", "swap read", "bomb refused"} <= set(found["counts"])
+    assert "bomb read" not in found["counts"], found
     assert "DecompressionBomb" not in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 

@@ -63,7 +63,8 @@ def weighted_r2(
     predicted,  # `[N, 5]` grams
     weights=WEIGHTS,  # one weight per target
 ) -> float:  # 1 is perfect; nan when the measured values do not vary at all
-    "The competition's global weighted R² over all (photo, target) pairs (Kaggle, CSIRO - Image2Biomass Prediction)."
+    """The competition's global weighted R² over all (photo, target) pairs
+    (Kaggle, CSIRO - Image2Biomass Prediction)."""
     y, p = as_grams(measured, "measured"), as_grams(predicted, "predicted")
     if y.shape != p.shape: raise BiomassError(f"{len(y)} measured rows but {len(p)} predicted rows")
     w = np.broadcast_to(np.asarray(weights, dtype=np.float64), y.shape)
@@ -115,14 +116,17 @@ def kg_per_ha(
     return grams * (1e5 / quadrat_area(quadrat_cm))
 
 # %% ../../nbs/1_data/1_targets.ipynb #033b9a12
-LOG_TARGETS = {"none": (), "dead_clover": (DEAD, CLOVER), "all": tuple(range(len(TARGETS)))}  # name -> columns in log space
+# name -> columns in log space
+LOG_TARGETS = {"none": (), "dead_clover": (DEAD, CLOVER), "all": tuple(range(len(TARGETS)))}
 
 # %% ../../nbs/1_data/1_targets.ipynb #b76f0614
 def _change(values, chosen, name, low):
-    "`values` with the method or numpy function `name` applied to the `chosen` columns, cut at `low` first, in 32 bits or more."
+    """`values` with the method or numpy function `name` applied to the `chosen` columns, cut at `low` first,
+    in 32 bits or more."""
     if not len(chosen): return values
     if hasattr(values, "clone"):
-        out = values.clone() if values.dtype.is_floating_point and values.element_size() >= 4 else values.float()
+        wide = values.dtype.is_floating_point and values.element_size() >= 4
+        out = values.clone() if wide else values.float()
     else: out = np.array(values, dtype=np.result_type(np.asarray(values).dtype, np.float32))
     part = out[..., list(chosen)]
     part = part if low is None else part.clip(low)
@@ -180,7 +184,8 @@ def from_log(
     values,  # [..., 5] from `to_log`, or what a head predicted in its place
     chosen: tuple,  # the same columns
 ):  # [..., 5] grams
-    "The inverse of `to_log`; a prediction below zero in log space comes back above -1 g, for `physics` to clamp."
+    """The inverse of `to_log`;
+    a prediction below zero in log space comes back above -1 g, for `physics` to clamp."""
     return from_link(values, chosen, "log1p")
 
 # %% ../../nbs/1_data/1_targets.ipynb #c304bb25
@@ -192,7 +197,8 @@ def trimmed_mean(
     # of the members dropped at each end; where that is no whole number, the next one counts in part
     share: float = TRIM,
 ) -> np.ndarray:  # [N, 5]
-    "Mean of the middle members: towards a share of 0 the mean, towards 0.5 the median, without a jump between."
+    """Mean of the middle members:
+    towards a share of 0 the mean, towards 0.5 the median, without a jump between."""
     if not 0 < share < 0.5:
         raise BiomassError(
             f"trim {share}: the share dropped at each end must lie between 0 and 0.5, such as 0.2")
@@ -213,7 +219,8 @@ def mixture(
 def _weighted(p, weights):
     if weights is None or len(weights) != len(p):
         raise BiomassError(
-            f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, got {weights}")
+            f"weighted: {len(p)} members need {len(p)} weights, as from evidence.stack_weights, "
+            f"got {weights}")
     if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # NaN fails as well
         raise BiomassError(f"weighted: weights must not be negative and must sum to 1, got {list(weights)}")
     return mixture(p, weights)

@@ -37,7 +37,8 @@ def choose_alpha(
     groups,  # [n] what stays together: sampling dates, or what `--cv` groups by
     alphas=PROBE_ALPHAS,
 ) -> float:
-    "The ridge strength with the best score over an inner grouped cross-validation; the middle one where there is one group."
+    """The ridge strength with the best score over an inner grouped cross-validation;
+    the middle one where there is one group."""
     if len(set(groups)) < 2: return alphas[len(alphas) // 2]
     splits = list(GroupKFold(min(5, len(set(groups)))).split(x, groups=groups))
 
@@ -73,7 +74,8 @@ def bundle_features(
     progress=lambda x, **_: x,  # wraps the iteration, as tqdm does
     **options,  # device_type, precision, cache_dir of `Ensemble`
 ) -> np.ndarray:  # float32 [N, 2, T, D] of the plain view
-    "Tile features of photos through a bundle's backbone, which must not have learned from labels: its features would know them."
+    """Tile features of photos through a bundle's backbone, which must not have learned from labels:
+    its features would know them."""
     bundle = read_bundle(weights)
     if not bundle.members[0]["config"].get("freeze_backbone"):
         raise BiomassError(
@@ -82,5 +84,6 @@ def bundle_features(
     for line in crop_lines(photo_crops({str(path): path for path in paths})): warnings.warn(line)
     ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
-    return np.concatenate(
-        [f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])
+    count = -(-len(paths) // batch_size)
+    shown = progress(batches, desc="features", unit="batch", total=count)
+    return np.concatenate([f[0][View()].cpu().numpy() for f, _ in shown])

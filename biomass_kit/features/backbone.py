@@ -30,7 +30,8 @@ from ..data.targets import BiomassError
 from .options import DEFAULT_BACKBONE, STATISTICS, pooled_statistics
 
 # %% ../../nbs/2_features/5_backbone.ipynb #536f21ad
-try: import torchvision  # noqa: F401
+try:
+    import torchvision  # noqa: F401
 except RuntimeError as e:
     if "torchvision::nms" not in str(e): raise
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -324,7 +325,8 @@ def _misfit(name: str, held: dict, due: dict) -> str:
 
 # %% ../../nbs/2_features/5_backbone.ipynb #0407ba07
 def _filled(name: str, tile_size: int, **overlay):
-    "A model with all of its weights from where `overlay` says: timm's own path, which also resizes position embeddings."
+    """A model with all of its weights from where `overlay` says:
+    timm's own path, which also resizes position embeddings."""
     with _MissingKeys(logging.INFO) as missing:
         model = _create(name, tile_size, pretrained=True, pretrained_cfg_overlay=overlay)
     if missing.names: raise RuntimeError(f"it lacks {len(missing.names)} tensors, first {missing.names[0]}")
@@ -333,7 +335,8 @@ def _filled(name: str, tile_size: int, **overlay):
 
 
 def _from_prefixed(name: str, tile_size: int, path: Path):
-    "A model with those of a file's tensors that have timm's names, once what stands before all of them is taken off."
+    """A model with those of a file's tensors that have timm's names,
+    once what stands before all of them is taken off."""
     held, due = tensor_shapes(path), _due(name, tile_size)
     found = _prefixes(held, due)
     whole = [p for p, n in found.items() if n == len(due)]
@@ -387,7 +390,8 @@ def build_backbone(
         if not pretrained or weights is not None: raise
         raise BiomassError(
             f"--backbone {name}: no pretrained weights could be had from timm's hub ({type(e).__name__}); "
-            "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
+            "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from "
+            "random weights") from e
     return backbone, tile_size
 
 
@@ -434,7 +438,8 @@ def backbone_digest(
     return h.hexdigest()
 
 # %% ../../nbs/2_features/5_backbone.ipynb #75deca24
-LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2")  # timm's names in attention and MLP
+# timm's names in attention and MLP
+LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
 def lora_layers(

@@ -179,7 +179,8 @@ class SharedCache:
             cache.put(digest, variant, features[..., columns])
 
 # %% ../../nbs/2_features/6_store.ipynb #c6172b3a
-ENTRY = "[0-9a-f]" * 32  # folders and entries are named by digests; nothing else in the cache's folder is touched
+# folders and entries are named by digests; nothing else in the cache's folder is touched
+ENTRY = "[0-9a-f]" * 32
 
 
 def trim_cache(
@@ -210,7 +211,8 @@ def trim_text(
     "Trim a cache and say how large it is."
     folder = folder or default_cache_dir()
     if folder is None or not os.path.isdir(folder): return ""
-    return f"feature cache {folder}: {trim_cache(folder, gigabytes * 1e9) / 1e9:.2f} GB of at most {gigabytes:g}"
+    left = trim_cache(folder, gigabytes * 1e9) / 1e9
+    return f"feature cache {folder}: {left:.2f} GB of at most {gigabytes:g}"
 
 # %% ../../nbs/2_features/6_store.ipynb #61a1118a
 class FeatureRequest(NamedTuple):
@@ -291,7 +293,8 @@ def _cut(pair, spec, device) -> torch.Tensor:
 
 
 def _tiles(pair, request, variants, digest, cut) -> dict:
-    "The tiles that a backbone sees for each variant; a view's keep their unflipped places and are flipped on the device."
+    """The tiles that a backbone sees for each variant;
+    a view's keep their unflipped places and are flipped on the device."""
     for v in variants:
         draw = v if isinstance(v, Draw) else None
         key = request.spec, draw and draw.key
@@ -303,7 +306,8 @@ def _tiles(pair, request, variants, digest, cut) -> dict:
 
 # %% ../../nbs/2_features/6_store.ipynb #51716a1b
 def _fresh_tiles(photos: list, i: int, request: FeatureRequest, variant, rows: list) -> torch.Tensor:
-    "What the backbone must see of some photos for one request and variant, uint8 [b, 2, T, 3, s, s] on the device."
+    """What the backbone must see of some photos for one request and variant,
+    uint8 [b, 2, T, 3, s, s] on the device."""
     device = request.backbone.mean.device
     tiles = torch.stack([photos[b].tiles[i][variant].to(device) for b in rows])
     return flip_pixels(tiles, variant) if isinstance(variant, View) else tiles
@@ -328,7 +332,8 @@ def _kept(cache: FeatureCache, digests: list, variant, features: torch.Tensor, l
 
 # %% ../../nbs/2_features/6_store.ipynb #cuda0002
 def _whole_batch(photos: list, i: int, request: FeatureRequest, variant, rows: list, fresh) -> torch.Tensor:
-    "One variant of all photos, float32 [B, 2, T, D]: `fresh` ones, stored ones, zeros for what cannot be read."
+    """One variant of all photos, float32 [B, 2, T, D]:
+    `fresh` ones, stored ones, zeros for what cannot be read."""
     if len(rows) == len(photos): return fresh
     spec, device = request.spec, request.backbone.mean.device
     out = torch.zeros(len(photos), 2, spec.rows * spec.cols, request.backbone.dim, device=device)
@@ -410,8 +415,11 @@ def feature_batches(
     precision: str = "fp32",  # of the backbones' arithmetic
     strict: bool = True,  # raise for a photo that cannot be read
     read: Callable = read_pair,  # what gives a path's halves
-):  # yields (for each request: variant -> float32 [B, 2, T, D] on the device, for each photo: its fault or "")
-    "Features of all photos, a batch at a time, in order; memory is bounded by the batch."
+):
+    """Features of all photos, a batch at a time, in order; memory is bounded by the batch.
+
+    Yields (for each request: variant -> float32 [B, 2, T, D] on the device, for each photo: its fault or "").
+    """
     batches = photo_batches(paths, requests, batch_size, num_workers, strict, read=read)
     try:
         for photos in batches: yield loaded_features(photos, requests, precision), [p.fault for p in photos]

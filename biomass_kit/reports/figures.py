@@ -141,7 +141,8 @@ def plot_learning(
     for ax, column in zip(axes, ("loss", "valid_r2")):
         for (run, fold), rows in history.groupby(["run", "fold"], sort=False):
             known = rows[np.isfinite(rows[column].astype(float))].sort_values("epoch")
-            ax.plot(known["epoch"], known[column].astype(float), color=color[fold], ls=dashes[run], lw=1, alpha=.85,
+            values = known[column].astype(float)
+            ax.plot(known["epoch"], values, color=color[fold], ls=dashes[run], lw=1, alpha=.85,
                     marker="." if len(known) < 3 else None)
         ax.grid(alpha=.25)
     low, high = axes[1].get_ylim()

@@ -147,7 +147,10 @@ def map_switch(
 ) -> str:
     "Choose which maps lie over the photos, with a key to their colours."
     if not kinds: return ""
-    choice = lambda kind, words, on: f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
+
+    def choice(kind, words, on):
+        return f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
+
     choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [
         choice("none", "photos alone", False)]
     key = "".join(

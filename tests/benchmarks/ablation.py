@@ -1,4 +1,4 @@
-"""What each large step of the recipe `default` does on dates never seen: every row leaves out or changes one thing.
+"""What each large step of the recipe `default` does on dates never seen: each row changes one thing.
 
     python tests/benchmarks/ablation.py --data DIR --backbone-weights FILE --cache-dir DIR
     python tests/benchmarks/ablation.py --table    # the committed ablation.csv as README shows it

@@ -1,10 +1,11 @@
-"""Training the heads of several folds on stored features: one after another on all threads or on one, stacked by torch.func, or in two processes.
+"""Training the heads of several folds on stored features: one after another on all threads or on one, stacked
+by torch.func, or in two processes.
 
     python tests/benchmarks/heads_together.py
     python tests/benchmarks/heads_together.py --neighbours 2
 
-The four forms do the same steps on the same batches; their weights are compared at the end. The time of a process's
-start is left out (each waits until it is told to begin), since it is paid once for all members.
+The four forms do the same steps on the same batches; their weights are compared at the end. The time of a
+process's start is left out (each waits until it is told to begin), since it is paid once for all members.
 """
 import copy
 import multiprocessing as mp

@@ -2,9 +2,9 @@
 
 Each number runs in a process of its own, the whole command with its report: a tiny ViT of two members,
 intervals, a reference of training photos, photos of 320x160. Photos are hard links of eight synthetic JPEGs
-under names of their own; the kit reads and decodes each anew, the disk does not. Time is CPU time over that of
-a run of 48 photos, divided by the other photos. What else runs on a machine moves CPU time as well, so the few
-photos are predicted over and over while the many are, each of them on one thread, and the median counts.
+under names of their own; the kit reads and decodes each anew, the disk does not. Time is CPU time over
+that of a run of 48 photos, divided by the other photos. What else runs on a machine moves CPU time as well,
+so the few photos are predicted over and over while the many are, each on one thread, and the median counts.
 `--photos 1000 20000` takes less long; `--height 1000` has photos of the competition's size, and `--cache`
 stores their features too.
 """

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stored_training.py [--backbone NAME --backbone-weights FILE]
 
-Same photos, batches, draws (flips, swap, MixUp's shares are drawn for both; MixUp itself is off, since on pixels it is
-another thing than on features) and heads. The stored side runs all its epochs; the recomputed side runs one epoch of one
-fold of each grid and is scaled. After that epoch both sides' heads must say the same.
+Same photos, batches, draws (flips, swap, MixUp's shares are drawn for both; MixUp itself is off, since on
+pixels it is another thing than on features) and heads. The stored side runs all its epochs; the recomputed
+side runs one epoch of one fold of each grid and is scaled. After that epoch both sides' heads must say the
+same.
 """
 import platform
 import tempfile
