@@ -115,7 +115,10 @@ def test_every_byte_of_the_small_files(copy):
 def test_blanks_and_doubled_keys_are_found(copy):
     "What JSON reads alike is not what was written."
     data = (copy / MANIFEST).read_bytes()
-    for other in (data.replace(b"\n", b" ", 1), data + b"\n", data.replace(b"{", b'{"views": [],', 1), data.replace(b"0.15", b"15e-2"), data[:-1]):
+    others = (
+        data.replace(b"\n", b" ", 1), data + b"\n", data.replace(b"{", b'{"views": [],', 1),
+        data.replace(b"0.15", b"15e-2"), data[:-1])
+    for other in others:
         assert other != data
         (copy / MANIFEST).write_bytes(other)
         assert "its own sha256 differs" in refused(copy)
@@ -185,10 +188,11 @@ TAMPERED = {  # name -> (what somebody does who can sign, what must be said)
         lambda f: signed(f, schema=4, library="1.4"), "reads 1 to 3; install biomass_kit 1.4"),
     "a newer library": (lambda f: signed(f, library="99.0"), "install biomass_kit 99.0 or later"),
     "a missing field": (
-        lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),
+        lambda f: rewritten(f, lambda m: m.pop("bounds")),
+        "not as biomass_kit writes it (KeyError: 'bounds')"),
     "a missing member": (
-        lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(), "missing, though the manifest lists "
-                                                                       "it; copy the bundle again"),
+        lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(),
+        "missing, though the manifest lists it; copy the bundle again"),
     "no members": (lambda f: signed(f, members=[]), "lists no member"),
     "another's name for the backbone": (lambda f: rewritten_member(
         f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}),
@@ -258,7 +262,8 @@ def test_junk_in_a_signed_manifest_is_refused_or_harmless(copy, cases):
     for _ in range(cases):
         junk = changed(plain, rng)
         try:
-            sign_manifest(copy, junk) if isinstance(junk, dict) else (copy / MANIFEST).write_text(json.dumps(junk))
+            if isinstance(junk, dict): sign_manifest(copy, junk)
+            else: (copy / MANIFEST).write_text(json.dumps(junk))
         except ValueError: continue
         try: bundle = read_bundle(copy)
         except BiomassError as e:
@@ -283,8 +288,9 @@ def test_bundles_of_earlier_libraries_are_read(copy):
     """No digest, no way of combining;
     member configs with fields that are gone, or without fields that came later."""
     rewritten_member(copy, config={"a_switch_of_old": 3})
-    rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items()
-                                                if k not in ("fusion", "symmetric", "density")})
+    later = ("fusion", "symmetric", "density")
+    model = {k: v for k, v in manifest_of(copy)["members"][1]["model"].items() if k not in later}
+    rewritten_member(copy, 1, config={}, model=model)
     (copy / MANIFEST).write_text(
         json.dumps({k: v for k, v in manifest_of(copy).items() if k not in SINCE_LATER}))
     bundle = read_bundle(copy)
@@ -293,8 +299,9 @@ def test_bundles_of_earlier_libraries_are_read(copy):
 
 def test_nothing_in_the_library_loads_or_runs_code():
     "No pickle reader, no eval, no exec; torch.nn.Module.eval is a method."
-    readers = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"),
-               ("pd", "read_pickle"), ("pandas", "read_pickle"), ("yaml", "load"), ("marshal", "loads")}
+    readers = {
+        ("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"),
+        ("pd", "read_pickle"), ("pandas", "read_pickle"), ("yaml", "load"), ("marshal", "loads")}
     for path in CODE:
         for node in ast.walk(syntax(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -308,5 +315,6 @@ def test_nothing_in_the_library_loads_or_runs_code():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None)
                 assert not {(module, a.name) for a in node.names} & readers, f"{path.name} line {node.lineno}"
-                assert not ({(module or a.name).split(".")[0] for a in node.names}
-                            & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}), f"{path.name} line {node.lineno}"
+                imported = {(module or a.name).split(".")[0] for a in node.names}
+                assert not imported & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}, (
+                    f"{path.name} line {node.lineno}")

@@ -190,6 +190,11 @@ def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
         train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
 
 
+def on_two_dates(table):
+    codes = table.image_path.astype("category").cat.codes
+    return table.assign(Sampling_Date=[f"2015/9/{4 + i % 2}" for i in codes])
+
+
 SMALL = {  # name -> (table -> table, options)
     "one photo a fold": (
         lambda t: t[t.image_path.isin(sorted(set(t.image_path))[:4])], dict(cv="random", n_folds=4)),
@@ -203,8 +208,7 @@ SMALL = {  # name -> (table -> table, options)
         lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
     "all targets constant": (lambda t: t.assign(target=5.0), {}),
     "nothing grows": (lambda t: t.assign(target=0.0), {}),
-    "two dates": (
-        lambda t: t.assign(Sampling_Date=["2015/9/4" if i % 2 else "2015/9/5" for i in t.image_path.astype("category").cat.codes]), {}),
+    "two dates": (on_two_dates, {}),
 }
 
 

@@ -2,8 +2,9 @@
 import numpy as np
 import torch
 
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.tta import DEFAULT_VIEWS
 from biomass_kit.inference.bundle import (
     read_bundle,
@@ -55,3 +56,41 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     physics = {"method": "none", "threshold": 0.15}
     write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder
+
+
+def runtime_room(room):
+    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
+    write_dataset(room / "data", n_photos=4, n_test=16, seed=5, height=64)
+    untrained_bundle(room / "frozen")
+    untrained_bundle(room / "tuned", ((2, 2),), 3, fine_tuned=True)
+    return room
+
+
+def by_photo(table):
+    "A submission as [photos, 5] grams."
+    return table.target.to_numpy().reshape(-1, len(TARGETS))
+
+
+def is_means(table):
+    "Which photos have the training means of the untrained bundles."
+    return np.isclose(by_photo(table), 20).all(1)
+
+
+class SlowBackbones:
+    "A clock that backbones move: each pixel that one sees takes `pace` seconds."
+
+    def __init__(self, monkeypatch, pace=1e-3):
+        self.now, self.pace, self.passes = 0.0, pace, []
+        plain = Backbone.forward
+        monkeypatch.setattr(Backbone, "forward", lambda body, tiles: self.see(tiles) or plain(body, tiles))
+
+    def see(self, tiles):
+        self.passes.append(tiles.shape[0])
+        self.now += self.seconds(tiles)
+
+    def seconds(self, tiles):
+        return self.pace * tiles.shape[0] * tiles.shape[1] * tiles.shape[2] * tiles.shape[-1] ** 2
+
+    def whole(self, photos, views=3, tiles=4 + 9, size=32):
+        "Seconds that the frozen bundle takes for so many photos."
+        return self.pace * photos * views * 2 * tiles * size**2
