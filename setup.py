@@ -22,6 +22,6 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={
-        extra: cfg[f"{extra}_requirements"].split() for extra in ("lora", "heic", "trackers", "dev")},
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("lora", "heic", "xlsx", "trackers", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -39,12 +39,18 @@ def _ran_out(e: Exception) -> bool:
     return ran_out(e)
 
 
+def _interrupted(e: BaseException) -> bool:
+    "Whether an error arose while Ctrl-C was on its way up."
+    while e is not None and not isinstance(e, KeyboardInterrupt): e = e.__context__
+    return e is not None
+
+
 def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, exit code)
     "Run a command, however that ends; only what nobody expected is raised, and only where it can be."
     try: run(args)
     except BiomassError as e: return f"error: {e}", 2
-    except KeyboardInterrupt: return "interrupted", INTERRUPTED
-    except Exception as e:
+    except (KeyboardInterrupt, Exception) as e:
+        if _interrupted(e): return "interrupted", INTERRUPTED
         if _ran_out(e): return NO_MEMORY, 2
         if not at_work(): raise
         return traceback.format_exc().rstrip(), 1

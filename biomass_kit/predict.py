@@ -81,6 +81,10 @@ class PaddockArgs:
     # that was trained on. kg DM/ha come from that one's area (biomass_train --quadrat-cm) and stay the same
     quadrat_cm: Optional[tuple[float, float]] = None
     report: bool = True  # with --photos, also write a report as one HTML file
+    # table (.csv or .xlsx) with the columns photo and paddock, whose means are wanted; by default the
+    # subfolders of --photos are the paddocks, if it has any
+    groups: Optional[Path] = None
+    xlsx: bool = False  # with --photos, write the tables as one .xlsx file too; it needs the package openpyxl
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a04008
 @dataclass(frozen=True)
@@ -94,9 +98,12 @@ class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, En
     as far from those of other dates as this photo from all of them; flag, empty or why a value should not
     be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of
     a photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than
-    wide is turned by 90 degrees clockwise first. Beside grams.csv lies grams_report.html; of more than a
-    thousand photos its tables list a sample. A run that was killed goes on where it stopped, when the same
-    command is given again.
+    wide is turned by 90 degrees clockwise first. Where photos have them, paddock, taken (the camera's time),
+    latitude and longitude (degrees) follow. Photos in subfolders, or those that --groups names, are paddocks:
+    grams_paddocks.csv has their means in the same columns, with intervals for the mean of the photographed
+    quadrats, and how many photos are in it, were not read, or are flagged. Beside grams.csv lies
+    grams_report.html; of more than a thousand photos its tables list a sample. A run that was killed goes on
+    where it stopped, when the same command is given again.
     """
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a0400a
@@ -106,6 +113,8 @@ def _check_dry_run(a: PredictArgs):
     if a.quadrat_cm or not a.report or not a.report_photos:
         raise BiomassError(
             "--dry-run predicts nothing, so --quadrat-cm and the report's options change nothing; drop them")
+    if a.groups or a.xlsx:
+        raise BiomassError("--dry-run writes no table, so --groups and --xlsx change nothing; drop them")
     if a.cache_dir or a.cache_gb != CACHE_GB:
         raise BiomassError(
             "--dry-run measures without the cache, so --cache-dir and --cache-gb change nothing; drop them")
@@ -124,6 +133,8 @@ def check_options(a: PredictArgs) -> PredictArgs:
     if a.data and (a.quadrat_cm or not a.report or not a.report_photos):
         raise BiomassError(
             "--quadrat-cm and the report are for --photos; a submission has grams alone, so drop them")
+    if a.data and (a.groups or a.xlsx):
+        raise BiomassError("--groups and --xlsx are for --photos; a submission has grams alone, so drop them")
     if not a.report and not a.report_photos:
         raise BiomassError("--no-report: --no-report-photos would change nothing; drop it")
     _check_dry_run(a)
@@ -167,6 +178,7 @@ def main(args=None):
     if a.dry_run: return _dry_run(a)
     with loading():
         from biomass_kit.features.store import trim_text
+        from biomass_kit.inference.folder import written_lines
         from biomass_kit.inference.issues import summary_lines
         from biomass_kit.inference.predict import predict_competition, predict_folder
 
@@ -177,10 +189,11 @@ def main(args=None):
         "compile": a.compile, "batch_size": a.batch_size, "num_workers": a.num_workers, "progress": progress,
         "deadline": a.deadline,
     }
+    own = {"quadrat_cm": a.quadrat_cm, "groups": a.groups, "xlsx": a.xlsx}
     if a.data: table = predict_competition(a.weights, a.data, a.out, **options)
-    else: table = predict_folder(a.weights, a.photos, a.out, quadrat_cm=a.quadrat_cm, **options)
+    else: table = predict_folder(a.weights, a.photos, a.out, **own, **options)
     if table is None: return  # another process of several writes it
-    print(f"{a.out}: {counted(len(table), 'row')}", *summary_lines(table), sep="\n")
+    print(*written_lines(table, a.out, a.xlsx), *summary_lines(table), sep="\n")
     if a.photos and a.report: print(f"report: {_report(a, table, cache_dir)}")
     trimmed = trim_text(a.cache_dir, a.cache_gb) if a.cache else ""
     if trimmed: print(trimmed)

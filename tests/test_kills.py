@@ -140,7 +140,7 @@ def test_held_then_interrupted_by_hand(whole, tmp_path):
     first.send(signal.SIGCONT)
     first.wait_for((mine.out / "folds" / f"0{CHECKPOINT}").exists)
     first.send(signal.SIGINT)
-    assert first.wait() == 130
+    assert first.wait() == 130, first.said()
     said = first.said()
     assert "interrupted" in said and "Traceback" not in said, said
     assert not list(mine.out.rglob(".tmp-*")) and not (mine.out / "results.json").exists()

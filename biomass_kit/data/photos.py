@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PHOTO_SUFFIXES', 'DECODERS', 'HEIC_BRANDS', 'MIN_HEIGHT', 'MIN_CONTRAST', 'MAX_PIXELS', 'END_MARKER',
            'NOISE', 'MARKER', 'FRAMES', 'SCAN', 'MUCH_LOST', 'NO_PHOTOS', 'missing_decoders', 'read_photo',
-           'photo_size', 'Crop', 'crop_of', 'split_pair', 'read_pair', 'photo_crops', 'lost_words', 'crop_lines',
-           'photo_files', 'list_photos', 'photo_names', 'left_out', 'FolderPhotos', 'walk_photos']
+           'photo_tags', 'photo_size', 'Crop', 'crop_of', 'split_pair', 'read_pair', 'photo_crops', 'lost_words',
+           'crop_lines', 'photo_files', 'list_photos', 'photo_names', 'left_out', 'FolderPhotos', 'walk_photos']
 
 # %% ../../nbs/1_data/5_photos.ipynb #07c72851
 import io
@@ -196,7 +196,19 @@ def read_photo(
             f"{photo.mean((0, 1)).round().astype(int).tolist()}; take it again")
     return photo
 
+# %% ../../nbs/1_data/5_photos.ipynb #f5a77637
+def photo_tags(
+    path,
+) -> dict:  # part of EXIF -> its tags; without parts that are not there or cannot be read
+    "When and where a photo was taken, in EXIF's own words, unchecked; raises whatever a decoder raises."
+    tags = {}
+    with _open_photo(path) as im:
+        exif = im.getexif()
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            with suppress(Exception): tags[part] = dict(exif.get_ifd(part))
+    return tags
 
+# %% ../../nbs/1_data/5_photos.ipynb #f5a77638
 def photo_size(
     path,
 ) -> tuple:  # (height, width) in pixels, upright

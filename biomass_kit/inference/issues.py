@@ -43,6 +43,7 @@ class Outcome:
     crops: dict = field(default_factory=dict)  # row -> data.Crop, of photos that were turned or cut by much
     left_out: str = ""  # what lies among the photos and is none that can be read
     looked: np.ndarray = field(default=None, compare=False)  # bool [photos], whose header was asked
+    paddocks: pd.DataFrame = field(default=None, compare=False)  # means of a folder's paddocks, if any
 
     def see_crops(self, paths):
         "Ask the headers of photos that were predicted, once each, what `split_pair` does to them."

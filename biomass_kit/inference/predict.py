@@ -20,12 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.exif import Places
 from ..data.files import atomic_path
 from ..data.interrupts import in_time
 from ..data.photos import FolderPhotos, walk_photos
 from ..data.progress import counted
 from ..data.table import check_submission, read_test, write_submission
 from ..data.targets import BiomassError, in_one_line, quadrat_area
+from ..data.xlsx import check_sheet
 from ..features.device import pick_device, pick_devices
 from ..features.store import feature_batches
 from ..features.tta import View, parse_view
@@ -39,6 +41,7 @@ from biomass_kit.inference.ensemble import (
 )
 from .folder import FOLDER_PHYSICS, FolderTable, intervals_from_heads, parts_of
 from .issues import MEANS, Issue, Outcome, issues_path, write_issues
+from .paddocks import find_paddocks, paddocks_path, xlsx_path
 from .partial import Partial, run_key, whole_blocks
 from .physics import apply_physics
 from .plan import Deadline
@@ -265,7 +268,8 @@ def _left_well(
     next_time: str = "",  # what is said of the next run
 ):
     "Where an error or Ctrl-C ends what is within: leave predictions in the output, or what was there before."
-    before = {path: _copied(path) for path in (Path(out), issues_path(out))} if is_main_process() else {}
+    written = (Path(out), issues_path(out), paddocks_path(out)) if is_main_process() else ()
+    before = {path: _copied(path) for path in written}
     try: yield
     except BaseException:
         if outcome.predicted and PENDING in outcome.issues.values():
@@ -419,18 +423,25 @@ def predict_folder(
     quadrat_cm: tuple = None,  # sides of the quadrat whose grams are given; None takes the one trained on
     physics: str = None,  # a method of `physics.METHODS`; None takes FOLDER_PHYSICS
     keep_means: bool = False,  # leave the table of training means even where no photo is predicted
+    # .csv or .xlsx with the columns photo and paddock; None takes subfolders as paddocks, if there are any
+    groups=None,
+    xlsx: bool = False,  # write the tables as .xlsx too
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # one row per photo, the Outcome in `attrs`; None in all but the main process
     """Predict every photo of a folder and its subfolders, no table needed.
 
-    Columns: photo (its path in it), targets in g and kg DM/ha, _low, _high and likeness if known, flag.
+    Columns: photo (its path in it), targets in g and kg DM/ha, _low, _high and likeness if known, flag, then
+    paddock, taken, latitude and longitude of photos that have them. Beside it, `paddocks_path` has a row per
+    paddock.
     """
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, others = walk_photos(folder)
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
     outcome, method = Outcome(paths.names, left_out=others), physics or FOLDER_PHYSICS
-    table = FolderTable(bundle, paths, outcome, Path(out), method, quadrat_cm or bundle.quadrat_cm)
+    table = FolderTable(bundle, paths, outcome, Path(out), method, quadrat_cm or bundle.quadrat_cm,
+                        find_paddocks(paths.names, groups, out, outcome.note), Places(len(paths)))
     quadrat_area(table.quadrat_cm)
+    if xlsx: check_sheet(xlsx_path(out), len(paths))
     kept = _kept(folder, out, outcome, bundle, deadline, options)
     save = partial(_save_folder, table)
     with closing(kept), _left_well(out, outcome, keep_means, "; the same command goes on from there"):
@@ -438,14 +449,11 @@ def predict_folder(
         own |= {"save": is_main_process() and save, "intervals": intervals_from_heads(bundle)}
         grams = predict_photos(bundle, paths, kept=kept, **own, **options)
         if not is_main_process(): return None
-        if bundle.margins and method not in bundle.margins:
-            measured = ", ".join(bundle.margins)
-            outcome.note(
-                f"the width of the intervals was measured on predictions of --physics {measured}, not of "
-                f"{method}")
+        table.note_widths()
         save(grams)
         alike = _likeness_in_time(bundle, paths, deadline, outcome, kept, options)
         if alike is not None: save(grams, alike)
+        if xlsx: table.write_xlsx(grams, alike)
         _close(outcome, out)
     kept.remove()
     return table.whole(grams, alike)

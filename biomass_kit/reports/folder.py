@@ -33,6 +33,7 @@ from biomass_kit.reports.html import (
     table,
     write_document,
 )
+from .paddocks import paddocks_section
 from biomass_kit.reports.photos import (
     SHORT,
     Seen,
@@ -258,7 +259,7 @@ def _made(facts) -> str:
     "How to do it again, and how good the bundle was on its own data."
     told = (
         "score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates",
-        "said of photos")
+        "said of photos", "paddocks")
     rest = {k: v for k, v in facts.items() if k not in told}
     return (paragraph(_score(facts)) + paragraph(_sums(facts["physics"])) + paragraph(_quadrats(facts))
             + '<details><summary>Command and '
@@ -281,15 +282,15 @@ def page(
         which = f"All {len(predicted)} photos" if len(listed) == len(predicted) else f"{len(listed)} photos"
         every = f"<details><summary>{which}</summary>{every}</details>"
     total = predicted[KG_HA[TOTAL]]
-    fig = figure(plot_totals(predicted), f"Predicted totals of {len(total)} photos, sorted, "
-                 f"from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.",
-                 "Each photo's total; crosses are flagged.")
+    alt = (f"Predicted totals of {len(total)} photos, sorted, "
+           f"from {number(total.min(), 0)} to {number(total.max(), 0)} {HECTARE}.")
+    fig = figure(plot_totals(predicted), alt, "Each photo's total; crosses are flagged.")
     kinds = sorted({k for seen in photos.values() for k in seen.maps})
     return document(title, headline(predicted), [
         ("How much there is", summary_table(predicted) + fig),
-        ("To be read with care", _care(predicted, facts, listed)),
-        ("Photo by photo", every), ("Photos", _photos(predicted, facts, photos)),
-        ("How it was made", _made(facts)),
+        ("Paddocks", paddocks_section(facts.get("paddocks"), facts.get("level"))),
+        ("To be read with care", _care(predicted, facts, listed)), ("Photo by photo", every),
+        ("Photos", _photos(predicted, facts, photos)), ("How it was made", _made(facts)),
     ], gallery_style(kinds))
 
 # %% ../../nbs/7_reports/5_folder.ipynb #2dc30fd8
@@ -312,7 +313,7 @@ def folder_facts(bundle, table, weights, photos, quadrat_cm=None, physics=None) 
         "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
         "weights": str(weights), "photos": str(photos), "predicted on": outcome.devices,
         "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
-        "said of photos": outcome.said_of_photos(),
+        "said of photos": outcome.said_of_photos(), "paddocks": outcome.paddocks,
         "quadrat_cm": quadrat_cm or bundle.quadrat_cm, "trained_cm": bundle.quadrat_cm,
         "physics": physics or FOLDER_PHYSICS, "score": _bundle_score(bundle),
         "level": level if TARGETS[0] + ENDS[0] in table else None}

@@ -20,6 +20,7 @@ import biomass_kit
 from ..data.files import write_csv, write_json
 from ..data.folds import FLOORS, FOLD_COLUMNS, floor_predictions, score_beside_floors, shared_dates
 from ..data.targets import ENDS, OWN_ENDS, TARGETS, weighted_r2
+from ..inference.means import mean_margins
 from biomass_kit.inference.physics import (
     METHODS,
     NEEDS_COVARIANCE,
@@ -166,7 +167,11 @@ def add_intervals(
     found = {}
     if heads:
         found["coverage"] = {"level": INTERVAL_LEVEL, **coverage(y, *(_grams(oof, s) for s in OWN_ENDS))}
-    if intervals: found["intervals"] = intervals | {"margins": method_margins(y, corrected, own, dates)}
+    if intervals:
+        visits = oof[["Sampling_Date", "State", "Species"]].astype(str).agg("\n".join, axis=1).to_numpy()
+        found["intervals"] = intervals | {
+            "margins": method_margins(y, corrected, own, dates),
+            "means": mean_margins(y, corrected, dates, visits, INTERVAL_LEVEL)}
     return found
 
 # %% ../../nbs/5_training/5_scores.ipynb #e77c1ecf
@@ -218,7 +223,7 @@ def manifest_trust(results: dict, reference: dict) -> dict:
     "What a bundle says of its intervals, what they were measured on, and the training photos, whichever is known."
     intervals = results.get("intervals")
     known = {
-        "intervals": intervals and {k: intervals[k] for k in ("level", "of", "margins")},
+        "intervals": intervals and {k: intervals[k] for k in ("level", "of", "margins", "means")},
         "shared_dates": results["shared_dates"],
         "reference": reference,
     }

@@ -6,8 +6,12 @@
 Prediction: photos per second of the plan (5 frozen folds x 2 grids x 4 views, from JPEG files to grams), of
 the bare backbone on tiles in memory (autocast, weights in half precision, compiled), and of the plan of an
 older version. `--old` is its source tree; without it, it is taken from git where that knows it. Each version
-runs in a process of its own, and their grams are compared. `--small` tries the script itself, with a tiny
-backbone.
+runs in a process of its own, and their grams are compared.
+
+Fine-tuning: photos per second of some epochs from JPEG files, the first one included, which decodes them, and
+of the same loop fed with augmented tiles that lie on the card already.
+
+`--small` tries the script itself, with a tiny backbone.
 
 A section is a function of (Job, seconds that are left) that returns rows of the table; all are in SECTIONS.
 """
@@ -20,6 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple, Optional
@@ -31,7 +36,9 @@ BEFORE = "bb9dd06"  # the commit that issue 16 began with
 DISTINCT = 8  # photos that are drawn; the others are copies of them
 FAILURES = subprocess.TimeoutExpired, RuntimeError  # of a process
 SHARES = 12  # of its time that a process may spend on one round of one plan; a slow card gets fewer photos
-BARS = {"plan / bare": 1.10, "new / old": 1.3}
+BARS = {"plan / bare": 1.10, "new / old": 1.3, "disk / card": 0.9}
+EPOCHS = 5  # of fine-tuning from disk; a slow card gets fewer
+SHARE_OF_PREDICTION = 0.7  # of the time, where fine-tuning comes after it
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,101 @@ def new_side(job: Job, until: float) -> dict:
     return found | {"bare": time_bare(job, until, backend)}
 
 
-SIDES = {"new": new_side, "old": lambda job, until: time_plan(job, until, "old")}
+def training_table(job: Job):
+    "A table of as many distinct photo files as the job has photos; their labels are repeated."
+    import pandas as pd
+
+    from biomass_kit.data.table import read_train
+
+    labels = read_train(Path(job.room) / "data")
+    count, folder = job.args["photos"], Path(job.room) / "training"
+    folder.mkdir()
+    table = pd.concat([labels] * -(-count // len(labels)), ignore_index=True)[:count]
+    for i, path in enumerate(table["path"]):
+        copy = folder / f"{i:04d}{Path(path).suffix}"
+        copy.write_bytes(Path(path).read_bytes() + i.to_bytes(4))  # or all would share one decoded file
+        table.loc[i, "path"] = str(copy)
+    return table
+
+
+def training_member(job: Job):
+    "A member that fine-tunes its backbone, as `biomass_train` makes it, and its only stage."
+    import torch
+
+    from biomass_kit.features.backbone import build_backbone
+    from biomass_kit.features.device import pick_device, pick_precision
+    from biomass_kit.features.tiles import TileSpec
+    from biomass_kit.training.config import TrainConfig, check_config
+    from biomass_kit.training.member import MemberTrainer, Source, stages
+    from biomass_kit.training.setup import make_accelerator, photo_reader
+
+    a, room = job.args, Path(job.room)
+    options = {name: a[name] for name in ("backbone", "tile_size", "batch_size", "num_workers")}
+    config = check_config(TrainConfig(
+        data=room / "data", out=room / "run", cache_dir=room / "pairs", freeze_backbone=False,
+        use_aux_heads=False, pretrained=False, **options))
+    torch.manual_seed(0)
+    device = pick_device(a["device"])
+    backbone, size = build_backbone(a["backbone"], None, a["tile_size"], pretrained=False)
+    spec = TileSpec(*config.grid, size)
+    precision = pick_precision(device)
+    source = Source(backbone.to(device), spec, read=photo_reader(config, spec))
+    table = training_table(job)
+    accelerator = make_accelerator(device, precision)
+    f = MemberTrainer(0, config, table, np.ones(len(table)), [source], accelerator, precision)
+    (stage,) = stages(config)
+    return f, stage
+
+
+def lying_batches(f, count: int) -> list:
+    "Batches of augmented tiles of some photos, on the device; their numbers stay, which labels are taken by."
+    import torch
+
+    from biomass_kit.training.batches import PixelBatches, stage_batches
+
+    made = PixelBatches(f.paths, f.sources[0].spec, f.config, f.k)  # which keeps no decoded photo
+    device = f.accelerator.device
+    return [{name: value.to(device) if torch.is_tensor(value) and name != "photo" else value
+             for name, value in batch.items()} for batch in stage_batches(made, f.fit[:count], [0])]
+
+
+def time_fine_tuning(job: Job, until: float) -> dict:
+    "Photos per second of epochs from disk, of the first of them, and of batches that lie on the card."
+    from biomass_kit.training.batches import stage_batches
+    from biomass_kit.training.loop import Loop, train_step
+    from biomass_kit.training.member import set_mode
+
+    f, stage = training_member(job)
+    loop, photos = Loop(f), len(f.fit)
+    loop.begin(stage)
+    f.model.train()
+    set_mode(f.backbone, True)
+
+    def seconds(batches):
+        start = time.perf_counter()
+        for batch in batches: train_step(f, batch, loop.optimizer, stage)
+        sync(job.args["device"])
+        return time.perf_counter() - start
+
+    card = lying_batches(f, 4 * job.args["batch_size"])
+    repeated = card * -(-loop.steps // len(card))
+    held = sum(len(batch["photo"]) for batch in repeated)
+    seconds(card)  # what is slow once
+    before = seconds(repeated)
+    epochs = max(1, min(EPOCHS, int((until - time.time()) / (2 * before))))
+    batches = stage_batches(f.dataset, f.fit, range(epochs))
+    first = seconds(islice(batches, loop.steps))
+    later = seconds(batches)
+    after = seconds(repeated)
+    return {"card": held / min(before, after), "first": photos / first,
+            "disk": epochs * photos / (first + later), "epochs": epochs, "precision": f.precision}
+
+
+SIDES = {
+    "new": new_side,
+    "old": lambda job, until: time_plan(job, until, "old"),
+    "training": time_fine_tuning,
+}
 
 
 # What the first process does
@@ -213,7 +314,18 @@ def prediction(job: Job, seconds: float) -> list:  # Rows
     return [*rows, Row("largest difference, new and old", f"{gap(job, 'compile-off', 'old'):.2g} g")]
 
 
-SECTIONS = {"Prediction": prediction}
+def fine_tuning(job: Job, seconds: float) -> list:  # Rows
+    "Epochs from disk beside the same loop on tiles that lie on the card."
+    found = ask("training", ROOT, job, seconds)
+    epochs = f"{found['epochs']} epoch{'s' * (found['epochs'] > 1)}"
+    return [Row(f"tiles on the card, {found['precision']}", f"{found['card']:.2f} photos/s"),
+            Row(f"from disk, {epochs}, the first included", f"{found['disk']:.2f} photos/s"),
+            Row("from disk, the first epoch", f"{found['first']:.2f} photos/s"),
+            Row("speed from disk / on the card", f"{found['disk'] / found['card']:.3f}",
+                f"at least {BARS['disk / card']:g}")]
+
+
+SECTIONS = {"Prediction": prediction, "Fine-tuning": fine_tuning}
 
 
 def old_tree(a: Args, room: Path) -> Optional[str]:
@@ -270,7 +382,9 @@ def main():
     with tempfile.TemporaryDirectory() as room:
         job = prepared(a, Path(room))
         for title, section in SECTIONS.items():
-            try: rows = section(job, end - time.time())
+            left = end - time.time()
+            if section is prediction: left *= SHARE_OF_PREDICTION
+            try: rows = section(job, left)
             except FAILURES as e: rows = [Row("failed", in_one_line(e))]
             parts.append(table(title, rows))
     print(f"{named(a.device)}, torch {torch.__version__}, {date.today()}: {a.backbone}, "
