@@ -9,7 +9,7 @@ __all__ = ['strategy_table', 'strategy_text']
 import numpy as np
 import pandas as pd
 
-from ..data.folds import LEAVE_ONE, make_folds, score_beside_floors, shared_dates
+from ..data.folds import LEAVE_ONE, make_folds, score_beside_floors, shared_dates, units_of
 from ..data.options import CV_STRATEGIES
 from ..data.targets import TARGETS
 from .compare import paired_difference
@@ -26,7 +26,7 @@ def strategy_table(
     **options,  # n_draws of `bootstrap_scores`
 ) -> pd.DataFrame:  # one row a strategy: folds, shared_dates, the weighted R2 of probe and floors with 90 % intervals over dates, the probe's difference
     "The linear probe's score under each CV strategy, beside the floors."
-    y, dates = table[list(TARGETS)], table["Sampling_Date"]
+    y, dates = table[list(TARGETS)], units_of(table)
     folds = {
         cv: make_folds(table, cv, *((None, 0) if cv in LEAVE_ONE else (n_folds, seed)))
         for cv in dict.fromkeys([against, *strategies])}
@@ -50,7 +50,7 @@ def strategy_text(
     ends = lambda name: found[[name, f"{name}_low", f"{name}_high"]].to_numpy()
     with_ends = lambda name, sign: [
         f"{v:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" for v, low, high in ends(name)]
-    columns = {"folds": found["folds"], "shared dates": found["shared_dates"].map("{:.0%}".format), "linear probe": with_ends("probe", ""),
+    columns = {"folds": found["folds"], "shared dates": found["shared_dates"].astype(float).map("{:.0%}".format), "linear probe": with_ends("probe", ""),
                "constant": found["floor_constant"].map("{:.3f}".format),
                "by state": found["floor_state"].map("{:.3f}".format),
                "minus group_date": with_ends("difference", "+")}

@@ -210,8 +210,8 @@ def residual_groups(
 ) -> dict:  # what groups -> [(name of the group, indices of its photos)], in the order to be shown
     "Photos by state, month, species and measured amount."
     total = oof_grams(oof)[:, TOTAL]
-    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format).to_numpy()
-    of = {"state": words(oof["State"]), "month": month, "species": words(oof["Species"])}
+    month = pd.to_datetime(oof["Sampling_Date"]).dt.month.map("month {:02.0f}".format, na_action="ignore")
+    of = {"state": words(oof["State"]), "month": words(month), "species": words(oof["Species"])}
     groups = {name: sorted(set(values)) for name, values in of.items()}
     of["measured total"] = amount = amounts(total)
     groups["measured total"] = sorted(set(amount), key=lambda v: (total[amount == v].min(), v))

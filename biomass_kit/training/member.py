@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.folds import HELD_OUT, fold_name, inner_split
+from ..data.folds import HELD_OUT, fold_name, inner_split, units_of
 from ..data.photos import read_pair
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
@@ -136,7 +136,7 @@ class MemberTrainer:
         "Which photos are scored, trained on and watched, and what is known of them."
         c = self.config
         self.paths = list(table["path"])
-        self.dates = table["Sampling_Date"].to_numpy()
+        self.dates = units_of(table).to_numpy()  # or what else stays together
         self.scored = np.flatnonzero(fold == self.k)
         self.train = np.flatnonzero((fold != self.k) & (fold != HELD_OUT))
         best = c.checkpoint == "best"

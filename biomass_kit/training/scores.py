@@ -18,7 +18,15 @@ import torch
 
 import biomass_kit
 from ..data.files import write_csv, write_json
-from ..data.folds import FLOORS, FOLD_COLUMNS, floor_predictions, score_beside_floors, shared_dates
+from biomass_kit.data.folds import (
+    FLOORS,
+    floor_predictions,
+    fold_columns,
+    score_beside_floors,
+    shared_dates,
+    unit_kind,
+    units_of,
+)
 from ..data.targets import ENDS, OWN_ENDS, TARGETS, weighted_r2
 from biomass_kit.inference.physics import (
     METHODS,
@@ -157,7 +165,7 @@ def add_intervals(
     bounds: dict,
 ) -> dict:  # "coverage" where heads have ends of their own, "intervals" where there are dates enough
     "The heads' own ends beside the predictions, and intervals from the errors of other folds."
-    y, of, dates = _grams(oof, ""), oof["fold"].to_numpy(), oof["Sampling_Date"].to_numpy()
+    y, of, dates = _grams(oof, ""), oof["fold"].to_numpy(), units_of(oof).to_numpy()
     said = [_grams(oof, s) for s in OWN_ENDS] if TARGETS[0] + OWN_ENDS[0] in oof else []
     own = {m: heads_ends(said, p, of, bounds) for m, p in corrected.items()}
     heads = own[method]
@@ -189,14 +197,14 @@ def write_results(
     oof[[t + "_pred" for t in TARGETS]] = corrected[physics["method"]]
     intervals = add_intervals(oof, corrected, physics["method"], bounds)
     grams = [t + s for s in ("_pred", "_raw", *OWN_ENDS, *ENDS) for t in TARGETS]
-    oof = oof[[*FOLD_COLUMNS, "fold", *(name for name in grams if name in oof)]].copy()
+    oof = oof[[*fold_columns(oof), "fold", *(name for name in grams if name in oof)]].copy()
     beside = {name: p[scored] for name, p in others.items()}
     for name, p in beside.items(): oof[[f"{t}_{name}" for t in TARGETS]] = p
     predictions = {"model": _grams(oof, "_pred"), "model_raw": raw, **beside}
     floors = {kind: floor_predictions(table, fold, kind)[scored] for kind in FLOORS}
     results = {
         "photos": int(scored.sum()), "train_folds": sorted(map(int, set(of))), "n_folds": int(fold.max()) + 1,
-        "shared_dates": shared_dates(table, fold),
+        "shared_dates": shared_dates(table, fold), "units": unit_kind(table),
         "scores": score_beside_floors(table, fold, predictions, scored),
         "per_fold": fold_scores(table, fold, {**predictions, **floors}, scored),
         "physics": {m: weighted_r2(y, p) for m, p in corrected.items()},

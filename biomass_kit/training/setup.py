@@ -24,10 +24,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from ..data.folds import HELD_OUT, fold_name, inner_split, make_folds, read_folds, read_table
+from biomass_kit.data.folds import (
+    HELD_OUT,
+    fold_name,
+    inner_split,
+    make_folds,
+    possible_cv,
+    read_folds,
+    read_table,
+)
 from ..data.photos import crop_lines, crop_of, photo_size
-from ..data.table import read_train
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
+from ..data.wide import read_labels
 from ..features.augment import PairAugment, draw_seed, pixel_transform
 from ..features.backbone import build_backbone, patch_size
 from ..features.pairs import PairStore, decode_pair
@@ -195,7 +203,8 @@ def prepare(
     held_out: np.ndarray = None,  # bool [N], photos that no member may see; none by default
 ) -> Start:
     "What a run starts from. What it cannot start from is refused here, before its folder is claimed."
-    table = read_train(c.data)
+    table = read_labels(c.data, c, c.quadrat_cm)
+    c = dataclasses.replace(c, cv=possible_cv(table, c.cv))
     known = np.ones(len(table), bool) if held_out is None else ~held_out
     fold = np.full(len(table), HELD_OUT)
     fold[known] = make_folds(table[known], c.cv, c.n_folds, c.fold_seed)
