@@ -112,7 +112,7 @@ def _say_moved(path, root, fitting, strict, rows):
         warnings.warn(f"{path}: found in another folder than is written: {which}")
 
 # %% ../../nbs/1_data/5b_paths.ipynb #5bfa0010
-def _of_path(fault: str): return lambda r: f"image_path '{r.image_path}' {fault}"
+def _say(fault: str): return lambda r: f"image_path '{r.image_path}' {fault}"
 
 
 def _gone(root):
@@ -134,7 +134,7 @@ def photo_paths(
     root = Path(folder).absolute()
     found = {p: root / p for p in dict.fromkeys(rows["image_path"])}
     inside = rows["image_path"].map(_stays_inside)
-    refuse(path, rows, ~inside, _of_path(f"leaves the data folder; use a path inside {root}"))
+    refuse(path, rows, ~inside, _say(f"leaves the data folder; use a path inside {root}"))
     fitting = _candidates(root, found)
     found |= {p: paths[0] for p, paths in fitting.items() if len(paths) == 1}
     _say_moved(path, root, fitting, strict, rows)
@@ -146,7 +146,7 @@ def photo_paths(
     if strict: refuse(path, rows, ~present, _gone(root))
     there = rows[present]
     out = there["image_path"].map({p: _leads_out(root, found[p]) for p in set(there["image_path"])}.get)
-    refuse(path, there, out, _of_path(f"leads out of the data folder through a link; copy the photo into {root}"))
+    refuse(path, there, out, _say(f"leads out of the data folder through a link; copy the photo into {root}"))
     if strict: _refuse_two_names(path, rows, found)
     return found
 
