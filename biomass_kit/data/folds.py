@@ -7,7 +7,8 @@ __all__ = ['GROUP_DATE', 'GROUP_MONTH', 'GROUP_DATE_STATE', 'LEAVE_ONE_STATE_OUT
            'NEEDS_STATES', 'LEAVE_ONE', 'DEFAULT_FOLDS', 'EVERY_FOLD', 'HELD_OUT', 'FLOORS', 'FOLD_COLUMNS',
            'unit_kind', 'units_of', 'Strategy', 'fold_name', 'strategy', 'possible_strategies', 'possible_cv',
            'make_folds', 'shared_dates', 'held_out_text', 'floor_predictions', 'bootstrap_scores', 'date_interval',
-           'score_beside_floors', 'inner_split', 'fold_columns', 'write_folds', 'read_table', 'read_folds']
+           'score_beside_floors', 'inner_split', 'fold_columns', 'unlabelled', 'write_folds', 'read_table',
+           'read_folds']
 
 # %% ../../nbs/1_data/8_folds.ipynb #dc86d365
 import warnings
@@ -28,6 +29,7 @@ from biomass_kit.data.targets import (
     WEIGHTS,
     BiomassError,
     as_grams,
+    as_labels,
     per_target_scores,
     weighted_r2,
 )
@@ -212,12 +214,12 @@ def held_out_text(
 # %% ../../nbs/1_data/8_folds.ipynb #9c7768aa
 def _state_means(train, scored):
     "Mean grams of each scored photo's state in the training part."
-    overall = train[list(TARGETS)].mean()
+    overall = train[list(TARGETS)].mean().fillna(0)
     return train.groupby("State")[list(TARGETS)].mean().reindex(scored["State"]).fillna(overall).to_numpy()
 
 
 FLOORS = {
-    "floor_constant": lambda train, scored: np.tile(train[list(TARGETS)].mean(), (len(scored), 1)),
+    "floor_constant": lambda train, scored: np.tile(train[list(TARGETS)].mean().fillna(0), (len(scored), 1)),
     "floor_state": _state_means,
 }
 
@@ -234,20 +236,27 @@ def floor_predictions(
 
 # %% ../../nbs/1_data/8_folds.ipynb #a4ec47f7
 def bootstrap_scores(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     predictions: list,  # of [N, 5] grams, all scored on the same resamples
     dates,  # [N] the sampling date of each photo
     n_draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:  # [len(predictions), n_draws] weighted R2; nan where the resampled labels do not vary
     "Weighted R2 on bootstrap resamples of whole sampling dates."
-    y, w = as_grams(measured, "measured"), np.asarray(WEIGHTS)
+    y, w = as_labels(measured, "measured"), np.asarray(WEIGHTS)
+    unknown = np.isnan(y)
     names, of = np.unique(np.asarray(dates), return_inverse=True)
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_draws)
     drawn = lambda column: times @ np.bincount(of, column)
-    spread = drawn(y**2 @ w) - drawn(y @ w) ** 2 / drawn(np.full(len(y), w.sum()))
+    counts = drawn(~unknown @ w) if unknown.any() else drawn(np.full(len(y), w.sum()))
+    errors = [(y - as_grams(p)) ** 2 for p in predictions]
+    if unknown.any():
+        y = np.where(unknown, 0, y)
+        errors = [np.where(unknown, 0, e) for e in errors]
+        counts = np.where(counts > 0, counts, np.nan)
+    spread = drawn(y**2 @ w) - drawn(y @ w) ** 2 / counts
     spread = np.where(spread > 1e-9, spread, np.nan)
-    return np.stack([1 - drawn((y - as_grams(p)) ** 2 @ w) / spread for p in predictions])
+    return np.stack([1 - drawn(e @ w) / spread for e in errors])
 
 # %% ../../nbs/1_data/8_folds.ipynb #f124f316
 def date_interval(
@@ -304,6 +313,13 @@ def fold_columns(
 ) -> list:
     "FOLD_COLUMNS and, where there are groups, theirs."
     return [*FOLD_COLUMNS, *([GROUP] if GROUP in table else [])]
+
+
+def unlabelled(
+    table: pd.DataFrame,  # one row per photo
+) -> list:  # of TARGETS
+    "Targets of which no photo has a label."
+    return [t for t in TARGETS if table[t].isna().all()]
 
 
 def write_folds(

@@ -20,7 +20,7 @@ from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.progress import counted
 from ..data.targets import TARGETS
 from ..data.wide import read_labels
-from .splits import Split, holdout_table, score_row, splits
+from .splits import Split, holdout_table, refuse_gaps, score_row, splits
 from ..features.backbone import Backbone, block_index, patch_size
 from ..features.device import pick_device, pick_precision
 from ..features.options import STATISTICS
@@ -196,6 +196,7 @@ def run_screen(
     "Read every backbone once, fit and score every cell on every split."
     first = configs[0]
     table = read_labels(first.data, first, first.quadrat_cm)
+    refuse_gaps(table)
     chosen = splits(table, seeds)
     scores, facts = [], {}
     for i, (source, c) in enumerate(zip(start_sources(configs, blocks, table), configs)):

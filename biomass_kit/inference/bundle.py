@@ -217,6 +217,11 @@ class Bundle(NamedTuple):
         return self.manifest.get("trust", {})
 
     @property
+    def unlabelled(self) -> list:
+        "Targets of which no training photo had a label, so that nothing is predicted of them."
+        return self.trust.get("unlabelled", [])
+
+    @property
     def margins(self) -> dict:
         "Method of physics -> [5] roots of grams that widen intervals of its predictions; earlier libraries measured one."
         known = self.trust.get("intervals", {})
@@ -341,6 +346,9 @@ def _check_settings(path, manifest: dict):
         shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
         raise BiomassError(
             f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")
+    unlabelled = manifest.get("trust", {}).get("unlabelled", [])
+    if not isinstance(unlabelled, list) or not set(unlabelled) <= set(TARGETS):
+        raise BiomassError(f"{path}: names {unlabelled} as unlabelled targets; pack the bundle again")
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(
             f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'MARKERS', 'CARD_FACTS', 'label', 'score_table', 'fold_table', 'oof_grams', 'plain_legend', 'plot_predicted',
            'plot_learning', 'identity_gaps', 'gap_words', 'plot_identities', 'words', 'amounts', 'residual_groups',
-           'shortened', 'plot_residuals', 'residual_table', 'plot_intervals', 'interval_table', 'error_shares',
-           'extremes', 'worst_table']
+           'shortened', 'plot_residuals', 'mean_known', 'residual_table', 'plot_intervals', 'interval_table',
+           'error_shares', 'extremes', 'worst_table']
 
 # %% ../../nbs/7_reports/3_figures.ipynb #798f3a85
 import numpy as np
@@ -22,6 +22,7 @@ from biomass_kit.data.targets import (
     WEIGHTS,
     BiomassError,
     as_grams,
+    as_labels,
     identity_residuals,
     per_target_scores,
 )
@@ -81,7 +82,8 @@ def oof_grams(
             f"out-of-fold table: no column {', '.join(missing)}; needs T, T_pred, T_raw of every target")
     if not len(oof):
         raise BiomassError("out-of-fold table: no rows, nothing to report; train at least one fold")
-    return as_grams(oof[names].to_numpy(), f"out-of-fold table, {names[0]}..{names[-1]}")
+    check = as_grams if suffix else as_labels  # not everything that could be was measured
+    return check(oof[names].to_numpy(), f"out-of-fold table, {names[0]}..{names[-1]}")
 
 # %% ../../nbs/7_reports/3_figures.ipynb #9d276b51
 def plain_legend(
@@ -111,7 +113,8 @@ def plot_predicted(
     fig = Figure(figsize=(5, 7.5), layout="constrained", facecolor="white")
     axes = fig.subplots(3, 2).ravel()
     for i, (ax, t) in enumerate(zip(axes, TARGETS)):
-        low, high = min(0, y[:, i].min(), p[:, i].min()), max(1, y[:, i].max(), p[:, i].max())
+        values = np.concatenate([y[~np.isnan(y[:, i]), i], p[:, i]])
+        low, high = min(0, values.min()), max(1, values.max())
         lim = low - .04 * (high - low), high + .04 * (high - low)
         ax.plot(lim, lim, color="#999999", lw=1, zorder=0)
         for s, style in styles.items():
@@ -196,9 +199,14 @@ def words(column) -> np.ndarray:
 
 
 def amounts(
-    total: np.ndarray,  # [photos] grams
+    total: np.ndarray,  # [photos] grams, NaN where unknown
 ) -> np.ndarray:  # of text
     "Each photo's quarter of the amounts, in words."
+    known = ~np.isnan(total)
+    if not known.all():
+        said = np.full(len(total), "unknown", dtype=object)
+        if known.any(): said[known] = amounts(total[known])
+        return said
     edges = np.unique(np.quantile(total, np.linspace(0, 1, 5)))
     part = np.searchsorted(edges[1:-1], total, side="right")
     ends = [(edges[i], edges[min(i + 1, len(edges) - 1)]) for i in part]
@@ -214,7 +222,7 @@ def residual_groups(
     of = {"state": words(oof["State"]), "month": words(month), "species": words(oof["Species"])}
     groups = {name: sorted(set(values)) for name, values in of.items()}
     of["measured total"] = amount = amounts(total)
-    groups["measured total"] = sorted(set(amount), key=lambda v: (total[amount == v].min(), v))
+    groups["measured total"] = sorted(set(amount), key=lambda v: (np.nan_to_num(total[amount == v].min(), nan=np.inf), v))
     return {name: [(key, np.flatnonzero(of[name] == key)) for key in keys] for name, keys in groups.items()}
 
 
@@ -231,6 +239,7 @@ def plot_residuals(
 ) -> Figure:
     "Predicted minus measured total, a panel for each way to group the photos."
     wrong, groups = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL], residual_groups(oof)
+    measured = ~np.isnan(wrong)
     sizes = [len(g) for g in groups.values()]
     height = 1.6 + .3 * sum(sizes) + .45 * len(sizes)
     fig = Figure(figsize=(5, height), layout="constrained", facecolor="white")
@@ -238,7 +247,7 @@ def plot_residuals(
     jitter = np.random.default_rng(0)
     for ax, (name, of) in zip(axes, groups.items()):
         ax.axvline(0, color="#999999", lw=1, zorder=0)
-        ax.boxplot([wrong[at] for _, at in of], orientation="horizontal", showfliers=False, widths=.6,
+        ax.boxplot([wrong[at][measured[at]] for _, at in of], orientation="horizontal", showfliers=False, widths=.6,
                    medianprops=dict(color=COLORS[1], lw=2))
         for i, (_, at) in enumerate(of, 1):
             beside = i + jitter.uniform(-.2, .2, len(at))
@@ -251,12 +260,21 @@ def plot_residuals(
     return fig
 
 # %% ../../nbs/7_reports/3_figures.ipynb #13bf0d60
+def mean_known(
+    values: np.ndarray,  # [n, K], NaN where unknown
+) -> np.ndarray:  # [K], NaN where nothing is known
+    "Mean of each column over what is known."
+    known = ~np.isnan(values)
+    if known.all(): return values.mean(0)
+    return np.where(known.any(0), np.nansum(values, 0) / np.maximum(known.sum(0), 1), np.nan)
+
+
 def residual_table(
     oof,  # the out-of-fold table
 ) -> str:
     "Mean residual of every target in every group."
     wrong = oof_grams(oof, "_pred") - oof_grams(oof)
-    rows = [[f"{name}: {key}", len(at), *wrong[at].mean(0), float(np.sqrt((wrong[at, TOTAL] ** 2).mean()))]
+    rows = [[f"{name}: {key}", len(at), *mean_known(wrong[at]), float(np.sqrt(mean_known(wrong[at] ** 2)[TOTAL]))]
             for name, of in residual_groups(oof).items() for key, at in of]
     columns = [("Group", 0), ("Photos", 0), *[(SHORT[t], 1) for t in TARGETS], ("Total", 1)]
     return table(columns, rows, "Mean of predicted minus measured grams in each group, and the root mean "
@@ -293,7 +311,8 @@ def interval_table(
     "Coverage and width of the intervals of each target."
     given, own = results.get("intervals") or {}, results.get("coverage") or {}
     held, widths = given.get("coverage"), given.get("median_width_g") or {}
-    rows = [[t, *(100 * c[t] if c else None for c in (held, own)), widths.get(t)] for t in TARGETS]
+    rows = [[t, *(None if not c or c[t] is None else 100 * c[t] for c in (held, own)), widths.get(t)]
+            for t in TARGETS]
     level = number(100 * (given or own)["level"], 0)
     columns = [("Target", 0), ("given, %", 0), ("heads alone, %", 0), ("median width, g", 1)]
     return table(columns, rows, "Share of the held-out photos whose measured value lies in the interval; "
@@ -304,7 +323,7 @@ def error_shares(
     oof,  # the out-of-fold table
 ) -> np.ndarray:  # `[photos]`, sums to 1 (zeros for a perfect model)
     "Each photo's share of the weighted squared error, the numerator of the official score."
-    cost = ((oof_grams(oof) - oof_grams(oof, "_pred")) ** 2 * np.asarray(WEIGHTS)).sum(1)
+    cost = np.nansum((oof_grams(oof) - oof_grams(oof, "_pred")) ** 2 * np.asarray(WEIGHTS), 1)
     return cost / cost.sum() if cost.sum() > 0 else cost
 
 # %% ../../nbs/7_reports/3_figures.ipynb #1d9590a2

@@ -142,6 +142,8 @@ class MemberTrainer:
         best = c.checkpoint == "best"
         self.fit, self.watched = inner_split(table, self.train, c.seed) if best else (self.train, self.scored)
         self.grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
+        known = ~self.grams.isnan()
+        self.known = None if known.all() else known  # which labels are known, where some are not
         labels = class_labels(table) if c.use_aux_heads else {}
         self.labels = {name: torch.tensor(v) for name, v in labels.items()}
         if c.use_aux_values: self.labels |= value_labels(table, self.fit)

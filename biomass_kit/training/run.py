@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import EVERY_FOLD, fold_columns, fold_name, possible_cv, read_table, units_of
+from ..data.folds import EVERY_FOLD, fold_columns, fold_name, read_table, units_of
 from ..data.photos import crop_lines, photo_crops
 from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
@@ -34,6 +34,7 @@ from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
+from ..model.closed import known_means
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
@@ -91,7 +92,7 @@ def finish_fold(
         "name": member_name(read_json(c.out / "config.json"), f.k),
         "fold": f.k,
         "bounds": training_bounds(f.grams[f.train]).tolist(),
-        "means": f.grams[f.train].mean(0).tolist(),
+        "means": known_means(f.grams[f.train]).tolist(),
         "config": member_config(c),
         "features": specs,
     }
@@ -130,7 +131,7 @@ class Run:
         self.specs = start.configs
         self.start = start.weights
         self.config = c = dataclasses.replace(
-            config, tile_size=self.specs[0].tile_size, cv=possible_cv(self.table, config.cv))
+            config, tile_size=self.specs[0].tile_size, cv=start.cv, physics=start.physics)
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         self.elsewhere = []  # folds that another process trains
