@@ -71,11 +71,12 @@ def label_counts(
 
 def label_masks(
     known: np.ndarray,  # bool `[N, 5]`, which labels are known
-) -> list:  # (rows, columns): targets that are known of the same photos, which are fitted together; slices if all are
+) -> list:  # (rows, columns): targets that are known of the same photos; slices where all are
     "What can be fitted at once where labels have gaps; targets without any label are in none."
     if known.all(): return [(slice(None), slice(None))]
     columns = {}
-    for target in np.flatnonzero(known.any(0)): columns.setdefault(known[:, target].tobytes(), []).append(target)
+    for target in np.flatnonzero(known.any(0)):
+        columns.setdefault(known[:, target].tobytes(), []).append(target)
     return [(np.flatnonzero(known[:, targets[0]]), targets) for targets in columns.values()]
 
 # %% ../../nbs/1_data/1_targets.ipynb #079901c7

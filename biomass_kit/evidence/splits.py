@@ -62,8 +62,8 @@ def refuse_gaps(
     "Refuse labels with gaps: over splits, recipes are compared on the same pairs of photo and target."
     gaps = [t for t in TARGETS if table[t].isna().any()]
     if gaps:
-        raise BiomassError(f"labels of {', '.join(gaps)} are missing for some photos, and recipes are compared on "
-                           "photos with all five; drop the others from the table")
+        raise BiomassError(f"labels of {', '.join(gaps)} are missing for some photos; recipes are compared "
+                           "on photos with all five; drop the others from the table")
 
 
 def splits(

@@ -35,6 +35,7 @@ from biomass_kit.inference.members import (
     check_lora,
     check_quadrats,
     check_specs,
+    check_unlabelled,
     file_shapes,
     head_class,
     head_kind,
@@ -216,10 +217,8 @@ class Bundle(NamedTuple):
         "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
         return self.manifest.get("trust", {})
 
-    @property
-    def unlabelled(self) -> list:
-        "Targets of which no training photo had a label, so that nothing is predicted of them."
-        return self.trust.get("unlabelled", [])
+    @property  # targets of which no training photo had a label: nothing is predicted of them
+    def unlabelled(self) -> list: return self.trust.get("unlabelled", [])
 
     @property
     def margins(self) -> dict:
@@ -346,9 +345,7 @@ def _check_settings(path, manifest: dict):
         shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
         raise BiomassError(
             f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")
-    unlabelled = manifest.get("trust", {}).get("unlabelled", [])
-    if not isinstance(unlabelled, list) or not set(unlabelled) <= set(TARGETS):
-        raise BiomassError(f"{path}: names {unlabelled} as unlabelled targets; pack the bundle again")
+    check_unlabelled(path, manifest.get("trust", {}).get("unlabelled", []))
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(
             f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this "

@@ -130,12 +130,14 @@ def error_covariance(
     measured,  # [N, 5] grams, NaN where unknown
     predicted,  # [N, 5] grams, out of fold, clamped as they will be
 ) -> np.ndarray:  # [5, 5] grams squared, positive definite
-    "Second moments of the errors, their correlations shrunk (MinT-shrink); those from photos with all five labels."
+    "Second moments of the errors, correlations of photos with all five labels and shrunk (MinT-shrink)."
     e = as_grams(predicted) - as_labels(measured, "measured")
     if not len(e): raise BiomassError("error covariance: no out-of-fold predictions to estimate it from")
     whole = ~np.isnan(e).any(1)
-    scale = np.sqrt((e**2).mean(0) if whole.all() else np.nansum(e**2, 0) / np.maximum((~np.isnan(e)).sum(0), 1))
-    if not whole.all(): e = e[whole]
+    scale = np.sqrt((e**2).mean(0))
+    if not whole.all():
+        scale = np.sqrt(np.nansum(e**2, 0) / np.maximum((~np.isnan(e)).sum(0), 1))
+        e = e[whole]
     x = np.divide(e, scale, out=np.zeros_like(e), where=scale > 0)
     keep = 1 - _shrinkage(x)
     correlation = keep * x.T @ x / max(1, len(e))

@@ -34,7 +34,7 @@ def _reached(excess: np.ndarray, dates: np.ndarray, level: float) -> np.ndarray:
     reached = (np.cumsum(weight[order], 0) < level - 1e-9).sum(0)
     return np.take_along_axis(excess, order, 0)[reached.clip(max=len(excess) - 1), np.arange(excess.shape[1])]
 
-
+# %% ../../nbs/4_inference/3_uncertainty.ipynb #1ab00105
 def conformal_margin(
     measured,  # [N, 5] grams, NaN where unknown
     # [N, 5] grams, lower ends for photos that were not trained on; the prediction itself where nothing better

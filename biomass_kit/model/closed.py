@@ -100,7 +100,7 @@ def known_means(space: torch.Tensor) -> torch.Tensor:  # [5]; 0 for a target wit
     "Mean of each target over the photos whose label is known."
     return space.nanmean(0).nan_to_num() if space.isnan().any() else space.mean(0)
 
-
+# %% ../../nbs/3_model/4_closed.ipynb #1ab00101
 def predict_grid(
     x: torch.Tensor,  # float64 [n, F] scaled training rows
     labels: torch.Tensor,  # float64 [n, 5], less their mean
@@ -237,7 +237,7 @@ def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) 
 
 
 def known_duals(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple:
-    "The same of labels with gaps, 0 for a photo whose label is unknown: (c `[n, 5]`, [(rows, columns, factor)])."
+    "The same of labels with gaps, 0 where one is unknown: (c `[n, 5]`, [(rows, columns, factor)])."
     parts = label_masks(known_of(labels))
     if labels.isfinite().all():
         dual, factor = dual_coefficients(matrix, labels, alpha)
@@ -249,7 +249,7 @@ def known_duals(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tup
         factors.append((rows, columns, factor))
     return out, factors
 
-
+# %% ../../nbs/3_model/4_closed.ipynb #1ab00102
 class Ridge(ClosedForm):
     "Ridge regression (Hoerl & Kennard 1970); scikit-learn's alpha is `alpha` times the number of channels."
 
@@ -353,7 +353,7 @@ class GaussianProcess(KernelRidge):
         self.register_buffer("inverse_factor", torch.zeros(*several, rows, rows))
 
     def spread(self, labels, dual, factors, alpha) -> dict:
-        "Each target's signal deviation, the strength and the inverse Cholesky factor, or factors where labels have gaps."
+        "Each target's signal deviation, the strength and the inverse Cholesky factor (several for gaps)."
         variance = known_means(labels * dual).clamp_min(0)
         inverse = [invert_factor(factor) for _, _, factor in factors]
         self.args.pop("factor_of", None)

@@ -6,7 +6,7 @@
 __all__ = ['EPSILON', 'smooth_l1', 'half_squared', 'epsilon_insensitive', 'known_mean', 'regression_loss', 'constraint_loss',
            'class_loss', 'mixed_class_loss', 'value_loss', 'presence_labels', 'presence_loss', 'amount_labels',
            'gaussian_loss', 'interval_labels', 'interval_loss', 'distillation_loss', 'class_means',
-           'class_mean_targets', 'LossOptions', 'check_loss', 'mixed_known', 'total_loss']
+           'class_mean_targets', 'LossOptions', 'check_loss', 'mixed_known', 'regression_terms', 'total_loss']
 
 # %% ../../nbs/3_model/3_loss.ipynb #ec73f515
 from pkgutil import resolve_name
@@ -48,7 +48,7 @@ def known_mean(
     if known is None: return each.sum(1).mean()
     return ((each * known).sum(0) / known.sum(0).clamp_min(1)).sum()
 
-
+# %% ../../nbs/3_model/3_loss.ipynb #1ab00106
 def regression_loss(
     predicted: torch.Tensor,  # [B, 5] grams, or log(1 + grams) where the target is compared so
     measured: torch.Tensor,  # [B, 5] in the same space
@@ -221,16 +221,40 @@ def check_loss(options: LossOptions):
         if chosen not in table:
             raise BiomassError(f"loss option {name} '{chosen}': choose one of {', '.join(table)}")
 
-# %% ../../nbs/3_model/3_loss.ipynb #40afab6e
+# %% ../../nbs/3_model/3_loss.ipynb #1ab00200
 def mixed_known(known, share=1.0, partner=None):  # float [B, 5], or None
     "Where a mixed label is known: where all that is mixed into it is."
     return None if known is None else (mix((~known).float(), share, partner) == 0).float()
 
 
+def regression_terms(
+    outputs: dict,  # as `total_loss` takes them
+    batch: dict,
+    units: Units,
+    kind: str,  # a key of LOSS_KINDS
+    weights: torch.Tensor,  # [5]
+    mixing: tuple,  # share and partner
+    known=None,  # [B, 5] as `known_mean` takes it
+) -> dict:  # term -> (1, scalar)
+    "The regression and, with a two-part head, the presence of dead and clover."
+    amounts, counted, presence = mix(batch["grams"], *mixing), 1.0, {}
+    if "presence" in outputs:
+        present = mix(presence_labels(batch["grams"]), *mixing)
+        amounts, counted = amount_labels(amounts, present)
+        presence["presence"] = 1.0, presence_loss(outputs["presence"], present, weights, known)
+    found, measured = outputs["loss_space"], to_link(amounts, units.log, units.link)
+    if "log_variance" in outputs:
+        regression = gaussian_loss(
+            found, outputs["log_variance"], measured, weights, units.scale, counted, known)
+    else: regression = regression_loss(found, measured, weights, units.scale, kind, counted, known)
+    return {"regression": (1.0, regression), **presence}
+
+# %% ../../nbs/3_model/3_loss.ipynb #40afab6e
 def total_loss(
     outputs: dict,  # of `BiomassModel.outputs`
-    # labels, unmixed: "grams" [B, 5] and, where some are unknown (and 0), "known" bool [B, 5]; "teacher" [B, 5] if asked for, one [B] for each auxiliary head, a class
-    # or a standardised value; if the photos are mixed, their "share" (float or [B]) and "partner" int64 [B]
+    # labels, unmixed: "grams" [B, 5] and, where some are unknown (and 0), "known" bool [B, 5]; "teacher"
+    # [B, 5] if asked for, one [B] for each auxiliary head, a class or a standardised value; if the photos are
+    # mixed, their "share" (float or [B]) and "partner" int64 [B]
     batch: dict,
     units: Units,  # of the model
     options: LossOptions = LossOptions(),
@@ -241,17 +265,7 @@ def total_loss(
     taught = weights if units.labelled is None else weights * units.labelled
     grams, mixing = outputs["grams"], (batch.get("share", 1.0), batch.get("partner"))
     known = mixed_known(batch.get("known"), *mixing)
-    amounts, counted, terms = mix(batch["grams"], *mixing), 1.0, {"regression": None}
-    if "presence" in outputs:
-        present = mix(presence_labels(batch["grams"]), *mixing)
-        amounts, counted = amount_labels(amounts, present)
-        terms["presence"] = 1.0, presence_loss(outputs["presence"], present, weights, known)
-    found, measured = outputs["loss_space"], to_link(amounts, units.log, units.link)
-    if "log_variance" in outputs:
-        regression = gaussian_loss(
-            found, outputs["log_variance"], measured, weights, units.scale, counted, known)
-    else: regression = regression_loss(found, measured, weights, units.scale, options.kind, counted, known)
-    terms["regression"] = 1.0, regression
+    terms = regression_terms(outputs, batch, units, options.kind, weights, mixing, known)
     if options.constraint:
         terms["constraint"] = options.constraint, constraint_loss(grams, units.grams, units.labelled)
     if "interval" in outputs and options.interval:

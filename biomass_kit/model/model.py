@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'Reader', 'Trunk', 'Units', 'presence_share',
-           'known_std', 'space_statistics', 'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile',
-           'inverse_softplus', 'quantile_borders', 'start_at', 'auxiliary_heads', 'start_spread', 'BiomassModel',
-           'member_state', 'view_batch', 'predict_views']
+           'known_std', 'space_statistics', 'start_statistics', 'check_model', 'to_grams', 'presence_chance',
+           'hurdle_quantile', 'inverse_softplus', 'quantile_borders', 'start_at', 'auxiliary_heads', 'start_spread',
+           'BiomassModel', 'member_state', 'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -163,6 +163,13 @@ def space_statistics(
     mean = (space * counted).sum(0) / counted.sum(0)
     return mean, ((space - mean) ** 2 * counted).sum(0) / counted.sum(0)
 
+
+def start_statistics(space: torch.Tensor, counted: torch.Tensor, two_part: bool) -> tuple:
+    "`space_statistics` of labels that may be NaN; the means are those of all photos where the regression has them all."
+    whole = not space.isnan().any()
+    mean, variance = space_statistics(space if whole else space.nan_to_num(), counted)
+    return space.mean(0) if whole and not two_part else mean, variance
+
 # %% ../../nbs/3_model/2_model.ipynb #4e5f91e1
 def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1, link: str = "log1p"):
     "Refuse options that a model cannot have."
@@ -210,7 +217,7 @@ def quantile_borders(grams: torch.Tensor) -> torch.Tensor:  # [5, N_INTERVALS - 
     if not grams.isnan().any(): return torch.quantile(grams, shares, 0).T
     return torch.nanquantile(grams, shares, 0).T.nan_to_num()
 
-
+# %% ../../nbs/3_model/2_model.ipynb #1ab00107
 @torch.no_grad()
 def start_at(
     head: nn.Linear,
@@ -265,7 +272,7 @@ class BiomassModel(Trunk):
                          density=density)
         if link != "log1p": self.args["link"] = link  # which members of earlier libraries do not name
         self.log, self.link, self.density = LOG_TARGETS[log_targets], link, density
-        self.labelled = None  # `fit_output` sets it
+        self.register_buffer("labelled", None, persistent=False)  # bool [5]; `fit_output` sets it
         self.register_buffer("output_scale", torch.ones(len(TARGETS)) if self.log else torch.ones(()))
         self.register_buffer("gram_scale", torch.ones(()), persistent=False)
         borders = torch.zeros(len(TARGETS), N_INTERVALS - 1) if interval_head else None
@@ -279,25 +286,21 @@ class BiomassModel(Trunk):
     @property
     def units(self) -> Units:
         "What a loss must know of the labels."
-        labelled = None if self.labelled is None else self.labelled.to(self.gram_scale.device)
-        return Units(self.log, self.output_scale, self.gram_scale, self.borders, self.link, labelled)
+        return Units(self.log, self.output_scale, self.gram_scale, self.borders, self.link, self.labelled)
 
     @torch.no_grad()
     def fit_output(self, grams: torch.Tensor):
         "Start at the means (and variances) of these training labels `[N, 5]` in grams, NaN where unknown; set scales."
         log, space, counted = list(self.log), to_link(grams, self.log, self.link), ~grams.isnan()
-        whole = bool(counted.all())
-        self.labelled = None if whole else counted.any(0)
+        self.labelled = None if counted.all() else counted.any(0)
         self.gram_scale.copy_(known_std(grams).clamp_min(1e-3))
         self.output_scale.copy_(self.gram_scale)
         if log: self.output_scale[log] = known_std(space[:, log]).clamp_min(1e-3)
         if self.presence is not None:
             start_at(self.presence, torch.logit(presence_share(grams), 0.02))
             counted[:, TWO_PART] = grams[:, TWO_PART] > 0
-        mean, variance = space_statistics(space if whole else space.nan_to_num(), counted)
-        start = space.mean(0) if whole and self.presence is None else mean
-        start = (start / self.output_scale).clamp_min(0.02)
-        start_at(self.heads, inverse_softplus(start))
+        start, variance = start_statistics(space, counted, self.presence is not None)
+        start_at(self.heads, inverse_softplus((start / self.output_scale).clamp_min(0.02)))
         if self.spread is not None: start_spread(self.spread, variance / self.output_scale**2)
         if self.interval is not None: self.borders.copy_(quantile_borders(grams))
 

@@ -69,7 +69,7 @@ def score_lines(
         lines.append(f"  {name:15s} weighted R2 {s['weighted_r2']:.3f}{interval}")
     return lines + gap_lines(results)
 
-
+# %% ../../nbs/5_training/5_scores.ipynb #1ab00103
 def fold_scores(
     table: pd.DataFrame,
     fold: np.ndarray,  # [N]
@@ -219,8 +219,8 @@ def write_results(
     predictions = {"model": _grams(oof, "_pred"), "model_raw": raw, **beside}
     floors = {kind: floor_predictions(table, fold, kind)[scored] for kind in FLOORS}
     results = {
-        "photos": int(scored.sum()), "labels": label_counts(y), "train_folds": sorted(map(int, set(of))), "n_folds": int(fold.max()) + 1,
-        "shared_dates": shared_dates(table, fold), "units": unit_kind(table),
+        "photos": int(scored.sum()), "train_folds": sorted(map(int, set(of))), "n_folds": int(fold.max()) + 1,
+        "shared_dates": shared_dates(table, fold), "units": unit_kind(table), "labels": label_counts(y),
         "scores": score_beside_floors(table, fold, predictions, scored),
         "per_fold": fold_scores(table, fold, {**predictions, **floors}, scored),
         "physics": {m: weighted_r2(y, p) for m, p in corrected.items()},

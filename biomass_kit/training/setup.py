@@ -131,10 +131,10 @@ def check_labels(
     lost = [t for t in unlabelled(train) if t not in unlabelled(table)]
     if lost:
         raise BiomassError(
-            f"fold {k}: all labels of {', '.join(lost)} are in it, so nothing is left to learn from; use other "
+            f"fold {k}: all labels of {', '.join(lost)} are in it, nothing is left to learn from; use other "
             "folds (--cv, --n-folds, --fold-seed), label more dates, or leave that column out")
 
-
+# %% ../../nbs/5_training/7_setup.ipynb #1ab00104
 def check_folds(
     c: TrainConfig,
     table: pd.DataFrame,
