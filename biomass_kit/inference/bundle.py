@@ -35,6 +35,7 @@ from biomass_kit.inference.members import (
     check_lora,
     check_quadrats,
     check_specs,
+    check_unlabelled,
     file_shapes,
     head_class,
     head_kind,
@@ -215,6 +216,9 @@ class Bundle(NamedTuple):
         "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
         return self.manifest.get("trust", {})
 
+    @property  # targets of which no training photo had a label: nothing is predicted of them
+    def unlabelled(self) -> list: return self.trust.get("unlabelled", [])
+
     @property
     def margins(self) -> dict:
         "Method of physics -> [5] roots of grams that widen intervals of its predictions; earlier libraries measured one."
@@ -341,6 +345,7 @@ def _check_settings(path, manifest: dict):
         shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
         raise BiomassError(
             f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")
+    check_unlabelled(path, manifest.get("trust", {}).get("unlabelled", []))
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(
             f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPEC_FIELDS', 'FIRST_POOLINGS', 'HEADER', 'member_specs', 'member_head', 'member_dims', 'member_files',
            'member_quadrat', 'read_member_info', 'head_class', 'head_kind', 'member_schema', 'check_quadrats',
-           'check_specs', 'check_alike', 'file_shapes', 'check_lora']
+           'check_unlabelled', 'check_specs', 'check_alike', 'file_shapes', 'check_lora']
 
 # %% ../../nbs/4_inference/1b_members.ipynb #1b000004
 import json
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import biomass_kit
-from ..data.targets import QUADRAT_CM, BiomassError, quadrat_area, quadrat_text
+from ..data.targets import QUADRAT_CM, TARGETS, BiomassError, quadrat_area, quadrat_text
 from ..features.backbone import tensor_shapes
 from ..features.options import pooled_statistics
 from ..model.options import HEADS
@@ -98,6 +98,12 @@ def check_quadrats(path, member: dict, others: list):
         names = f"{member['name']} and {other['name']}"
         raise BiomassError(f"{path}: members {names} predict grams in quadrats of {sides}; "
                            "train one of them again with the other's --quadrat-cm")
+
+# %% ../../nbs/4_inference/1b_members.ipynb #1ab00202
+def check_unlabelled(path, names):
+    "Refuse what names no targets as those of which nothing was learned."
+    if isinstance(names, list) and all(name in TARGETS for name in names): return
+    raise BiomassError(f"{path}: names {names} as unlabelled targets; pack the bundle again")
 
 # %% ../../nbs/4_inference/1b_members.ipynb #b0de1006
 def _check_pooled(path, name: str, ref: dict):

@@ -59,8 +59,8 @@ def _check_pair(a: dict, b: dict):
                            f"{quadrat_text(other)}; "
                            "train one of them again with the other's --quadrat-cm")
     targets = list(TARGETS)
-    difference = np.abs(a["oof"][targets] - b["oof"].loc[a["oof"].index, targets]).to_numpy().max()
-    if not difference < 1e-6:
+    mine, other = (r["oof"].loc[a["oof"].index, targets].fillna(-1) for r in (a, b))  # no label is negative
+    if not (mine - other).abs().to_numpy().max() < 1e-6:
         raise BiomassError(f"{pair} have different targets for the same photos; train both on one train.csv")
     for what, key in (("physics", "method"), ("physics", "threshold"), ("views", slice(None))):
         mine, other = (r["bundle"].manifest[what][key] for r in (a, b))

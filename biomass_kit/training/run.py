@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import EVERY_FOLD, FOLD_COLUMNS, fold_name, read_table
+from ..data.folds import EVERY_FOLD, fold_columns, fold_name, read_table, units_of
 from ..data.photos import crop_lines, photo_crops
 from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
@@ -34,6 +34,7 @@ from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
+from ..model.closed import known_means
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
@@ -73,7 +74,7 @@ def scored_rows(f: MemberTrainer, table: pd.DataFrame) -> pd.DataFrame:
     "The fold's own photos with what the member predicts for them, and the ends of its intervals if any."
     found = {"_raw": predict_fold(f, f.scored, [parse_view(v) for v in f.config.tta])}
     if f.model.args.get("uncertainty"): found |= fold_intervals(f)
-    oof = table.loc[f.scored, list(FOLD_COLUMNS)].assign(fold=f.k)
+    oof = table.loc[f.scored, fold_columns(table)].assign(fold=f.k)
     for suffix, grams in found.items(): oof[[t + suffix for t in TARGETS]] = grams
     return oof
 
@@ -91,7 +92,7 @@ def finish_fold(
         "name": member_name(read_json(c.out / "config.json"), f.k),
         "fold": f.k,
         "bounds": training_bounds(f.grams[f.train]).tolist(),
-        "means": f.grams[f.train].mean(0).tolist(),
+        "means": known_means(f.grams[f.train]).tolist(),
         "config": member_config(c),
         "features": specs,
     }
@@ -129,7 +130,8 @@ class Run:
         self.sources = start.sources
         self.specs = start.configs
         self.start = start.weights
-        self.config = c = dataclasses.replace(config, tile_size=self.specs[0].tile_size)
+        self.config = c = dataclasses.replace(
+            config, tile_size=self.specs[0].tile_size, cv=start.cv, physics=start.physics)
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         self.elsewhere = []  # folds that another process trains
@@ -389,7 +391,7 @@ def remember_photos(
     "Store the training photos' features, and count how many would be flagged, each beside the other folds."
     if not run.stored: return None, {}
     with run.threads(): features = run.stored.gather(range(len(run.table)), View()).mean((1, 2)).numpy()
-    dates = run.table["Sampling_Date"].to_numpy()
+    dates = units_of(run.table).to_numpy()
     trained = np.ones(len(dates), bool) if len(run.folds) > 1 else run.fold != run.folds[0]
     reference = make_reference(features[trained], dates[trained])
     if reference is None: return None, {}
