@@ -187,6 +187,18 @@ class ClosedForm(nn.Module):
         for name, tensor in dict(centre=centre, gain=gain, label_mean=mean, **learned).items():
             setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
 
+    @torch.no_grad()
+    def refit(self, rows: torch.Tensor, grams: torch.Tensor, weight, alpha: float, width: float = 1.0):
+        "Learn again from other rows, each counting `weight` `[n]` times; channels keep their gain."
+        rows, space = rows.detach().cpu().double(), self.to_space(grams)
+        weight = torch.as_tensor(weight, dtype=torch.float64)
+        share = weight / weight.sum()
+        centre, mean = (share @ rows).float(), share @ space
+        x = scale_rows(rows, centre, self.gain.cpu())
+        learned = self.learn(x, space - mean, alpha, width, weight)
+        for name, tensor in dict(centre=centre, label_mean=mean, **learned).items():
+            setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
+
     def scaled(self, features: tuple) -> torch.Tensor:
         "Features, one of each spec, as the kernel reads them: `[B, F]` in 64 bits."
         return scale_rows(photo_rows(*features), self.centre, self.gain)
@@ -200,8 +212,8 @@ class ClosedForm(nn.Module):
         return self.to_grams(self.predict(self.scaled(features))).float()
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed21
-def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple:
-    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor `[n, n]`)."
+def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha) -> tuple:
+    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor); alpha may be `[n]`."
     factor = torch.linalg.cholesky(matrix + alpha * torch.eye(len(matrix), dtype=matrix.dtype))
     return torch.cholesky_solve(labels, factor), factor
 
@@ -213,9 +225,10 @@ class Ridge(ClosedForm):
         super().__init__(dims, link, log_targets, scaler)
         self.register_buffer("coefficients", torch.zeros(sum(dims), len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "Coefficients `[F, 5]` from scaled rows `[n, F]` and labels `[n, 5]` less their mean."
-        dual, _ = dual_coefficients(kernel_of(compare(x, x, "linear"), "linear", width), labels, alpha)
+        matrix = kernel_of(compare(x, x, "linear"), "linear", width)
+        dual, _ = dual_coefficients(matrix, labels, alpha / weight)
         return {"coefficients": width * x.T @ dual / x.shape[1]}
 
     def from_mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,15 +254,15 @@ class KernelRidge(ClosedForm):
         self.register_buffer("rows", torch.zeros(rows, sum(dims)))
         self.register_buffer("dual", torch.zeros(rows, len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "What is kept of scaled rows `[n, F]` and labels `[n, 5]` less their mean."
         self.args["rows"] = len(x)
         matrix = kernel_of(compare(x, x, self.kernel), self.kernel, width)
-        dual, factor = dual_coefficients(matrix, labels, alpha)
-        beside = self.spread(labels, dual, factor, alpha)
+        dual, factor = dual_coefficients(matrix, labels, alpha / weight)
+        beside = self.spread(labels, dual, factor, alpha, weight)
         return {"rows": x, "dual": dual, "width": torch.tensor(width), **beside}
 
-    def spread(self, labels, dual, factor, alpha) -> dict:
+    def spread(self, labels, dual, factor, alpha, weight) -> dict:
         "What is kept beside, to tell how far off a prediction may be: nothing."
         return {}
 
@@ -279,11 +292,13 @@ class GaussianProcess(KernelRidge):
         self.register_buffer("deviation", torch.zeros(len(TARGETS)))
         self.register_buffer("inverse_factor", torch.zeros(rows, rows))
 
-    def spread(self, labels, dual, factor, alpha) -> dict:
+    def spread(self, labels, dual, factor, alpha, weight) -> dict:
         "Each target's signal deviation, the strength and the inverse Cholesky factor."
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        variance = (labels * dual).mean(0).clamp_min(0)
-        return {"alpha": torch.tensor(alpha), "deviation": variance.sqrt(), "inverse_factor": inverse}
+        squares = labels * dual
+        variance = squares.mean(0) if isinstance(weight, float) else squares.sum(0) / weight.sum()
+        deviation = variance.clamp_min(0).sqrt()
+        return {"alpha": torch.tensor(alpha), "deviation": deviation, "inverse_factor": inverse}
 
     def deviations(self, x: torch.Tensor) -> torch.Tensor:
         "Standard deviation of a label at scaled rows `[B, F]`: `[B, 5]` in the link's space."
