@@ -96,9 +96,15 @@ def known_of(space: torch.Tensor) -> np.ndarray:
     return ~space.isnan().cpu().numpy()
 
 
-def known_means(space: torch.Tensor) -> torch.Tensor:  # [5]; 0 for a target without any label
+def known_means(
+    space: torch.Tensor,  # [n, 5], NaN where unknown
+    weight=1.0,  # of each photo, [n, 1]; or the same for all
+) -> torch.Tensor:  # [5]; 0 for a target without any label
     "Mean of each target over the photos whose label is known."
-    return space.nanmean(0).nan_to_num() if space.isnan().any() else space.mean(0)
+    if isinstance(weight, float):
+        return space.nanmean(0).nan_to_num() if space.isnan().any() else space.mean(0)
+    counted = weight * ~space.isnan()
+    return (counted * space.nan_to_num()).sum(0) / counted.sum(0).clamp_min(1e-12)
 
 # %% ../../nbs/3_model/4_closed.ipynb #1ab00101
 def predict_grid(
@@ -217,6 +223,17 @@ class ClosedForm(nn.Module):
         for name, tensor in dict(centre=centre, gain=gain, label_mean=mean, **learned).items():
             setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
 
+    @torch.no_grad()
+    def refit(self, rows: torch.Tensor, grams: torch.Tensor, weight, alpha: float, width: float = 1.0):
+        "Learn again from other rows, each counting `weight` `[n]` times; channels keep their gain."
+        rows, space = rows.detach().cpu().double(), self.to_space(grams)
+        weight = torch.as_tensor(weight, dtype=torch.float64)[:, None]
+        centre, mean = known_means(rows, weight).float(), known_means(space, weight)
+        x = scale_rows(rows, centre, self.gain.cpu())
+        learned = self.learn(x, space - mean, alpha, width, weight)
+        for name, tensor in dict(centre=centre, label_mean=mean, **learned).items():
+            setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
+
     def scaled(self, features: tuple) -> torch.Tensor:
         "Features, one of each spec, as the kernel reads them: `[B, F]` in 64 bits."
         return scale_rows(photo_rows(*features), self.centre, self.gain)
@@ -230,21 +247,23 @@ class ClosedForm(nn.Module):
         return self.to_grams(self.predict(self.scaled(features))).float()
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed21
-def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple:
-    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor `[n, n]`)."
+def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha) -> tuple:
+    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor); alpha may be `[n]`."
     factor = torch.linalg.cholesky(matrix + alpha * torch.eye(len(matrix), dtype=matrix.dtype))
     return torch.cholesky_solve(labels, factor), factor
 
 
-def known_duals(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple:
+def known_duals(matrix: torch.Tensor, labels: torch.Tensor, alpha) -> tuple:
     "The same of labels with gaps, 0 where one is unknown: (c `[n, 5]`, [(rows, columns, factor)])."
+    if not isinstance(alpha, float): alpha = alpha.flatten()
     parts = label_masks(known_of(labels))
     if labels.isfinite().all():
         dual, factor = dual_coefficients(matrix, labels, alpha)
         return dual, [(*parts[0], factor)]
     out, factors = torch.zeros_like(labels), []
     for rows, columns in parts:
-        dual, factor = dual_coefficients(matrix[rows][:, rows], labels[rows][:, columns], alpha)
+        each = alpha if isinstance(alpha, float) else alpha[rows]
+        dual, factor = dual_coefficients(matrix[rows][:, rows], labels[rows][:, columns], each)
         out[np.ix_(rows, columns)] = dual
         factors.append((rows, columns, factor))
     return out, factors
@@ -257,9 +276,10 @@ class Ridge(ClosedForm):
         super().__init__(dims, link, log_targets, scaler)
         self.register_buffer("coefficients", torch.zeros(sum(dims), len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "Coefficients `[F, 5]` from scaled rows `[n, F]` and labels `[n, 5]` less their mean."
-        dual, _ = known_duals(kernel_of(compare(x, x, "linear"), "linear", width), labels, alpha)
+        matrix = kernel_of(compare(x, x, "linear"), "linear", width)
+        dual, _ = known_duals(matrix, labels, alpha / weight)
         return {"coefficients": width * x.T @ dual / x.shape[1]}
 
     def from_mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -285,15 +305,15 @@ class KernelRidge(ClosedForm):
         self.register_buffer("rows", torch.zeros(rows, sum(dims)))
         self.register_buffer("dual", torch.zeros(rows, len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "What is kept of scaled rows `[n, F]` and labels `[n, 5]` less their mean."
         self.args["rows"] = len(x)
         matrix = kernel_of(compare(x, x, self.kernel), self.kernel, width)
-        dual, factors = known_duals(matrix, labels, alpha)
-        beside = self.spread(labels, dual, factors, alpha)
+        dual, factors = known_duals(matrix, labels, alpha / weight)
+        beside = self.spread(labels, dual, factors, alpha, weight)
         return {"rows": x, "dual": dual, "width": torch.tensor(width), **beside}
 
-    def spread(self, labels, dual, factors, alpha) -> dict:
+    def spread(self, labels, dual, factors, alpha, weight) -> dict:
         "What is kept beside, to tell how far off a prediction may be: nothing."
         return {}
 
@@ -352,9 +372,9 @@ class GaussianProcess(KernelRidge):
         several = [] if factor_of is None else [max(factor_of) + 1]
         self.register_buffer("inverse_factor", torch.zeros(*several, rows, rows))
 
-    def spread(self, labels, dual, factors, alpha) -> dict:
+    def spread(self, labels, dual, factors, alpha, weight) -> dict:
         "Each target's signal deviation, the strength and the inverse Cholesky factor (several for gaps)."
-        variance = known_means(labels * dual).clamp_min(0)
+        variance = known_means(labels * dual / weight, weight).clamp_min(0)
         inverse = [invert_factor(factor) for _, _, factor in factors]
         self.args.pop("factor_of", None)
         if labels.isfinite().all(): inverse = inverse[0]

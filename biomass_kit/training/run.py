@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['scored_rows', 'finish_fold', 'who_predicts', 'Run', 'stored_features', 'soft_targets', 'fit_in_order', 'train_member',
-           'trim_photos', 'class_teacher', 'train_runs', 'named_progress', 'train', 'expand', 'remember_photos',
-           'score_others', 'finish_run']
+           'trim_photos', 'class_teacher', 'train_runs', 'named_progress', 'train', 'expand', 'remember_pooled',
+           'remember_photos', 'score_others', 'finish_run']
 
 # %% ../../nbs/5_training/8_run.ipynb #59d6405a
 import dataclasses
@@ -32,9 +32,11 @@ from ..features.pairs import PairStore
 from ..features.store import FeatureRequest, store_shared, trim_text
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
+from ..inference.card import photo_facts
 from ..inference.physics import training_bounds
+from ..inference.pooled import Pooled, kept_views, photo_digests, photo_groups, save_pooled_rows
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
-from ..model.closed import known_means
+from ..model.closed import known_means, photo_rows
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
@@ -384,6 +386,27 @@ def expand(
     ]
 
 # %% ../../nbs/5_training/8_run.ipynb #6f1f7aa5
+def remember_pooled(
+    run: Run,
+    members: list,  # descriptions of its members
+    history: pd.DataFrame,  # of all members, with the strength and width that were chosen
+) -> list:  # "pooled" of the manifest, or None
+    "Store what heads in closed form learned from, so that `biomass_adapt` can fit them again."
+    c = run.config
+    if c.head == "neural" or run.table[list(TARGETS)].isna().any(axis=None): return None
+    views = kept_views(c.fit_views, c.tta)
+    everybody = range(len(run.table))
+    with run.threads():
+        rows = [photo_rows(*(source.stored.gather(everybody, v) for source in run.sources)) for v in views]
+    table = run.table
+    grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
+    kept = Pooled(
+        torch.stack(rows), grams, photo_groups(table), torch.tensor(run.fold, dtype=torch.int64),
+        torch.ones(len(table)), photo_digests(table["path"]))
+    chosen = history.set_index("fold")[["alpha", "width"]].to_dict("index")
+    return [save_pooled_rows(c.out / "bundle", kept, views, {m["name"]: chosen[m["fold"]] for m in members})]
+
+# %% ../../nbs/5_training/8_run.ipynb #6f1f7aa6
 def remember_photos(
     run: Run,
     members: list,  # descriptions of its members
@@ -427,5 +450,7 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
     reference, unlike = remember_photos(run, members)
     results = write_results(c.out, run.table, run.fold, oof, physics, bounds, rivals, history, facts | unlike)
     write_manifest(c.out / "bundle", members, manifest_physics(results, physics), c.tta, results["scores"],
-                   combine=who_predicts(members), trust=manifest_trust(results, reference))
+                   combine=who_predicts(members),
+                   trust=manifest_trust(results, reference, photos=photo_facts(run.table),
+                                        pooled=remember_pooled(run, members, history)))
     return results

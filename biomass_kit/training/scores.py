@@ -244,14 +244,20 @@ def manifest_physics(results: dict, physics: dict) -> dict:
     return {**physics, "covariance": results["covariance"], "weighted_r2": results["physics"]}
 
 
-def manifest_trust(results: dict, reference: dict) -> dict:
+def manifest_trust(
+    results: dict,  # of `write_results`
+    reference: dict,  # {"file", "member"} of the training photos, or None
+    **facts,  # "photos" of `card.photo_facts`, "pooled" features; None is not known
+) -> dict:
     "What a bundle says of its intervals, what they were measured on, and the training photos, whichever is known."
     intervals = results.get("intervals")
     missing = [t for t, n in results["labels"].items() if not n]
     known = {
         "unlabelled": missing or None,
-        "intervals": intervals and {k: intervals[k] for k in ("level", "of", "margins", "means")},
+        "intervals": intervals and {k: intervals[k] for k in ("level", "of", "margins", "means", "coverage")},
         "shared_dates": results["shared_dates"],
         "reference": reference,
+        "versions": results.get("versions"),
+        **facts,
     }
     return {k: v for k, v in known.items() if v is not None}
