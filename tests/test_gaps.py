@@ -152,7 +152,25 @@ def test_other_commands_read_such_tables(data, labels, weights, finished, tmp_pa
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists() and "30 photos" in done.stdout
     done = command("validate", "--weights", finished, "--data", folder, "--unit", "kg_ha",
-                   "--columns", *NAMED,
-                   "--device-type", "cpu")
+                   "--columns", *NAMED, "--device-type", "cpu")
     assert done.returncode == 0, done.stderr
     assert "group_date" in done.stdout and "leave_one_state_out" not in done.stdout
+
+
+def test_a_recipe_and_a_weighed_join(data, labels, weights, tmp_path):
+    "Runs of one table join, gaps and all; weights for each target come from the labels that are known."
+    clover = kg_per_ha(labels["Dry_Clover_g"].to_numpy(), (50, 50))
+    clover[::4] = np.nan
+    folder = sheet(data, tmp_path / "own", labels, WIDE, Klee=clover)
+    out = tmp_path / "run"
+    more = ("--recipe", "linear", "--feature-blocks", "--pooling", "mean", "--grids", 1, 1, 2, 2)
+    done = command(
+        "train", "--data", folder, "--out", out, *options(weights, tmp_path, "--columns", *NAMED, *more))
+    assert done.returncode == 0, done.stderr
+    runs = [out / name for name in ("1x1-seed0", "2x2-seed0")]
+    done = command("bundle", *runs, "--out", tmp_path / "joint", "--combine", "stacked", "--no-report-photos")
+    assert done.returncode == 0, done.stderr
+    for joint in (out / "bundle", tmp_path / "joint"):
+        results = read_json(joint / "results.json")
+        assert results["labels"]["Dry_Clover_g"] == len(labels) - len(labels[::4])
+        assert all(np.isfinite(s["weighted_r2"]) for s in results["scores"].values())
