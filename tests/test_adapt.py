@@ -21,7 +21,7 @@ from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.pooled import load_pooled, photo_groups
 from biomass_kit.inference.predict import predict_photos
 from biomass_kit.inference.uncertainty import has_intervals
-from biomass_kit.kaggle.packing import copy_weights
+from biomass_kit.kaggle.packing import copy_weights, pack
 from biomass_kit.training.adapt import adapt
 from biomass_kit.training.join import join_runs
 from biomass_kit.training.own import Adapter, judge, left_out, own_rows
@@ -255,6 +255,13 @@ def test_packed_without_features_predicts_alike_and_cannot_be_adapted(bundles, f
     assert np.array_equal(*said)
     with pytest.raises(BiomassError, match="--no-training-features"):
         adapt(packed, farm(lambda grams: grams), tmp_path / "new", log=quiet, **options)
+
+
+def test_nothing_to_leave_behind_is_said(finished, tmp_path):
+    "An opt-out of what neural heads never had, before anything is emptied."
+    with pytest.raises(BiomassError, match="holds none; drop it"):
+        pack(finished, tmp_path / "packed", training_features=False)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_the_card_may_be_edited_or_gone(bundles, tmp_path):

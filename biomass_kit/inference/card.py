@@ -38,7 +38,8 @@ def _score_metrics(score: dict) -> list:  # of {"type", "name", "value"}
     for target, own in score.get("per_target", {}).items():
         found.append(("r_squared", f"{target} R2", own.get("r2")))
         found.append(("rmse", f"{target} RMSE, grams", own.get("rmse_g")))
-    return [{"type": kind, "name": name, "value": value} for kind, name, value in found if value is not None]
+    known = [row for row in found if row[-1] is not None]
+    return [{"type": kind, "name": name, "value": round(value, 4)} for kind, name, value in known]
 
 
 def card_settings(manifest: dict) -> dict:
