@@ -129,7 +129,9 @@ def run_epoch(
     f.model.train()
     if f.backbone is not None: set_mode(f.backbone, stage.train_backbone)
     terms = []
-    for batch in islice(loop.batches, loop.steps):
+    batches = islice(loop.batches, loop.steps)
+    if f.watch: batches = f.watch.batches(batches, loop.steps)
+    for batch in batches:
         terms.append(train_step(f, batch, loop.optimizer, stage))
         loop.schedule.step()
         if c.average == "ema": update_averages(loop.averages)

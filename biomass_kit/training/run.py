@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import os
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Callable
 
@@ -33,10 +33,12 @@ from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
 from ..inference.physics import training_bounds
+from ..inference.plan import Deadline
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
+from .deadline import MISSING, OutOfTime, stop_if_missing, stops_together, watch_runs
 from .describe import describe
 from biomass_kit.training.folder import (
     arithmetic_text,
@@ -133,6 +135,7 @@ class Run:
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         self.elsewhere = []  # folds that another process trains
+        self.watch = None  # a Watch, where the run has a deadline
 
     def identity(self) -> dict:
         "All that decides its members; asked before any of them is trained."
@@ -147,6 +150,11 @@ class Run:
     def stored(self):
         "The first feature spec's features, where they are kept; else None."
         return self.sources[0].stored
+
+    @property
+    def epochs(self) -> int:
+        "Epochs of one of its members; a class teacher learns as many before."
+        return self.config.epochs * (2 if self.config.distill_aux else 1)
 
     @property
     def keeps(self) -> str:
@@ -194,6 +202,7 @@ class Run:
             k, config, self.table, self.fold, self.sources, self.accelerator, self.precision)
         f.name += name
         f.checkpoint = self.checkpoint(k, name)
+        f.watch = self.watch
         return f
 
     def checkpoint(self, k: int, name: str) -> Path:
@@ -218,10 +227,11 @@ def stored_features(run: Run, source: Source, progress, log) -> StoredFeatures:
     c, accelerator = run.config, run.accelerator
     request = run.request(source)
     paths = list(run.table["path"])
+    if run.watch: progress = run.watch.photos(progress)
     if accelerator.num_processes > 1:
         mine = paths[accelerator.process_index :: accelerator.num_processes]
-        store_features(mine, request, c.num_workers, run.precision, progress)
-        accelerator.wait_for_everyone()
+        with stops_together(accelerator):
+            store_features(mine, request, c.num_workers, run.precision, progress)
     stored = store_features(paths, request, c.num_workers, run.precision, progress)
     accelerator.wait_for_everyone()
     cache = request.cache
@@ -291,8 +301,9 @@ def train_runs(
     log: Callable = print,  # one line at a time
     others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold, cv) -> [N, 5] grams, scored beside a frozen run
     built: dict = None,  # as `prepare` takes it, to share backbones among calls
+    deadline: Deadline = None,  # None takes the time it needs
 ) -> list:  # for each run the content of results.json; empty in all but the main process
-    "Train the members that are not finished yet, then score, and write bundles and results."
+    "Train unfinished members, score, write bundles and results; `OutOfTime` if the deadline comes before."
     started = time.time()
     configs = [check_config(c) for c in configs]
     device = pick_device(configs[0].device_type)
@@ -305,8 +316,9 @@ def train_runs(
             for c in configs: held.enter_context(held_by_me(c.out))
             start_trackers(accelerator, configs)
         tell = log if accelerator.is_main_process else lambda line: None
-        runs = _train_members(configs, accelerator, precision, {} if built is None else built, progress, tell)
+        runs = _train_members(configs, accelerator, precision, built, progress, tell, deadline)
         if not accelerator.is_main_process: return []
+        if deadline: stop_if_missing(runs, deadline)
         results = [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs]
         finish_trackers(runs, results)
         return results
@@ -325,31 +337,42 @@ def _share_members(runs: list, accelerator: Accelerator) -> list:  # (Run, fold)
         raise BiomassError(
             f"--shard photos: {count} processes cannot share batches of {configs[0].batch_size}; raise "
             "--batch-size")
-    members = [(run, k) for run in runs for k in run.members]
+    members = [(run, k) for run in runs for k in run.members if not is_finished(run.config.out, k)]
     mine = members if together else members[accelerator.process_index :: count]
     for run, k in members:
-        if (run, k) not in mine and not is_finished(run.config.out, k): run.elsewhere.append(k)
-    return [(run, k) for run, k in mine if not is_finished(run.config.out, k)]
+        if (run, k) not in mine: run.elsewhere.append(k)
+    return mine
 
 # %% ../../nbs/5_training/8_run.ipynb #ru000003
-def _train_members(configs: list, accelerator: Accelerator, precision: str, built: dict, progress, say) -> list:  # Runs
-    "This process's share of the members that are not finished yet."
-    runs = [Run(c, accelerator, precision, built) for c in configs]
-    for run in runs if accelerator.is_main_process else ():
-        open_run(run.config.out, run.identity(), run.table, run.fold)
-    accelerator.wait_for_everyone()
-    todo = _share_members(runs, accelerator)
-    accelerator.wait_for_everyone()
+def _train_todo(runs: list, todo: list, progress, say):
+    "Store the features of runs, then train some of their members."
     for run in runs:
         say(describe(run, sum(r is run for r, _ in todo)))
         run.store(progress, say)
     for number, (run, k) in enumerate(todo, 1):
-        name = f"member {number} of {len(todo)}, {run.config.out.name}"
-        train_member(run, k, named_progress(progress, name), say)
+        named = named_progress(progress, f"member {number} of {len(todo)}, {run.config.out.name}")
+        later = sum(other.epochs for other, _ in todo[number:])
+        train_member(run, k, run.watch.epochs(named, later) if run.watch else named, say)
+
+# %% ../../nbs/5_training/8_run.ipynb #ru00003b
+def _train_members(
+    configs: list, accelerator: Accelerator, precision: str, built: dict, progress, say,
+    deadline: Deadline = None,
+) -> list:  # Runs
+    "This process's share of the members that are not finished yet, as far as a deadline allows."
+    built = {} if built is None else built
+    runs = [Run(c, accelerator, precision, built) for c in configs]
+    if deadline: watch_runs(runs, deadline, say)
+    for run in runs if accelerator.is_main_process else ():
+        open_run(run.config.out, run.identity(), run.table, run.fold)
+        (run.config.out / MISSING).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    todo = _share_members(runs, accelerator)
+    accelerator.wait_for_everyone()
+    with suppress(OutOfTime): _train_todo(runs, todo, progress, say)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process: trim_photos(runs, say)
     return runs
-
 
 # %% ../../nbs/5_training/8_run.ipynb #px160031
 def train(
