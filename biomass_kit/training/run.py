@@ -318,7 +318,6 @@ def train_runs(
         tell = log if accelerator.is_main_process else lambda line: None
         runs = _train_members(configs, accelerator, precision, built, progress, tell, deadline)
         if not accelerator.is_main_process: return []
-        if deadline: stop_if_missing(runs, deadline)
         results = [finish_run(run, others or {}, round(time.time() - started, 1)) for run in runs]
         finish_trackers(runs, results)
         return results
@@ -371,7 +370,9 @@ def _train_members(
     accelerator.wait_for_everyone()
     with suppress(OutOfTime): _train_todo(runs, todo, progress, say)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process: trim_photos(runs, say)
+    if accelerator.is_main_process:
+        trim_photos(runs, say)
+        if deadline: stop_if_missing(runs, deadline)
     return runs
 
 # %% ../../nbs/5_training/8_run.ipynb #px160031
