@@ -135,6 +135,7 @@ class Run:
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         self.elsewhere = []  # folds that another process trains
+        self.parts = 1  # of a batch, as memory allowed the member before
         self.watch = None  # a Watch, where the run has a deadline
 
     def identity(self) -> dict:
@@ -202,6 +203,7 @@ class Run:
             k, config, self.table, self.fold, self.sources, self.accelerator, self.precision)
         f.name += name
         f.checkpoint = self.checkpoint(k, name)
+        f.parts = self.parts
         f.watch = self.watch
         return f
 
@@ -219,7 +221,9 @@ class Run:
         with self.threads():
             f = self.new_trainer(k, self.config)
             f.teacher = teacher
-            return f, run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
+            history = run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
+            self.parts = f.parts
+            return f, history
 
 # %% ../../nbs/5_training/8_run.ipynb #ru00000b
 def stored_features(run: Run, source: Source, progress, log) -> StoredFeatures:
