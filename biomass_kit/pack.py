@@ -28,6 +28,7 @@ class VerifyArgs:
     photos: Optional[Path] = None  # folder of photos instead, as a user's own dataset
     out: Path = Path("runs/verify")  # takes submission and executed notebook
     share: bool = False  # share this environment's packages: quick, and no proof about Kaggle's versions
+    training: bool = True  # also the training notebook: killed, gone on with, and its bundle predicted with
 
 
 @command
@@ -38,17 +39,19 @@ def verify(args=None):
     with loading():
         from biomass_kit.kaggle.verify import verify as prove
 
-    prove(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress)
+    prove(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress, training=a.training)
 
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07006
 @dataclass(frozen=True)
 class PackArgs:
-    """Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook.
+    """Fill kaggle_datasets/ with the library wheel, the weights and the notebooks.
 
     It is proved as biomass_verify does.
     """
 
-    weights: Path  # bundle folder, or a run folder
+    # bundle folder, or a run folder; without one the inference notebook takes what the training notebook
+    # leaves on Kaggle
+    weights: Optional[Path] = None
     out: Path = Path("kaggle_datasets")
     user: Optional[str] = None  # your Kaggle name, for the dataset ids; a placeholder by default
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
@@ -83,7 +86,8 @@ def main(args=None):
     _say_packed(out, out / packing.LIB / packing.WHEEL_LIST)
     if user == packing.DEFAULT_USER:
         print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
-    if a.verify: verify.verify(out, share=a.share, say=say, progress=progress)
+    trains = a.weights is None
+    if a.verify: verify.verify(out, share=a.share, say=say, progress=progress, training=trains)
     print(f"how to upload: {out / 'README.md'}")
 
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07008

@@ -119,7 +119,8 @@ def interval_text(manifest: dict) -> str:
     text = f"Each value has a {level} prediction interval, made from errors on held-out dates."
     held = known.get("coverage")
     if not held: return text
-    each = ", ".join(f"{_word(t)} {100 * share:.0f} %" for t, share in held.items())
+    known = {t: share for t, share in held.items() if share is not None}
+    each = ", ".join(f"{_word(t)} {100 * share:.0f} %" for t, share in known.items())
     return f"{text} Out of fold (margins of the other folds) they held: {each}."
 
 

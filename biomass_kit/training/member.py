@@ -129,6 +129,8 @@ class MemberTrainer:
         self.name = fold_name(k)
         self.teacher = None  # [N, 5] grams to which predictions are pulled
         self.checkpoint = None  # file in which a killed run finds the last finished epoch
+        self.parts = 1  # in which a batch goes through the network, more where memory is short
+        self.watch = None  # a `training.deadline.Watch`, where the run has a deadline
         self._take_photos(table, fold)
         self._build_head([source.backbone.dim for source in sources])
 
