@@ -21,6 +21,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("lora", "heic", "xlsx", "trackers", "dev")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("lora", "heic", "xlsx", "trackers", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -56,6 +56,9 @@ class PackArgs:
     wheels: Optional[tuple[str, ...]] = None
     verify: bool = True  # run the packed notebook as Kaggle would, over synthetic photos
     share: bool = False  # of biomass_verify: share this environment's packages
+    # pack what heads in closed form learned from (features and grams of the training photos), which only
+    # biomass_adapt reads
+    training_features: bool = True
 
 
 def _say_packed(out: Path, wheels: Path):
@@ -76,7 +79,7 @@ def main(args=None):
         from biomass_kit.kaggle import packing, verify
 
     user = packing.DEFAULT_USER if a.user is None else a.user
-    out = packing.pack(a.weights, a.out, user, a.wheel, a.wheels, say, progress)
+    out = packing.pack(a.weights, a.out, user, a.wheel, a.wheels, say, progress, a.training_features)
     _say_packed(out, out / packing.LIB / packing.WHEEL_LIST)
     if user == packing.DEFAULT_USER:
         print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")

@@ -1,4 +1,5 @@
-"""Shared by the tests: small drawn data, a tiny backbone's weights, one finished run, and the switch for long forms."""
+"""Shared by the tests: small drawn data, a tiny backbone's weights, one finished run,
+and the switch for long forms."""
 import gc
 import os
 import signal
@@ -36,7 +37,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    "Each fold's end collects what is no longer used: not once more among a million objects of imported modules."
+    """Each fold's end collects what is no longer used:
+    not once more among a million objects of imported modules."""
     gc.collect()
     gc.freeze()
 
@@ -67,8 +69,9 @@ def python(*arguments, **options):
 def assert_close(found, due):
     """The same but for the last bits, in grams: what other shapes may change.
 
-    A product of other shapes adds up in another order, so nothing that differs in batch size, number of threads or
-    device is compared for equality; which shapes differ, and by how much, depends on the processor.
+    A product of other shapes adds up in another order, so nothing that differs in batch size, number of
+    threads or device is compared for equality; which shapes differ, and by how much, depends on the
+    processor.
     """
     np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-4)
 
@@ -76,7 +79,8 @@ def assert_close(found, due):
 def launch(processes, module, *arguments, **options):
     """Run a module in several processes, as `accelerate launch` does on several GPUs.
 
-    On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it calls for GPUs.
+    On the CPU `accelerate launch` itself starts one process, whatever number it is given; torchrun is what it
+    calls for GPUs.
     """
     return python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", module,
@@ -108,7 +112,8 @@ def weights(tmp_path_factory):
 def config(data, weights, tmp_path_factory):
     "A frozen run of three folds on the tiny backbone."
     room = tmp_path_factory.mktemp("run")
-    return TrainConfig(data=data, out=room / "run", n_folds=3, backbone="test_efficientnet", backbone_weights=weights, tile_size=64, freeze_backbone=True,
+    return TrainConfig(data=data, out=room / "run", n_folds=3, backbone="test_efficientnet",
+                       backbone_weights=weights, tile_size=64, freeze_backbone=True,
                        use_aux_heads=True, epochs=4, cache_dir=room / "cache", device_type="cpu")
 
 

@@ -1,4 +1,5 @@
-"""Print README.md as `nbs/index.ipynb` says it: markdown and code cells, no outputs, cells marked `#| hide` left out."""
+"""Print README.md as `nbs/index.ipynb` says it:
+markdown and code cells, no outputs, cells marked `#| hide` left out."""
 import re
 from pathlib import Path
 

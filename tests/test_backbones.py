@@ -1,4 +1,5 @@
-"""Any timm backbone: weight files as people have them, names of the hub, tiles of odd sizes, rotary positions."""
+"""Any timm backbone: weight files as people have them, names of the hub, tiles of odd sizes,
+rotary positions."""
 
 import pytest
 import timm
@@ -60,7 +61,8 @@ def refused(name, **options):
 def test_a_common_beginning_of_all_names(state, tmp_path, prefix):
     "Alone, with a classifier inside what holds the backbone, and with a decoder beside it."
     bare = {prefix + k: v for k, v in state.items()}
-    for beside in ({}, {prefix + k: v for k, v in CLASSIFIER.items()}, {"decoder.norm.weight": torch.zeros(3)}):
+    classifier = {prefix + k: v for k, v in CLASSIFIER.items()}
+    for beside in ({}, classifier, {"decoder.norm.weight": torch.zeros(3)}):
         assert_same(loaded("test_vit", written(bare | beside, tmp_path)), state)
 
 
@@ -202,7 +204,8 @@ def some_tiles(size):
 
 
 def test_what_is_read_of_a_rotary_backbone(rotary):
-    "Class token and patches without the four registers, at several sizes; the last of its blocks is its output."
+    """Class token and patches without the four registers, at several sizes;
+    the last of its blocks is its output."""
     backbone, _ = rotary
     assert backbone.prefix == 5 and backbone.pooling == "cls_mean"
     assert not [k for k in backbone.model.state_dict() if "rope" in k]

@@ -42,14 +42,18 @@ def test_recommended_commands_run(name, data, weights, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "run/results.json").read_text())
     bundle = read_bundle(tmp_path / "run")
     assert {"floor_constant", "floor_state", "model"} <= set(results["scores"])
-    assert results["train_folds"] == ([0] if name == "one fold 3x3" else [0, 1]) and len(bundle.members) == len(results["train_folds"])
+    assert results["train_folds"] == ([0] if name == "one fold 3x3" else [0, 1])
+    assert len(bundle.members) == len(results["train_folds"])
     history = pd.read_csv(tmp_path / "run/history.csv")
-    assert set(history.epoch) == set(range(30 if name == "two stages" else 50)) and {"state", "month", "species"} <= set(history.columns)
+    assert set(history.epoch) == set(range(30 if name == "two stages" else 50))
+    assert {"state", "month", "species"} <= set(history.columns)
     if name == "two stages":
-        assert set(history.stage[history.epoch < 10]) == {0} and set(history.stage[history.epoch >= 10]) == {1}
+        assert set(history.stage[history.epoch < 10]) == {0}
+        assert set(history.stage[history.epoch >= 10]) == {1}
     if name == "frozen": assert bundle.manifest["physics"]["method"] == "always"
     backbones = {m["backbone"]["file"] for m in bundle.members}
-    assert len(backbones) == (2 if name == "two stages" else 1), "frozen members share a backbone, fine-tuned ones do not"
+    assert len(backbones) == (2 if name == "two stages" else 1), (
+        "frozen members share a backbone, fine-tuned ones do not")
 
 
 def test_an_absent_device_is_a_clear_error(data, tmp_path):
@@ -58,7 +62,9 @@ def test_an_absent_device_is_a_clear_error(data, tmp_path):
         here in (("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())) if not here)
     words = ["--data", data, "--out", tmp_path / "run", "--epochs", "50", "--freeze-backbone"]
     done = command("train", *words, "--device-type", absent)
-    assert done.returncode == 2 and f"--device-type {absent}: this machine has no {absent} device" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert f"--device-type {absent}: this machine has no {absent} device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_both_spellings_take_the_same_options():
@@ -73,7 +79,8 @@ def well(done):
 
 
 def test_draw_train_join_predict(tmp_path, monkeypatch):
-    "From nothing to a submission with the installed commands; what one of them does again, it does in this process."
+    """From nothing to a submission with the installed commands;
+    what one of them does again, it does in this process."""
     monkeypatch.chdir(tmp_path)
 
     def ok(name, *args): return well(run(BIN / name, *args, cwd=tmp_path))
@@ -85,15 +92,19 @@ def test_draw_train_join_predict(tmp_path, monkeypatch):
     assert "floor_constant" in ok("biomass_train", *options, "--out", "run2", "--grid", 2, 2)
     assert "floor_constant" in well(command("train", *options, "--out", "run3", "--grid", 3, 3))
     ok("biomass_bundle", "run2", "run3", "--out", "both")
-    ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv", "--device-type", "cpu")
+    ok("biomass_predict", "--data", "data", "--weights", "both", "--out", "submission.csv",
+       "--device-type", "cpu")
     submission = check_submission(tmp_path / "submission.csv", tmp_path / "data")
     words = ["--weights", "both", "--out", "table.csv", "--physics", "always", "--device-type", "cpu"]
     well(command("predict", "--photos", "data/test", *words))
-    table = pd.read_csv(tmp_path / "table.csv").assign(photo=lambda t: t.photo.str.removesuffix(".jpg")).set_index("photo")
+    table = pd.read_csv(tmp_path / "table.csv")
+    table.index = table.photo.str.removesuffix(".jpg")
     for i, grams in zip(submission.sample_id, submission.target):
         assert abs(table.loc[i.split("__")[0], i.split("__")[1]] - grams) < 1e-3
-    assert (tmp_path / "both/report.html").stat().st_size > 50_000 and np.isfinite(table[list(TARGETS)]).all(axis=None)
-    assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01) and (tmp_path / "table_report.html").stat().st_size > 30_000
+    assert (tmp_path / "both/report.html").stat().st_size > 50_000
+    assert np.isfinite(table[list(TARGETS)]).all(axis=None)
+    assert np.allclose(table[list(KG_HA)], table[list(TARGETS)] * 1000 / 21, atol=0.01)
+    assert (tmp_path / "table_report.html").stat().st_size > 30_000
     before = (tmp_path / "both/report.html").read_text()
     assert "both/report.html" in well(command("report", "both"))
     assert (tmp_path / "both/report.html").read_text() == before
@@ -109,7 +120,9 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
     ):
         done = command("predict", *args)
         said = done.stderr.splitlines()
-        assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: ") and words in said[0], done.stderr
+        assert done.returncode == 2 and len(said) == 1, said
+        assert said[0].startswith("error: ") and words in said[0], (
+            done.stderr)
 
 
 def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path, monkeypatch):
@@ -120,8 +133,9 @@ def test_questions_to_ask_before_believing_a_score(finished, data, tmp_path, mon
     done = command("validate", *words, *strategies, "--out", tmp_path / "cv.csv")
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(tmp_path / "cv.csv").set_index("cv")
-    assert (list(table.index) == ["group_date", "random"] and {"probe", "floor_constant", "floor_state"} <= set(table)
-            and table.loc["group_date", "difference"] == 0)
+    assert list(table.index) == ["group_date", "random"]
+    assert {"probe", "floor_constant", "floor_state"} <= set(table)
+    assert table.loc["group_date", "difference"] == 0
     done = command("compare", *words, "--first", data / "train", "--second", data / "train")
     assert done.returncode == 0, done.stderr[-2000:]
     auc = float(re.search(r"AUC (\d\.\d+) between 30 and 30", done.stdout)[1])

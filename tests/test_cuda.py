@@ -32,9 +32,9 @@ from biomass_kit.training.run import train
 
 pytestmark = pytest.mark.cuda
 RAW = [t + "_raw" for t in TARGETS]
-# How far a prediction may lie from the CPU's in fp32, as a share of the spread of predictions over photos. On the
-# CPU, with tiles rounded as a GPU rounds them, tiny transformers were off by at most 0.003 in fp32 and fp16 and 0.015
-# in bf16 of that spread; an H100 by 0.0007 g, 0.0008 g and 0.003 g.
+# How far a prediction may lie from the CPU's in fp32, as a share of the spread of predictions over photos. On
+# the CPU, with tiles rounded as a GPU rounds them, tiny transformers were off by at most 0.003 in fp32 and
+# fp16 and 0.015 in bf16 of that spread; an H100 by 0.0007 g, 0.0008 g and 0.003 g.
 SHARE = {"fp32": 0.03, "fp16": 0.03, "bf16": 0.1}
 
 
@@ -128,7 +128,8 @@ def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
     rest, epochs = [], loop.run_epoch
     monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
     found, _ = trained(config)
-    begun = 1 if recipe == "frozen" else len(rest)  # a step that has no ordered algorithm begins the member again
+    # a step that has no ordered algorithm begins the member again
+    begun = 1 if recipe == "frozen" else len(rest)
     assert rest == [2] * begun and begun in (1, 2), "the last epoch alone"
     assert_as_on_the_same_device(found, trained(dataclasses.replace(config, out=tmp_path / "whole/run"))[0])
 
@@ -152,12 +153,14 @@ def test_predictions_in_each_precision(learned, room, tmp_path, device, precisio
     here, there = table("here.csv", "cpu", "fp32"), table("there.csv", device, precision)
     outcome = there.attrs["outcome"]
     used = pick_precision(pick_device(device), precision)
-    assert not outcome.issues and outcome.devices[0].startswith(device) and outcome.devices[0].endswith(f"in {used}")
+    assert not outcome.issues and outcome.devices[0].startswith(device)
+    assert outcome.devices[0].endswith(f"in {used}")
     assert_close(by_photo(there), by_photo(here), used)
 
 
 def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
-    """5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is stored.
+    """5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is
+    stored.
 
     All of them on the device.
     """

@@ -1,4 +1,5 @@
-"""However it ends: Ctrl-C, errors, a device that hangs, a home that takes no files: what is the exit code, what is left?"""
+"""However it ends: Ctrl-C, errors, a device that hangs, a home that takes no files:
+what is the exit code, what is left?"""
 import ast
 import dataclasses
 import errno
@@ -109,7 +110,8 @@ def test_every_command_keeps_its_exit_code_while_a_device_is_at_work(tmp_path):
     said = process.said()
     assert len(entries) == 12 and "terminate" not in said, said
     found = ast.literal_eval(said.rpartition("codes: ")[2])
-    assert found == {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130} | dict.fromkeys(entries, 130)
+    ends = {"none": 0, "mistake": 2, "no memory": 2, "bug": 1, "ctrl-c": 130}
+    assert found == ends | dict.fromkeys(entries, 130)
     assert said.count("Traceback") == 1 and "error: first line" in said, "only what nobody expected has one"
 
 
@@ -233,7 +235,8 @@ def test_whatever_a_device_raises_its_photos_go_to_the_other(room, whole, tmp_pa
     monkeypatch.setattr(Ensemble, "predict_loaded", fails)
     table = predicted(room, tmp_path / "s.csv", devices=[CPU, CPU])
     assert np.allclose(by_photo(table), whole, atol=1e-3) and not table.attrs["outcome"].issues
-    assert [line.startswith("cpu failed (") and line.endswith("went to cpu") for line in table.attrs["outcome"].notes] == [True]
+    (line,) = table.attrs["outcome"].notes
+    assert line.startswith("cpu failed (") and line.endswith("went to cpu")
 
 
 def test_all_devices_fail_after_some_photos(room, whole, tmp_path, monkeypatch):
@@ -320,7 +323,8 @@ def test_a_cache_that_nobody_asked_for(room, whole, tmp_path, monkeypatch):
     assert done.stdout.count("features are not kept") == 1, "among the closing lines"
     assert np.allclose(by_photo(check_submission(tmp_path / "s.csv", room / "data")), whole, atol=1e-3)
     asked = command("predict", *words, "--cache-dir", tmp_path / "file/cache")
-    assert asked.returncode == 2 and "give another --cache-dir" in asked.stderr and "Traceback" not in asked.stderr
+    assert asked.returncode == 2 and "give another --cache-dir" in asked.stderr
+    assert "Traceback" not in asked.stderr
     table = check_submission(tmp_path / "s.csv", room / "data")
     assert np.allclose(by_photo(table), whole, atol=1e-3), "the table that was there"
 

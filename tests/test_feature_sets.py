@@ -194,6 +194,9 @@ def test_statistics_and_blocks_are_one_pass(base, room, tmp_path, passes):
     assert seen("d", feature_blocks=(1, 4), pooling=ALL_SIX) == once, "a block that nobody stored"
     assert seen("e", feature_blocks=(3, 4, 1), pooling=ALL_SIX) == 0
     assert seen("f", pooling=ALL_SIX, feature_blocks=(3,), also=("blocks=4",)) == 0
+    beside = ("blocks=2,pooling=max+mean", "blocks=5")
+    assert seen("g", feature_blocks=(2,), pooling="mean", also=beside) == once, "three specs, one pass"
+    assert seen("h", feature_blocks=(2,), pooling="max+mean") == 0, "and each is stored as if alone"
 
 
 BESIDE = {  # what else a head that reads several specs may be asked for
@@ -406,7 +409,8 @@ def test_neural_options_are_refused_beside_a_closed_head(base, head):
     "Each of them, and what a closed head of another kind reads."
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.1}
     named = dict(augment="flips", augment_size="tiles", fusion="none", loss_kind="mse",
-                 target_weights="equal", teacher=Path("x"), average="ema", checkpoint="best", head_lr_stage1=0.1)
+                 target_weights="equal", teacher=Path("x"), average="ema", checkpoint="best",
+                 head_lr_stage1=0.1)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     closed = dataclasses.replace(base, head=head, epochs=60)
     check_config(closed)

@@ -1,4 +1,5 @@
-"""Bundles that were changed on the way: no flipped byte is missed, no tampering gets further than its name, nothing that runs code is loaded."""
+"""Bundles that were changed on the way:
+no flipped byte is missed, no tampering gets further than its name, nothing that runs code is loaded."""
 import ast
 import json
 import pickle
@@ -26,6 +27,7 @@ from biomass_kit.inference.bundle import (
     sign_manifest,
     write_manifest,
 )
+from biomass_kit.inference.card import CARD
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.model.model import BiomassModel
 
@@ -41,8 +43,10 @@ def small_bundle(folder):
     for fold, reads in enumerate((plain, plain | lora)):
         model = BiomassModel(body.dim, hidden_ratio=0.01, learning=True)
         model.fit_output(torch.rand(20, 5) * 50)
-        infos.append(save_member(folder, model, dict(name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
-                                                     bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})))
+        info = dict(
+            name=f"2x2-{fold}", fold=fold, backbone=reads, grid=[2, 2], tile_size=size,
+            bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={"epochs": 3})
+        infos.append(save_member(folder, model, info))
     write_manifest(
         folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {"model": {"weighted_r2": 0.5}})
     return folder
@@ -83,7 +87,7 @@ def flipped(path, at, by):
 def test_sampled_flips_of_every_file_are_found(copy):
     "A hundred of each file, half of them in what is its header, most of single bits."
     rng = np.random.default_rng(0)
-    files = sorted(copy.iterdir())
+    files = sorted(path for path in copy.iterdir() if path.name != CARD)
     assert len(files) == 5 and {p.suffix for p in files} == {".json", ".safetensors"}
     for path in files:
         size = path.stat().st_size
@@ -98,10 +102,11 @@ def test_sampled_flips_of_every_file_are_found(copy):
 
 @pytest.mark.long
 def test_every_byte_of_the_small_files(copy):
-    "Manifest, members and LoRA factors, byte by byte, each by one bit; and each byte of the manifest to a blank, which JSON forgives."
+    """Manifest, members and LoRA factors, byte by byte, each by one bit;
+    and each byte of the manifest to a blank, which JSON forgives."""
     rng = np.random.default_rng(1)
     for path in sorted(copy.iterdir()):
-        if path.name.startswith("backbone-"): continue
+        if path.name.startswith("backbone-") or path.name == CARD: continue
         for at in range(path.stat().st_size): flipped(path, at, 1 << int(rng.integers(8)))
     for at, byte in enumerate((copy / MANIFEST).read_bytes()):
         if byte != ord(" "): flipped(copy / MANIFEST, at, byte ^ ord(" "))
@@ -111,7 +116,10 @@ def test_every_byte_of_the_small_files(copy):
 def test_blanks_and_doubled_keys_are_found(copy):
     "What JSON reads alike is not what was written."
     data = (copy / MANIFEST).read_bytes()
-    for other in (data.replace(b"\n", b" ", 1), data + b"\n", data.replace(b"{", b'{"views": [],', 1), data.replace(b"0.15", b"15e-2"), data[:-1]):
+    others = (
+        data.replace(b"\n", b" ", 1), data + b"\n", data.replace(b"{", b'{"views": [],', 1),
+        data.replace(b"0.15", b"15e-2"), data[:-1])
+    for other in others:
         assert other != data
         (copy / MANIFEST).write_bytes(other)
         assert "its own sha256 differs" in refused(copy)
@@ -181,10 +189,11 @@ TAMPERED = {  # name -> (what somebody does who can sign, what must be said)
         lambda f: signed(f, schema=4, library="1.4"), "reads 1 to 3; install biomass_kit 1.4"),
     "a newer library": (lambda f: signed(f, library="99.0"), "install biomass_kit 99.0 or later"),
     "a missing field": (
-        lambda f: rewritten(f, lambda m: m.pop("bounds")), "not as biomass_kit writes it (KeyError: 'bounds')"),
+        lambda f: rewritten(f, lambda m: m.pop("bounds")),
+        "not as biomass_kit writes it (KeyError: 'bounds')"),
     "a missing member": (
-        lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(), "missing, though the manifest lists "
-                                                                       "it; copy the bundle again"),
+        lambda f: (f / manifest_of(f)["members"][1]["file"]).unlink(),
+        "missing, though the manifest lists it; copy the bundle again"),
     "no members": (lambda f: signed(f, members=[]), "lists no member"),
     "another's name for the backbone": (lambda f: rewritten_member(
         f, backbone=manifest_of(f)["members"][0]["backbone"] | {"name": "test_vit2"}),
@@ -216,12 +225,15 @@ def test_tampering_is_named(copy, name):
 
 
 def test_what_shows_when_weights_are_loaded(copy, sound):
-    "A backbone that is none, a head for another backbone, a head whose config asks for other or for giant tensors, or that a later library built."
+    """A backbone that is none, a head for another backbone,
+    a head whose config asks for other or for giant tensors, or that a later library built."""
     other_backbone(copy)
     with pytest.raises(BiomassError, match="weights do not fit test_vit"):
         read_bundle(copy).load_backbone(read_bundle(copy).members[0])
     bundle = read_bundle(sound)
-    of = lambda **changes: {**bundle.members[0], "model": bundle.members[0]["model"] | changes}
+
+    def of(**changes): return {**bundle.members[0], "model": bundle.members[0]["model"] | changes}
+
     with pytest.raises(BiomassError, match="reads features of 128 channels, and test_vit gives 64"):
         bundle.load_backbone(of(dim=128))
     with pytest.raises(BiomassError, match="its config asks for"): bundle.load_model(of(dim=10**7))
@@ -245,12 +257,14 @@ def changed(value, rng):
 
 @pytest.mark.parametrize("cases", [200, pytest.param(3000, marks=pytest.mark.long)])
 def test_junk_in_a_signed_manifest_is_refused_or_harmless(copy, cases):
-    "Whatever stands in the place of a value: no other error than ours; and what is read can be predicted with."
+    """Whatever stands in the place of a value: no other error than ours;
+    and what is read can be predicted with."""
     rng, plain, seen = np.random.default_rng(cases), manifest_of(copy), {"read": 0, "refused": 0}
     for _ in range(cases):
         junk = changed(plain, rng)
         try:
-            sign_manifest(copy, junk) if isinstance(junk, dict) else (copy / MANIFEST).write_text(json.dumps(junk))
+            if isinstance(junk, dict): sign_manifest(copy, junk)
+            else: (copy / MANIFEST).write_text(json.dumps(junk))
         except ValueError: continue
         try: bundle = read_bundle(copy)
         except BiomassError as e:
@@ -272,10 +286,12 @@ def predict(bundle):
 
 
 def test_bundles_of_earlier_libraries_are_read(copy):
-    "No digest, no way of combining; member configs with fields that are gone, or without fields that came later."
+    """No digest, no way of combining;
+    member configs with fields that are gone, or without fields that came later."""
     rewritten_member(copy, config={"a_switch_of_old": 3})
-    rewritten_member(copy, 1, config={}, model={k: v for k, v in manifest_of(copy)["members"][1]["model"].items()
-                                                if k not in ("fusion", "symmetric", "density")})
+    later = ("fusion", "symmetric", "density")
+    model = {k: v for k, v in manifest_of(copy)["members"][1]["model"].items() if k not in later}
+    rewritten_member(copy, 1, config={}, model=model)
     (copy / MANIFEST).write_text(
         json.dumps({k: v for k, v in manifest_of(copy).items() if k not in SINCE_LATER}))
     bundle = read_bundle(copy)
@@ -284,18 +300,22 @@ def test_bundles_of_earlier_libraries_are_read(copy):
 
 def test_nothing_in_the_library_loads_or_runs_code():
     "No pickle reader, no eval, no exec; torch.nn.Module.eval is a method."
-    readers = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"),
-               ("pd", "read_pickle"), ("pandas", "read_pickle"), ("yaml", "load"), ("marshal", "loads")}
+    readers = {
+        ("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("joblib", "load"), ("np", "fromregex"),
+        ("pd", "read_pickle"), ("pandas", "read_pickle"), ("yaml", "load"), ("marshal", "loads")}
     for path in CODE:
         for node in ast.walk(syntax(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path.name} line {node.lineno}"
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), (
+                    f"{path.name} line {node.lineno}")
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in readers, f"{path.name} line {node.lineno}"
             if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
-                assert ast.unparse(node.value) == str(node.arg == "weights_only"), f"{path.name} line {node.value.lineno}"
+                assert ast.unparse(node.value) == str(node.arg == "weights_only"), (
+                    f"{path.name} line {node.value.lineno}")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None)
                 assert not {(module, a.name) for a in node.names} & readers, f"{path.name} line {node.lineno}"
-                assert not ({(module or a.name).split(".")[0] for a in node.names}
-                            & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}), f"{path.name} line {node.lineno}"
+                imported = {(module or a.name).split(".")[0] for a in node.names}
+                assert not imported & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}, (
+                    f"{path.name} line {node.lineno}")

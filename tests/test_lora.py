@@ -1,4 +1,5 @@
-"""The second stage: what learns and what rests, LoRA factors stored and merged without peft. And intervals from two processes."""
+"""The second stage: what learns and what rests, LoRA factors stored and merged without peft.
+And intervals from two processes."""
 import dataclasses
 import sys
 
@@ -42,7 +43,8 @@ def start(name, folder, size=64):
 def adapting(config, tmp_path_factory):
     "A two-stage run on a tiny transformer whose second stage learns LoRA factors, for two folds."
     room = tmp_path_factory.mktemp("lora")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=start("test_vit", room), freeze_backbone=False,
+    return dataclasses.replace(config, out=room / "run", backbone="test_vit",
+                               backbone_weights=start("test_vit", room), freeze_backbone=False,
                                two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2,
                                train_folds=(0, 1), use_aux_heads=False)
 
@@ -54,7 +56,8 @@ def adapted(adapting):
 
 
 def agrees(run, data):
-    "The largest difference between the out-of-fold rows and what the bundle's own members say of those photos."
+    """The largest difference between the out-of-fold rows and what the bundle's own members say
+    of those photos."""
     oof, bundle = pd.read_csv(run / "oof.csv"), read_bundle(run)
     worst = 0.0
     for m in bundle.members:
@@ -62,7 +65,8 @@ def agrees(run, data):
         alone = Ensemble(bundle._replace(manifest={**bundle.manifest, "members": [m]}), device_type="cpu")
         worst = max(
             worst,
-            np.abs(alone.predict([data / p for p in rows.image_path]) - rows[[t + "_raw" for t in TARGETS]].to_numpy()).max())
+            np.abs(alone.predict([data / p for p in rows.image_path])
+                   - rows[[t + "_raw" for t in TARGETS]].to_numpy()).max())
     return worst
 
 
@@ -98,7 +102,8 @@ def test_a_member_holds_only_what_it_learned(adapting, adapted, data):
     assert all(torch.equal(base[k], begin[k]) for k in begin), "the base never moves"
     factors = load_file(adapted / "bundle" / files["lora"][0])
     assert max(v.abs().max() for k, v in factors.items() if k.endswith(".B")) > 1e-3, "it learned nothing"
-    assert (adapted / "bundle" / files["lora"][0]).stat().st_size < (adapted / "bundle" / files["backbone"][0]).stat().st_size / 5
+    factors, whole = ((adapted / "bundle" / files[kind][0]).stat().st_size for kind in ("lora", "backbone"))
+    assert factors < whole / 5
     ensemble = Ensemble(bundle, device_type="cpu")
     assert len(ensemble.passes) == len(ensemble.backbones) == 2, "other factors are other backbones"
     assert bundle.members[0]["config"]["lora_rank"] == 2 and agrees(adapted, data) < 1e-3
@@ -122,7 +127,8 @@ def test_lost_factors_are_learned_again(adapting, adapted, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [dict(average="ema"), dict(average="swa"), dict(checkpoint="best"),
-                                    dict(two_stage=False, freeze_epochs=10, grad_checkpointing=True, layer_decay=0.7)], ids=lambda c: next(iter(c)))
+                                    dict(two_stage=False, freeze_epochs=10, grad_checkpointing=True,
+                                         layer_decay=0.7)], ids=lambda c: next(iter(c)))
 def test_lora_beside_other_options(chosen, adapting, data, tmp_path):
     run = dataclasses.replace(adapting, out=tmp_path / "run", train_folds=(0,), epochs=2, **chosen)
     train(run, **quiet)
@@ -157,7 +163,8 @@ def test_what_cannot_be_adapted_is_refused(adapting, weights, monkeypatch, tmp_p
 
 @pytest.fixture
 def watch(monkeypatch):
-    "The backbone's buffers when each stage starts, and the mode in which each stage's batches pass through it."
+    """The backbone's buffers when each stage starts,
+    and the mode in which each stage's batches pass through it."""
     seen, make, forward = {"buffers": [], "modes": []}, loop.make_optimizer, Backbone.forward
 
     def starts(model, backbone, stage, c):
@@ -177,18 +184,22 @@ def watch(monkeypatch):
 def test_a_frozen_stage_leaves_running_statistics_alone(config, tmp_path, watch):
     "Batch norm in train mode would drift under heads that are told the backbone is frozen."
     train(
-        dataclasses.replace(config, out=tmp_path / "run", freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0,)), **quiet)
+        dataclasses.replace(
+            config, out=tmp_path / "run", freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2,
+            train_folds=(0,)), **quiet)
     first, second = watch["buffers"]
     assert any("running_mean" in k for k in first) and all(torch.equal(first[k], second[k]) for k in first)
     assert watch["modes"] == [{False}, {True}]
     left = load_file(next((tmp_path / "run/bundle").glob("backbone-*")))
-    assert not all(torch.equal(first[k], left[k]) for k in first if "running" in k), "the second stage has its own statistics"
+    assert not all(torch.equal(first[k], left[k]) for k in first if "running" in k), (
+        "the second stage has its own statistics")
 
 
 def test_lora_leaves_running_statistics_alone(config, tmp_path, watch):
     "A network with batch norm and attention: beside LoRA factors the base stays what it was, all of it."
     begin = start("mobilevit_xxs", tmp_path)
-    train(dataclasses.replace(config, out=tmp_path / "run", backbone="mobilevit_xxs", backbone_weights=begin, freeze_backbone=False, epochs=1,
+    train(dataclasses.replace(config, out=tmp_path / "run", backbone="mobilevit_xxs", backbone_weights=begin,
+                              freeze_backbone=False, epochs=1,
                               batch_size=10, lora_rank=2, train_folds=(0,)), **quiet)
     left, begin = load_file(next((tmp_path / "run/bundle").glob("backbone-*"))), load_file(begin)
     assert watch["modes"] == [{True}] and any("running_mean" in k for k in begin) and all(
@@ -206,7 +217,8 @@ def test_checkpointing_changes_no_gradient(name, rank):
         for n, p in backbone.named_parameters():
             if "lora_B" in n: torch.nn.init.normal_(p, std=0.05)
         set_mode(backbone, True)
-        backbone(torch.arange(2 * 3 * 64 * 64).remainder(251).to(torch.uint8).view(2, 3, 64, 64)).square().mean().backward()
+        tiles = torch.arange(2 * 3 * 64 * 64).remainder(251).to(torch.uint8).view(2, 3, 64, 64)
+        backbone(tiles).square().mean().backward()
         return {n: p.grad for n, p in backbone.named_parameters() if p.requires_grad}
 
     plain, again = gradients(False), gradients(True)
@@ -220,7 +232,8 @@ def test_two_processes_share_photos_with_intervals(config, data, tmp_path):
         dataclasses.replace(config, out=tmp_path / "run", epochs=1, uncertainty=True, train_folds=(0,)),
         **quiet)
     alone = predict_folder(tmp_path / "run", data / "test", tmp_path / "alone.csv", device_type="cpu")
-    done = launch(2, "biomass_kit.predict", "--weights", tmp_path / "run", "--photos", data / "test", "--out", tmp_path / "shared.csv",
+    done = launch(2, "biomass_kit.predict", "--weights", tmp_path / "run", "--photos", data / "test",
+                  "--out", tmp_path / "shared.csv",
                   "--device-type", "cpu", "--no-cache")
     assert done.returncode == 0, done.stderr[-3000:]
     shared = pd.read_csv(tmp_path / "shared.csv")

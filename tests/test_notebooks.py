@@ -10,16 +10,18 @@ from sources import EXPORTING, NOTEBOOKS, ROOT, cells, exported_as, inside, know
 
 INDEX = ROOT / "nbs" / "index.ipynb"
 EXPLORE = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" / "explore"]
+DEFINITIONS = ast.FunctionDef, ast.ClassDef
 MOST_LINES = 25  # of code in a cell; empty lines and nbdev's directives are not counted
 MOST_BYTES = 150_000  # of a stored picture
 
-LONGER = {  # why a cell stays in one piece -> module -> its longest definition, or its first line if it has none
+# why a cell stays in one piece -> module -> its longest definition, or its first line if it has none
+LONGER = {
     "one class or function; no cell boundary can part it": {
         "data.progress": ["Lines"],
         "features.augment": ["GreenJitter"],
-        "features.backbone": ["Backbone"],
+        "features.backbone": ["Backbone", "build_backbone"],
         "features.runner": ["TileRunner"],
-        "features.store": ["FeatureCache"],
+        "features.store": ["FeatureCache", "SharedCache"],
         "features.pairs": ["PairStore"],
         "model.model": ["Reader", "Trunk", "BiomassModel"],
         "model.loss": ["total_loss"],
@@ -36,8 +38,11 @@ LONGER = {  # why a cell stays in one piece -> module -> its longest definition,
         "training.loop": ["Loop"],
         "training.scores": ["write_results"],
         "training.run": ["Run"],
+        "training.own": ["Equations", "Adapter"],
+        "training.adapt": ["write_adapted", "adapt"],
+        "evidence.compare": ["adversarial_validation"],
         "evidence.holdout": ["Trainer"],
-        "evidence.search": ["search"],
+        "evidence.search": ["search", "conclude"],
         "reports.figures": ["plot_predicted", "plot_learning"],
         "kaggle.packing": ["pack"],
         "kaggle.sandbox": ["Sandbox", "run_offline"],
@@ -65,6 +70,9 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "data.xlsx": "cells of a sheet; they are asserted or shown as a table",
     "data.exif": "tags and what is read of them; they are asserted",
     "data.table": "rows and refusals; they are printed",
+    "data.paths": "files and refusals; they are asserted or printed",
+    "data.cells": "cells and refusals; they are printed or asserted",
+    "data.wide": "a table and refusals; they are shown or printed",
     "features.options": "names",
     "features.device": "devices that this machine may lack; what is said of them is printed",
     "features.backbone": "shapes, digests and refusals; the effect of LoRA factors is asserted",
@@ -74,7 +82,9 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "model.options": "names",
     "model.layers": "tensors; their shapes and gradients are asserted",
     "inference.members": "what is refused; it is printed",
+    "inference.card": "a page of text; it is printed",
     "inference.bundle": "files and digests; the folder is listed",
+    "inference.pooled": "tensors and what is refused; both are asserted or printed",
     "inference.partial": "lines of a file, and what is recalled of them; they are printed or asserted",
     "inference.paddocks": "names and sums; they are asserted; the notebook of reports.paddocks shows means",
     "inference.issues": "a file of reasons and closing lines; both are printed",
@@ -87,10 +97,12 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "training.scores": "tables and JSON; the notebook of reports.run shows them",
     "training.forecast": "what a run would cost; it is printed",
     "training.describe": "words; they are asserted",
+    "training.passes": "counts; they are asserted",
     "training.folder": "files and locks; they are asserted",
     "training.setup": "what is refused and what is prepared; both are asserted",
     "training.join": "scores and refusals; they are printed",
     "training.recipes": "a table of recipes",
+    "training.own": "matrices and a rule; they are asserted, and the notebook of adapt has the picture",
     "evidence.probe": "one score beside two others; they are printed",
     "evidence.compare": "differences with their intervals; they are printed",
     "evidence.stacking": "weights; they are asserted",
@@ -101,7 +113,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
     "kaggle.environment": "versions and pip's answers; they are printed or asserted",
     "kaggle.sandbox": "processes and limits; they are asserted",
     "kaggle.verify": "a verdict; its lines are printed",
-    **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo"),
+    **dict.fromkeys(("command", "train", "search", "predict", "report", "validate", "pack", "demo", "adapt"),
                     "answers, which are asserted; the notebooks of reports show the pictures"),
 }
 
@@ -130,11 +142,12 @@ def length(code):
 def named(code):
     "The longest definition of a cell, or its first line."
     body = ast.parse(code).body
-    defined = {n.end_lineno - n.lineno: n.name for n in reversed(body) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    defined = {n.end_lineno - n.lineno: n.name for n in reversed(body) if isinstance(n, DEFINITIONS)}
     return defined[max(defined)] if defined else ast.get_source_segment(code, body[0]).splitlines()[0]
 
 
-def long_cells(path): return [named(code) for code in map(source, cells(path, "code")) if length(code) > MOST_LINES]
+def long_cells(path):
+    return [named(code) for code in map(source, cells(path, "code")) if length(code) > MOST_LINES]
 
 
 def excused(path): return [name for group in LONGER.values() for name in group.get(title_of(path), [])]
@@ -186,7 +199,8 @@ def test_lists_its_contents(path):
     sections = [text for level, text in headings(path) if level == 2]
     links = [f"[{text}](#{text.replace(' ', '-')})" for text in sections]
     opening = " ".join(" ".join(source(c) for c in cells(path)[:2] if c["cell_type"] == "markdown").split())
-    if "](#" in opening or len(sections) >= 4: assert " · ".join(links) in opening, f"contents should read {' · '.join(links)}"
+    if "](#" in opening or len(sections) >= 4:
+        assert " · ".join(links) in opening, f"contents should read {' · '.join(links)}"
 
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -225,33 +239,38 @@ def test_the_readme_has_a_row_for_every_notebook():
     mapped = [(INDEX.parent / row).resolve() for row in rows]
     missing = sorted(map(inside, {*EXPORTING, *EXPLORE} - {*mapped}))
     assert not missing, f"nbs/index.ipynb has no row for {missing}"
-    assert [row for row in mapped if row in EXPORTING] == EXPORTING, "rows are not in the order of the notebooks"
+    in_order = [row for row in mapped if row in EXPORTING]
+    assert in_order == EXPORTING, "rows are not in the order of the notebooks"
 
 
 @every_notebook
 def test_cells_are_short(path):
     surplus = sorted(set(long_cells(path)) - set(excused(path)))
-    assert not surplus, f"over {MOST_LINES} lines: the cells of {surplus}; part them, or say in LONGER why not"
+    assert not surplus, (
+        f"over {MOST_LINES} lines: the cells of {surplus}; part them, or say in LONGER why not")
     gone = sorted(set(excused(path)) - set(long_cells(path)))
     assert not gone, f"short enough by now: the cells of {gone}; drop them from LONGER"
 
 
 def shows(path):
     "Whether a notebook has a picture: among its outputs, or linked by its prose."
-    return any(kind.startswith("image/") for o in stored(path) for kind in o.get("data", {})) or any("![" in source(c) for c in cells(path, "markdown"))
+    drawn = any(kind.startswith("image/") for o in stored(path) for kind in o.get("data", {}))
+    return drawn or any("![" in source(c) for c in cells(path, "markdown"))
 
 
 @pytest.mark.parametrize("path", [*EXPORTING, *EXPLORE], ids=title_of)
 def test_has_something_to_look_at(path):
     excuse = title_of(path) in NO_PICTURE
     assert shows(path) != excuse, "draw something, or say in NO_PICTURE why there is nothing to see; not both"
-    sizes = [len("".join(v)) * 3 // 4 for o in stored(path) for kind, v in o.get("data", {}).items() if kind in ("image/png", "image/jpeg")]
+    shown = [item for o in stored(path) for item in o.get("data", {}).items()]
+    sizes = [len("".join(v)) * 3 // 4 for kind, v in shown if kind in ("image/png", "image/jpeg")]
     assert max(sizes, default=0) <= MOST_BYTES
 
 
 def shown(node):
     "Whether a last statement is a value, which a notebook prints."
-    return isinstance(node, ast.Expr) and isinstance(node.value, (ast.Name, ast.Dict, ast.List, ast.Subscript, ast.Attribute))
+    values = (ast.Name, ast.Dict, ast.List, ast.Subscript, ast.Attribute)
+    return isinstance(node, ast.Expr) and isinstance(node.value, values)
 
 
 @every_notebook
@@ -261,15 +280,19 @@ def test_outputs_are_stored_and_clean(path):
         assert not noise, f"{source(c)[:60]}: {noise}"
         body = ast.parse(dedent(source(c))).body
         draws = "plt.subplots(" in source(c) and "plt.close(" not in source(c)
-        prints = any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "print" for n in body)
-        if draws: assert any("image/png" in o.get("data", {}) for o in c["outputs"]), f"run it: {source(c)[:60]}"
+        calls = [n.value for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+        prints = any(getattr(call.func, "id", "") == "print" for call in calls)
+        if draws:
+            pictures = any("image/png" in o.get("data", {}) for o in c["outputs"])
+            assert pictures, f"run it: {source(c)[:60]}"
         if prints or body and shown(body[-1]): assert c["outputs"], f"run it: {source(c)[:60]}"
 
 
 @pytest.mark.parametrize("path", EXPLORE, ids=title_of)
 def test_explore_runs_on_what_is_committed(path):
     settings = ast.parse(source(cells(path, "code")[0])).body
-    assert settings and all(isinstance(n, ast.Assign) for n in settings), "the first cell holds the variables, and nothing else"
+    assert settings and all(isinstance(n, ast.Assign) for n in settings), (
+        "the first cell holds the variables, and nothing else")
     for n in settings:
         value = ast.literal_eval(n.value)
         assert value is None or (path.parent / value).resolve().is_relative_to(ROOT / "tests"), (
@@ -279,7 +302,7 @@ def test_explore_runs_on_what_is_committed(path):
 @pytest.mark.parametrize("path", EXPLORE, ids=title_of)
 def test_explore_defines_nothing(path):
     for code in map(source, cells(path, "code")):
-        defined = [n.name for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        defined = [n.name for n in ast.walk(ast.parse(code)) if isinstance(n, DEFINITIONS)]
         assert not defined, f"{defined}: what is worth a function belongs into a module"
         assert not code.startswith("#| export")
 

@@ -1,4 +1,5 @@
-"""Numbers that must not depend on how they were made: workers, kills, the cache; and data too small or too flat to learn from."""
+"""Numbers that must not depend on how they were made: workers, kills, the cache;
+and data too small or too flat to learn from."""
 import dataclasses
 import json
 import os
@@ -39,7 +40,8 @@ def base(tmp_path_factory):
     save_file(
         build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
         room / "vit.safetensors")
-    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit", backbone_weights=room / "vit.safetensors",
+    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
+                       backbone_weights=room / "vit.safetensors",
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")
 
 
@@ -68,8 +70,11 @@ def killed_after_two(config, monkeypatch):
 def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
     "Pixels augmented in the loop, with 0, 1 and 2 workers; begun with one number and gone on with another."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    run = lambda name, workers: dataclasses.replace(
-        base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
+
+    def run(name, workers):
+        return dataclasses.replace(
+            base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
+
     for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
     killed_after_two(run("cut", 2), monkeypatch)
     train(run("cut", 1), **quiet)
@@ -77,7 +82,8 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
 
 
 def test_threads_change_no_bit(base, tmp_path):
-    "Heads on stored features learn on one thread, whatever the machine has: sums of many threads end in other bits."
+    """Heads on stored features learn on one thread, whatever the machine has:
+    sums of many threads end in other bits."""
     wide = dataclasses.replace(
         base, freeze_backbone=True, batch_size=12, hidden_ratio=4.0, cache_dir=tmp_path / "cache")
     before, runs = torch.get_num_threads(), {
@@ -92,7 +98,9 @@ def test_threads_change_no_bit(base, tmp_path):
 
 SHAPES = """
 import sys, numpy as np, torch
-from biomass_kit.inference.bundle import read_bundle; from biomass_kit.data.photos import list_photos; from biomass_kit.inference.ensemble import Ensemble
+from biomass_kit.data.photos import list_photos
+from biomass_kit.inference.bundle import read_bundle
+from biomass_kit.inference.ensemble import Ensemble
 ensemble, photos, found = Ensemble(read_bundle(sys.argv[1]), device_type="cpu"), list_photos(sys.argv[2]), []
 for threads, size in ((2, 4), (2, 1), (2, 3), (1, 4), (2, 4)):
     torch.set_num_threads(threads)
@@ -102,7 +110,8 @@ np.save(sys.argv[3], found)
 
 
 def test_batch_size_and_threads_change_last_bits_alone(base, tmp_path):
-    "On a processor, played, where every other shape rounds in another way: within the promise, and alike when asked alike."
+    """On a processor, played, where every other shape rounds in another way:
+    within the promise, and alike when asked alike."""
     bundle, out = untrained_bundle(tmp_path / "bundle"), tmp_path / "found.npy"
     rounding = {"PYTHONPATH": f"{ROOT / 'tests/last_bits'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = python("-c", SHAPES, bundle, base.data / "train", out, env={**os.environ, **rounding})
@@ -120,7 +129,8 @@ def oof(config):
 
 
 def test_cached_as_not_cached(base, tmp_path):
-    "With the same draws of flips and swaps, stored features in fp32 give what the backbone gives in every epoch; in fp16 it differs by what is said here."
+    """With the same draws of flips and swaps, stored features in fp32 give what the backbone gives
+    in every epoch; in fp16 it differs by what is said here."""
     plain = dataclasses.replace(
         base, freeze_backbone=True, augment="flips", use_mixup=False, use_cutmix=False, train_folds=None,
         epochs=6)
@@ -144,7 +154,8 @@ def test_cached_as_not_cached(base, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monkeypatch):
-    "In the second epoch a batch gives no number: its photos are named, the epochs before are kept, and the run goes on from them when the fault is gone."
+    """In the second epoch a batch gives no number:
+    its photos are named, the epochs before are kept, and the run goes on from them when the fault is gone."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     config, plain, calls = dataclasses.replace(base, out=tmp_path / "run"), loop.total_loss, []
 
@@ -162,8 +173,9 @@ def test_no_number_ends_the_run_and_names_the_photos(base, what, tmp_path, monke
             batches.append([f.paths[i].rsplit("/", 1)[1] for i in batch["photo"]]), run(f, batch, *rest))[1])
         with pytest.raises(BiomassError) as e: train(config, **quiet)
     said, kept = str(e.value), config.out / f"folds/0{CHECKPOINT}"
-    assert (("the loss is nan" if what == "loss" else "the gradient's norm is") in said and f"photos {', '.join(batches[-1])};" in said
-            and f"the epochs before are kept in {kept}" in said and len(batches) == 4), said
+    assert ("the loss is nan" if what == "loss" else "the gradient's norm is") in said
+    assert f"photos {', '.join(batches[-1])};" in said and f"the epochs before are kept in {kept}" in said
+    assert len(batches) == 4, said
     assert kept.is_file() and not (config.out / "results.json").exists()
     if what == "loss": return
     train(config, **quiet)
@@ -176,6 +188,11 @@ def test_no_number_before_anything_is_kept(base, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "total_loss", lambda *_: (torch.tensor(torch.inf, requires_grad=True), {}))
     with pytest.raises(BiomassError, match="the loss is inf; photos .*; no epoch before was kept"):
         train(dataclasses.replace(base, out=tmp_path / "run"), **quiet)
+
+
+def on_two_dates(table):
+    codes = table.image_path.astype("category").cat.codes
+    return table.assign(Sampling_Date=[f"2015/9/{4 + i % 2}" for i in codes])
 
 
 SMALL = {  # name -> (table -> table, options)
@@ -191,8 +208,7 @@ SMALL = {  # name -> (table -> table, options)
         lambda t: t.assign(target=t.target.where(t.target_name != "Dry_Dead_g", 0.0)), {}),
     "all targets constant": (lambda t: t.assign(target=5.0), {}),
     "nothing grows": (lambda t: t.assign(target=0.0), {}),
-    "two dates": (
-        lambda t: t.assign(Sampling_Date=["2015/9/4" if i % 2 else "2015/9/5" for i in t.image_path.astype("category").cat.codes]), {}),
+    "two dates": (on_two_dates, {}),
 }
 
 
@@ -203,12 +219,14 @@ BY_COMMAND = ("one photo a fold", "states without a name", "all targets constant
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SMALL)
 def test_small_and_flat_data_work(base, name, tmp_path):
-    "With every head that looks at labels, some by the command with two grids joined; what has no score says so, and every prediction is a number."
+    """With every head that looks at labels, some by the command with two grids joined;
+    what has no score says so, and every prediction is a number."""
     change, more = SMALL[name]
     shutil.copytree(base.data, tmp_path / "data")
     change(pd.read_csv(tmp_path / "data/train.csv", keep_default_na=False)).to_csv(
         tmp_path / "data/train.csv", index=False)
-    config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True, train_folds=None, batch_size=16,
+    config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True,
+                                 train_folds=None, batch_size=16,
                                  use_aux_heads=True, use_aux_values=True, interval_head=True, two_part=True,
                                  uncertainty=True,
                                  **more)
@@ -217,6 +235,7 @@ def test_small_and_flat_data_work(base, name, tmp_path):
     else: train(config, **quiet)
     results, table = json.loads((out / "results.json").read_text()), read_table(out / "oof.csv")
     score = results["scores"]["model"]["weighted_r2"]
-    assert np.isfinite(table[RAW].to_numpy()).all() and len(table) == results["photos"] and (score is None) == (name in FLAT), score
+    assert np.isfinite(table[RAW].to_numpy()).all() and len(table) == results["photos"]
+    assert (score is None) == (name in FLAT), score
     assert np.isfinite(predict_photos(out, list_photos(tmp_path / "data/test"), device_type="cpu")).all()
     if name in BY_COMMAND: assert (out / "report.html").stat().st_size > 50_000

@@ -1,4 +1,5 @@
-"""The packed notebook: behind a cut network, in a Python that knows the library only from the packed wheel."""
+"""The packed notebook: behind a cut network,
+in a Python that knows the library only from the packed wheel."""
 import dataclasses
 import json
 import os
@@ -39,12 +40,14 @@ def printed(notebook):
 
 
 def check(done, bundle, data, tmp_path):
-    "What must hold after the notebook ran: a valid submission, equal to ours, and the reference photos as at packing."
+    """What must hold after the notebook ran:
+    a valid submission, equal to ours, and the reference photos as at packing."""
     here = predict_competition(bundle, data, tmp_path / "here.csv", device_type="cpu")
     there = check_submission(done["submission"], data)
     assert (here.sample_id == there.sample_id).all()
     assert_close(there.target, here.target)
-    assert "as at packing" in printed(done["notebook"]) and "NOT as at packing" not in printed(done["notebook"])
+    assert "as at packing" in printed(done["notebook"])
+    assert "NOT as at packing" not in printed(done["notebook"])
 
 
 def refused(call, *arguments, **options):
@@ -73,7 +76,8 @@ def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
     assert [done["form"] for done in report["runs"]] == ["slug", "kind"]
     for done in report["runs"]:
         check(done, finished, data, tmp_path)
-        assert done["attempts"] == 0 and 1e8 < done["memory"] < 4e9 and 0 < done["disk"] < 1e6 and done["seconds"] < 200
+        assert done["attempts"] == 0 and 1e8 < done["memory"] < 4e9 and 0 < done["disk"] < 1e6
+        assert done["seconds"] < 200
     text = "\n".join(said)
     for word in ("of 9 h", "of 30 GB", "of 20 GB", "to spare", "numpy 2.0.2 ->", "network attempts: 0", done["network"]):
         assert word in text, text
@@ -93,7 +97,8 @@ def small_wheel(folder):
 
 
 def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path, monkeypatch, capsys):
-    "A wheel named with --wheels travels, is listed with its reason and installed; photos without a test.csv become a table of grams."
+    """A wheel named with --wheels travels, is listed with its reason and installed;
+    photos without a test.csv become a table of grams."""
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(name, value)
     out = tmp_path / "kaggle_datasets"
@@ -127,11 +132,14 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
     old = os.umask(0o077)
     try: again = pack(copy, tmp_path / "again")
     finally: os.umask(old)
-    digests = lambda folder: {
-        str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
+
+    def digests(folder):
+        return {
+            str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
+
     assert digests(again) == digests(packed)
-    assert ({f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
-            and any(n.endswith(".whl") for n in digests(packed)))
+    assert {f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
+    assert any(n.endswith(".whl") for n in digests(packed))
 
 
 def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, finished, data, tmp_path):
@@ -148,7 +156,8 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, fini
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
         assert all(
             name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
-    assert all("notes.md" in said for said in each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))), "a pickle under another name"
+    assert all("notes.md" in said for said in each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))), (
+        "a pickle under another name")
     def manifest(**changes):
         return lambda f: (f / "manifest.json").write_text(
             json.dumps(json.loads((f / "manifest.json").read_text()) | changes))
@@ -160,7 +169,8 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, fini
 
 
 def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, monkeypatch):
-    "It is caught when it tries the network, though it hides the error, and when it writes where Kaggle lets nobody write."
+    """It is caught when it tries the network, though it hides the error,
+    and when it writes where Kaggle lets nobody write."""
     def packed_with(code):
         monkeypatch.setattr(inference, "NOTEBOOK_CELLS", [*inference.NOTEBOOK_CELLS[:2], ("code", code)])
         return pack(finished, tmp_path / "misbehaves", wheel=wheel)
@@ -194,37 +204,43 @@ def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, mon
     "As biomass_pack verifies: over drawn photos."
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     done = verify(packed, keep=tmp_path / "kept", share=True, forms=("kind",))["runs"][0]
-    assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0 and done["input"].startswith("a copy")
+    assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0
+    assert done["input"].startswith("a copy")
     asked = []
     monkeypatch.setattr("biomass_kit.kaggle.verify.verify", lambda *a, **k: asked.append((a, k)))
     for switch in ("--share", "--no-verify"):
         biomass_pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
-    assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)] and "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
+    assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)]
+    assert "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
 
 
 ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"
 
 
 def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
-    "A connection that succeeds here fails behind the namespace and behind the guard; both counters count, the loopback does not."
+    """A connection that succeeds here fails behind the namespace and behind the guard;
+    both counters count, the loopback does not."""
     assert "failed, counted by the guard" in knock(tmp_path, network_cut())
     log = tmp_path / "log"
     for attempts in (1, 2):
         done = run(sys.executable, "-c", SOCKET_GUARD + ATTEMPT, env={**os.environ, "NETWORK_LOG": str(log)})
         assert "no network here" in done.stderr and len(log.read_text().splitlines()) == attempts
     loopback = "import socket, threading; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname(), timeout=2); print('reached')"
-    assert ("reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout
-            and len(log.read_text().splitlines()) == 2)
+    assert "reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout
+    assert len(log.read_text().splitlines()) == 2
     if network_cut():
-        count = lambda code: unrouted(
-            run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp "
-                                            "/proc/net/snmp6").stdout)
+        def count(code):
+            return unrouted(
+                run(*network_cut(), "sh", "-c", f"{sys.executable} -I -c \"{code}\"; cat /proc/net/snmp "
+                                                "/proc/net/snmp6").stdout)
+
         assert count("pass") == 0 and count(ATTEMPT) == 1
 
 
 @pytest.mark.long
 def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_path):
-    "A fresh virtual environment with the listed requirements and a notebook runner, nothing shared with this one."
+    """A fresh virtual environment with the listed requirements and a notebook runner,
+    nothing shared with this one."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     done = run(
@@ -237,12 +253,14 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
         "biomass_kit"}
     done = run_offline(pack(finished, tmp_path / "packed"), data, tmp_path / "working", python)
     check(done, finished, data, tmp_path)
-    assert "no picture of the predictions" in printed(done["notebook"]), "without matplotlib there is no picture, and nothing else is lost"
+    assert "no picture of the predictions" in printed(done["notebook"]), (
+        "without matplotlib there is no picture, and nothing else is lost")
 
 
 @pytest.mark.parametrize("size, learns", [(64, False), (64, True), pytest.param(1024, False, marks=pytest.mark.long)])
 def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
-    """Of the class of vit_large_patch16_dinov3, on one tile a half: trained on random weights, packed, run offline.
+    """Of the class of vit_large_patch16_dinov3, on one tile a half: trained on random weights, packed, run
+    offline.
 
     Frozen, and fine-tuned with all that names or counts a backbone's layers.
     """

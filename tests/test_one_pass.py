@@ -1,4 +1,5 @@
-"""Backbone passes are counted, not timed: what noise cannot shake. And what is shared among processes stays whole."""
+"""Backbone passes are counted, not timed: what noise cannot shake.
+And what is shared among processes stays whole."""
 import dataclasses
 import resource
 
@@ -30,7 +31,8 @@ def passes(monkeypatch):
 
 
 def test_passes_are_the_distinct_ones(data, tmp_path, passes):
-    "5 folds x 2 grids x 4 views: 6 passes when frozen, 3 a member when fine-tuned, none for photos seen before."
+    """5 folds x 2 grids x 4 views:
+    6 passes when frozen, 3 a member when fine-tuned, none for photos seen before."""
     photos = list_photos(data / "test")
     frozen = Ensemble(
         read_bundle(untrained_bundle(tmp_path / "frozen")), device_type="cpu", cache_dir=tmp_path / "cache")
@@ -115,7 +117,8 @@ def test_two_processes_share_the_photos(data, tmp_path):
     shared = pd.read_csv(tmp_path / "shared.csv")
     assert shared.photo.tolist() == alone.photo.tolist()
     assert_close(shared[list(TARGETS)], alone[list(TARGETS)])
-    assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name] and said.count("shared.csv: 7 rows") == 1
+    assert pd.read_csv(tmp_path / "shared_issues.csv").photo.tolist() == [bad.name]
+    assert said.count("shared.csv: 7 rows") == 1
 
 
 def storing_with_few_files(data, weights, cache):
@@ -124,6 +127,7 @@ def storing_with_few_files(data, weights, cache):
 
 
 def test_a_store_needs_few_open_files(data, weights, tmp_path):
-    "Thirty photos in four variants under a limit of 64 open files: hundreds of photos must fit under the usual 1024."
+    """Thirty photos in four variants under a limit of 64 open files:
+    hundreds of photos must fit under the usual 1024."""
     process = Started(storing_with_few_files, data, weights, tmp_path / "cache", log=tmp_path / "said")
     assert process.wait() == 0 and process.said().startswith("(30, 4, 2, 4,"), process.said()

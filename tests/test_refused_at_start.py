@@ -1,4 +1,5 @@
-"""What cannot work is refused before anything is computed: no backbone sees a photo, no run folder is claimed."""
+"""What cannot work is refused before anything is computed:
+no backbone sees a photo, no run folder is claimed."""
 import dataclasses
 import shutil
 from pathlib import Path
@@ -34,7 +35,8 @@ def base(room, tmp_path, monkeypatch):
     "A sound frozen run, in which nobody may compute a feature."
     def forward(self, tiles): raise AssertionError("a backbone was run before the refusal")
     monkeypatch.setattr(Backbone, "forward", forward)
-    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors",
+    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit",
+                       backbone_weights=room / "vit.safetensors",
                        tile_size=32, freeze_backbone=True, epochs=2, cache_dir=tmp_path / "cache",
                        device_type="cpu")
 
@@ -100,7 +102,8 @@ def data_with(room, tmp_path, change):
 def test_one_date(base, room, tmp_path):
     "No fold can be made; and where two dates make two folds, none is left inside to choose an epoch on."
     one = data_with(room, tmp_path / "one", lambda t: t.assign(Sampling_Date="2015/9/4"))
-    assert "--cv group_date: the data has a single group, so nothing would be left to train on" in refused(base, data=one)
+    said = refused(base, data=one)
+    assert "--cv group_date: the data has a single group, so nothing would be left to train on" in said
     photos = sorted(set(pd.read_csv(room / "data/train.csv").image_path))
     two = data_with(
         room, tmp_path / "two",
@@ -111,7 +114,8 @@ def test_one_date(base, room, tmp_path):
 
 
 def test_photos_that_are_smaller_than_others(base, room, tmp_path):
-    "The smallest photo decides about the grid, and is named; a photo whose header cannot be read is named before any hour is spent."
+    """The smallest photo decides about the grid, and is named;
+    a photo whose header cannot be read is named before any hour is spent."""
     data = data_with(room, tmp_path, lambda t: t)
     path = sorted((data / "train").iterdir())[7]
     Image.open(path).resize((96, 48)).save(path)
@@ -120,10 +124,12 @@ def test_photos_that_are_smaller_than_others(base, room, tmp_path):
     assert f"{path}: not a readable photo" in refused(base, data=data)
 
 
-@pytest.mark.parametrize("words", [("--two-stages",), ("--fusion", "magic"), ("--grid", "2"), ("--epochs", "many")])
+@pytest.mark.parametrize(
+    "words", [("--two-stages",), ("--fusion", "magic"), ("--grid", "2"), ("--epochs", "many")])
 def test_options_that_do_not_exist(words, tmp_path, capsys):
     "By the command, in words."
     with pytest.raises(SystemExit) as e:
         biomass_train(["--data", "d", "--out", str(tmp_path / "run"), *words])
     said = "".join(capsys.readouterr())
-    assert e.value.code == 2 and words[0] in said and "Traceback" not in said and not (tmp_path / "run").exists(), said
+    assert e.value.code == 2 and words[0] in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists(), said

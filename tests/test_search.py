@@ -39,7 +39,8 @@ def searching(out, processes, hangs_at, *words):
 
     def waits():
         lines = [line.split() for line in diary_of(out).read_text().splitlines()]
-        return len({pid for *_, pid in lines}) < processes or sum(what == "begins" for _, _, what, _ in lines) == hangs_at
+        if len({pid for *_, pid in lines}) < processes: return True
+        return sum(what == "begins" for _, _, what, _ in lines) == hangs_at
 
     def train_member(run, k, progress, log):
         write(run, k, "begins")
@@ -58,7 +59,8 @@ def tiny(tmp_path_factory):
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=2, height=64)
     torch.manual_seed(0)
     save_file(build_backbone("test_vit", pretrained=False)[0].model.state_dict(), room / "vit.safetensors")
-    return TrainConfig(data=data, out=room / "out", n_folds=2, backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32,
+    return TrainConfig(data=data, out=room / "out", n_folds=2, backbone="test_vit",
+                       backbone_weights=room / "vit.safetensors", tile_size=32,
                        freeze_backbone=True, epochs=1, cache_dir=room / "cache", device_type="cpu")
 
 
@@ -87,15 +89,19 @@ def check_finished(out, said):
         "floor_constant", "floor_state"}
     folders = [p for p in (out / "trials").iterdir() if p.is_dir()]
     assert len(folders) == TRIALS
-    assert table.trial[table.default].tolist() == [0], "one process begins with what biomass_train would make of the options"
+    assert table.trial[table.default].tolist() == [0], (
+        "one process begins with what biomass_train would make of the options")
     again = 1 if found["best"] == found["default"] else 2
     assert all(n == 1 for n in diary(out)[1].values())
-    assert len(diary(out)[1]) == 2 * (TRIALS + again), "two folds of every trial, of the best and of the default"
+    assert len(diary(out)[1]) == 2 * (TRIALS + again), (
+        "two folds of every trial, of the best and of the default")
     kept = [p for p in folders if list(p.glob("*/bundle"))]
-    assert len(kept) == 1 and table.weighted_r2.max() == found["best"]["weighted_r2"] and found["command"] in said
+    assert len(kept) == 1 and table.weighted_r2.max() == found["best"]["weighted_r2"]
+    assert found["command"] in said
     assert ("optimistically biased" in said) == (again == 2), said
     oof = pd.read_csv(next(kept[0].glob("*/oof.csv")))
-    assert abs(weighted_r2(oof[list(TARGETS)], oof[[t + "_pred" for t in TARGETS]]) - found["best"]["weighted_r2"]) < 1e-6
+    score = weighted_r2(oof[list(TARGETS)], oof[[t + "_pred" for t in TARGETS]])
+    assert abs(score - found["best"]["weighted_r2"]) < 1e-6
     assert {"best", "default", "difference"} <= set(found["fresh"]) and found["fresh"]["fold_seed"] > 0
     return table, found
 
@@ -110,7 +116,8 @@ def test_two_processes_share_one_study(tiny, tmp_path):
     assert all(trained) and not trained[0] & trained[1], "both took part, and no trial was begun by both"
     assert all(n == 1 for n in diary(out)[0].values())
     parsed = tyro.cli(TrainArgs, args=shlex.split(found["command"])[1:])
-    assert {k: getattr(parsed, k) for k in SEARCHED} == {k: found["best"][k] for k in SEARCHED} and parsed.grid == (2, 2) and not parsed.use_aux_heads
+    assert {k: getattr(parsed, k) for k in SEARCHED} == {k: found["best"][k] for k in SEARCHED}
+    assert parsed.grid == (2, 2) and not parsed.use_aux_heads
 
 
 def test_a_killed_search_goes_on(tiny, tmp_path):
@@ -129,13 +136,15 @@ def test_a_killed_search_goes_on(tiny, tmp_path):
     whole = start(tiny, tmp_path / "whole")
     assert whole.wait() == 0, whole.said()
     undisturbed, best = check_finished(tmp_path / "whole", whole.said())
-    assert table.equals(undisturbed) and found["best"] == best["best"] and found["fresh"] == best["fresh"], "it ends as an undisturbed search"
+    assert table.equals(undisturbed) and found["best"] == best["best"] and found["fresh"] == best["fresh"], (
+        "it ends as an undisturbed search")
 
 
 def test_the_space_fits_the_config_which_goes_through_the_command_line(tiny):
     check_space(TrainConfig(data=tiny.data, out=tiny.out, freeze_backbone=True, use_aux_heads=True), SPACE)
     back = tyro.cli(TrainArgs, args=as_options(tiny))
-    assert {f.name: getattr(back, f.name) for f in dataclasses.fields(TrainConfig)} == dataclasses.asdict(tiny)
+    fields = [f.name for f in dataclasses.fields(TrainConfig)]
+    assert {name: getattr(back, name) for name in fields} == dataclasses.asdict(tiny)
 
 
 def test_only_search_needs_optuna():

@@ -2,8 +2,9 @@
 import numpy as np
 import torch
 
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
-from biomass_kit.features.backbone import build_backbone
+from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.tta import DEFAULT_VIEWS
 from biomass_kit.inference.bundle import (
     read_bundle,
@@ -19,7 +20,9 @@ from biomass_kit.inference.uncertainty import make_reference
 from biomass_kit.model.model import BiomassModel
 
 
-def untrained_bundle(folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, backbone="test_vit", weights=None, tile_size=32):
+def untrained_bundle(
+    folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, backbone="test_vit", weights=None, tile_size=32
+):
     "Each fold of each grid a head on one backbone; or, fine-tuned, each with a backbone of its own."
     torch.manual_seed(0)
     body, size = build_backbone(backbone, weights, tile_size, pretrained=weights is not None)
@@ -30,8 +33,10 @@ def untrained_bundle(folder, grids=((2, 2), (3, 3)), folds=5, fine_tuned=False, 
                 with torch.no_grad(): body.model.norm.bias.add_(0.1)
             model = BiomassModel(body.dim, learning=True)
             model.fit_output(torch.rand(20, 5) * 50)
-            infos.append(save_member(folder, model, dict(name=f"{grid[0]}x{grid[1]}-{fold}", fold=fold, backbone=save_backbone(folder, body),
-                                                         grid=list(grid), tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={})))
+            info = dict(
+                name=f"{grid[0]}x{grid[1]}-{fold}", fold=fold, backbone=save_backbone(folder, body),
+                grid=list(grid), tile_size=size, bounds=[[0.0] * 5, [200.0] * 5], means=[20.0] * 5, config={})
+            infos.append(save_member(folder, model, info))
     write_manifest(folder, infos, {"method": "none", "threshold": 0.15}, DEFAULT_VIEWS, {})
     return folder
 
@@ -51,3 +56,41 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     physics = {"method": "none", "threshold": 0.15}
     write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder
+
+
+def runtime_room(room):
+    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
+    write_dataset(room / "data", n_photos=4, n_test=16, seed=5, height=64)
+    untrained_bundle(room / "frozen")
+    untrained_bundle(room / "tuned", ((2, 2),), 3, fine_tuned=True)
+    return room
+
+
+def by_photo(table):
+    "A submission as [photos, 5] grams."
+    return table.target.to_numpy().reshape(-1, len(TARGETS))
+
+
+def is_means(table):
+    "Which photos have the training means of the untrained bundles."
+    return np.isclose(by_photo(table), 20).all(1)
+
+
+class SlowBackbones:
+    "A clock that backbones move: each pixel that one sees takes `pace` seconds."
+
+    def __init__(self, monkeypatch, pace=1e-3):
+        self.now, self.pace, self.passes = 0.0, pace, []
+        plain = Backbone.forward
+        monkeypatch.setattr(Backbone, "forward", lambda body, tiles: self.see(tiles) or plain(body, tiles))
+
+    def see(self, tiles):
+        self.passes.append(tiles.shape[0])
+        self.now += self.seconds(tiles)
+
+    def seconds(self, tiles):
+        return self.pace * tiles.shape[0] * tiles.shape[1] * tiles.shape[2] * tiles.shape[-1] ** 2
+
+    def whole(self, photos, views=3, tiles=4 + 9, size=32):
+        "Seconds that the frozen bundle takes for so many photos."
+        return self.pace * photos * views * 2 * tiles * size**2

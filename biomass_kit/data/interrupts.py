@@ -72,7 +72,8 @@ def _first(*_):
 
 def _answered_by(handler) -> bool:
     "Whether Ctrl-C is answered by this handler, and may be answered by another from here."
-    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is handler
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGINT) is handler
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def _kind(path) -> str:
 def _has_decoder(kind: str) -> bool:
     "Whether a kind of DECODERS can be decoded here; pillow-heif is loaded when the first HEIC is met."
     if kind != "HEIC": return {"AVIF": "avif", "JPEG 2000": "jpg_2000"}[kind] in features.get_supported()
-    try: from pillow_heif import register_heif_opener
+    try:
+        from pillow_heif import register_heif_opener
     except ImportError: return False
     register_heif_opener()
     return True
@@ -242,7 +243,8 @@ def crop_of(
 def split_pair(
     photo: np.ndarray,  # uint8 [H, W, 3]
 ) -> np.ndarray:  # uint8 [2, S, S, 3]: left half, right half
-    "The left and right square halves of a photo, turned if taller than wide, cropped to 2:1 about its centre."
+    """The left and right square halves of a photo, turned if taller than wide,
+    cropped to 2:1 about its centre."""
     turned, side, _ = crop_of(*photo.shape[:2])
     if turned: photo = np.rot90(photo, -1)
     top = (photo.shape[0] - side) // 2

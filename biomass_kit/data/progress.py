@@ -57,7 +57,8 @@ class Lines(tqdm):
     def clear(self, nolock=False): pass  # a line that is printed stays
 
     def close(self):
-        "Say how long the step took, without the empty line that a bar needs; with `leave=False`, only if it said something before."
+        """Say how long the step took, without the empty line that a bar needs;
+        with `leave=False`, only if it said something before."""
         if self.disable: return
         if self.leave or self.told is not None: self.tell(self.format_dict)
         self.leave = False  # or tqdm would end the line once more
@@ -69,7 +70,8 @@ def progress(
     iterable=None,
     **options,  # desc, total, unit: as tqdm takes them
 ):
-    "Wrap a slow iteration: tqdm's bar where somebody watches, a terminal or a notebook with widgets; `Lines` elsewhere."
+    """Wrap a slow iteration: tqdm's bar where somebody watches, a terminal or a notebook with widgets;
+    `Lines` elsewhere."""
     # of a notebook without ipywidgets, which gets lines
     with warnings.catch_warnings(action="ignore", category=TqdmWarning):
         from tqdm.auto import tqdm as bar

@@ -168,7 +168,8 @@ def straw_layer(
     length, width = size * rng.gamma(4, 0.16 / 4, n), rng.uniform(0.004, 0.009, n)
     angle, bend = rng.uniform(0, 2 * np.pi, n), rng.normal(0, 0.08, n)
     along = np.stack([np.cos(angle), np.sin(angle)], -1)
-    return stroke_outlines(base - along * length[:, None] / 2, angle, length, width, bend), shades(rng, STRAWS, n, 0.75)
+    outlines = stroke_outlines(base - along * length[:, None] / 2, angle, length, width, bend)
+    return outlines, shades(rng, STRAWS, n, 0.75)
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #59392cde
 def draw_straw(canvas, layer, start: float, stop: float):
@@ -299,7 +300,9 @@ def draw_amounts(
     groups,  # [n] number of the sampling
 ) -> np.ndarray:  # [n, 3] grams of green, dead, clover
     "Right-skewed grams with the zeros of real pasture."
-    look_up = lambda *tables: np.array([[t[s] for t in tables] for s in states]).reshape(len(states), 3)
+
+    def look_up(*tables): return np.array([[t[s] for t in tables] for s in states]).reshape(len(states), 3)
+
     absent = look_up(NO_GREEN, NO_DEAD, NO_CLOVER)
     present = rng.uniform(size=absent.shape) >= absent
     present[:, 0] |= ~present[:, 2]
@@ -336,7 +339,7 @@ def name_species(rng, state: str, green: float, clover: float) -> str:
 def make_table(
     n: int,  # photos
     seed,  # an int or a sequence of ints
-) -> pd.DataFrame:  # one row per photo: photo, image_path, the competition's metadata, the five targets in grams
+) -> pd.DataFrame:  # one row per photo: photo, image_path, metadata, the five targets in grams
     "Labels and metadata of a synthetic data set, sorted by photo; both identities hold to 4 decimals."
     rng = np.random.default_rng(seed)
     photos = [f"ID{k}" for k in np.sort(rng.choice(10**9, n, replace=False) + 10**9)]
@@ -382,7 +385,7 @@ def write_dataset(
     height=1000,  # pixels, even
     progress=lambda x, **_: x,  # wraps the photos while they are painted, as tqdm does
 ) -> Path:  # the folder
-    "Write a synthetic data set in the competition's layout, and `test_labels.csv`; same arguments, same bytes."
+    "Write synthetic data in the competition's layout, and `test_labels.csv`; same arguments, same bytes."
     _check_height(height)
     if n_photos < 2: raise BiomassError(f"n_photos {n_photos}: a data set needs 2 labelled photos or more")
     if n_test < 0 or seed < 0: raise BiomassError(f"n_test {n_test}, seed {seed}: neither may be negative")

@@ -9,6 +9,7 @@ __all__ = ['paired_difference', 'difference_text', 'adversarial_validation', 'da
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
@@ -63,7 +64,8 @@ def _second_probability(
     "Probability that each photo belongs to the second set, the sets counting alike."
     out = np.empty(len(x))
     for fit, held in StratifiedKFold(5, shuffle=True, random_state=seed).split(x, second):
-        out[held] = LogisticRegression(class_weight="balanced", max_iter=1000).fit(x[fit], second[fit]).predict_proba(x[held])[:, 1]
+        model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(x[fit], second[fit])
+        out[held] = model.predict_proba(x[held])[:, 1]
     return out
 
 
@@ -83,29 +85,61 @@ def adversarial_validation(
     n_draws: int = 100,  # of each reference
     seed: int = 0,
     most_foreign: int = 5,  # photos to name in each set
-) -> dict:  # auc, chance [5 %, 95 %], p_value, other_dates likewise or None, photos [N1, N2], foreign {"first", "second"}: (name, probability of its own set)
-    "How well a classifier tells two sets of photos apart, and by which photos."
+) -> dict:  # auc, chance, p_value, other_dates, photos, foreign
+    """How well a classifier tells two sets of photos apart, and by which photos.
+
+    `chance` is [5 %, 95 %] of the AUC without a difference, `other_dates` the same of groups of dates among
+    the first, or None; `photos` is [N1, N2]; `foreign` names in each set (photo, probability of its own set).
+    """
     sizes = len(first), len(second)
-    if min(sizes) < 5: raise BiomassError(f"adversarial validation needs at least 5 photos in each set, got {sizes[0]} and {sizes[1]}")
-    rng, label, x = np.random.default_rng(seed), np.arange(sum(sizes)) >= sizes[0], _directions(np.concatenate([first, second]))
+    if min(sizes) < 5:
+        raise BiomassError(
+            f"adversarial validation needs at least 5 photos in each set, got {sizes[0]} and {sizes[1]}")
+    rng = np.random.default_rng(seed)
+    label = np.arange(sum(sizes)) >= sizes[0]
+    x = _directions(np.concatenate([first, second]))
     p = _second_probability(x, label, seed)
-    auc, of = roc_auc_score(label, p), lambda x, l: roc_auc_score(l, _second_probability(x, l, int(rng.integers(2**31))))
+    auc = roc_auc_score(label, p)
+
+    def of(x, l): return roc_auc_score(l, _second_probability(x, l, int(rng.integers(2**31))))
+
     null = [of(x, rng.permutation(label)) for _ in range(n_draws)]
-    foreign = lambda own, names: [(str(names[i]), float(own[i])) for i in np.argsort(-own)[:most_foreign]]
+
+    other_dates = None
+    if first_dates is not None:
+        other_dates = _date_reference(first, np.asarray(first_dates), sizes, of, n_draws, rng)
     return {
-        "auc": float(auc), "chance": _middle(null), "p_value": (1 + sum(a >= auc for a in null)) / (1 + n_draws),
-        "other_dates": None if first_dates is None else _date_reference(first, np.asarray(first_dates), sizes[1] / sum(sizes), of, n_draws, rng),
-        "photos": list(sizes), "foreign": {"first": foreign(1 - p[~label], list(first_names)), "second": foreign(p[label], list(second_names))},
+        "auc": float(auc),
+        "chance": _middle(null),
+        "p_value": (1 + sum(a >= auc for a in null)) / (1 + n_draws),
+        "other_dates": other_dates,
+        "photos": list(sizes),
+        "foreign": {
+            "first": _most_foreign(1 - p[~label], first_names, most_foreign),
+            "second": _most_foreign(p[label], second_names, most_foreign),
+        },
     }
+
+# %% ../../nbs/6_evidence/2_compare.ipynb #lines004
+def _most_foreign(
+    own: np.ndarray,  # [n] probability of the photo's own set
+    names,  # [n]
+    count: int,
+) -> list:  # (name, probability)
+    "The photos that a classifier is surest about."
+    names = list(names)
+    return [(str(names[i]), float(own[i])) for i in np.argsort(-own)[:count]]
 
 
 def _middle(values): return [float(q) for q in np.quantile(values, [0.05, 0.95])]
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #73c91b03
-def _date_reference(features, dates, share, auc_of, n_draws, rng):
-    "Range of the AUC between a part of the dates and the rest; None where no part has five photos."
+def _date_reference(features, dates, sizes, auc_of, n_draws, rng):
+    """Range of the AUC between a part of the dates, with the second set's share of photos, and the rest;
+    None where no part has five photos."""
     if len(set(dates)) < 2: return None
-    x, parts = _directions(features), [_some_dates(dates, share * len(dates), rng) for _ in range(n_draws)]
+    x, wanted = _directions(features), sizes[1] / sum(sizes) * len(dates)
+    parts = [_some_dates(dates, wanted, rng) for _ in range(n_draws)]
     values = [auc_of(x, part) for part in parts if 5 <= part.sum() <= len(part) - 5]
     return _middle(values) if values else None
 
@@ -115,7 +149,8 @@ def dates_of(
     data,  # competition folder whose train.csv names these photos
 ) -> list:  # the sampling date of each
     "Sampling dates of photos; refuses a photo that the table does not know."
-    known = read_train(data).assign(path=lambda t: t["path"].map(lambda p: str(Path(p).resolve()))).set_index("path")["Sampling_Date"]
+    table = read_train(data)
+    known = pd.Series(table["Sampling_Date"].to_numpy(), [str(Path(p).resolve()) for p in table["path"]])
     undated = [p for p in photos if str(Path(p).resolve()) not in known]
     if undated:
         raise BiomassError(
@@ -128,8 +163,8 @@ def adversarial_lines(
     found: dict,  # of `adversarial_validation`
 ) -> list:
     "What was found, in words."
-    lines = ["AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})".format(
-        *found["photos"], *found["chance"], **found)]
+    form = "AUC {auc:.3f} between {0} and {1} photos; by chance {2:.3f} to {3:.3f} (p = {p_value:.3f})"
+    lines = [form.format(*found["photos"], *found["chance"], **found)]
     if found["other_dates"]:
         lines.append(
             "two groups of dates among the first alone: {:.3f} to {:.3f}".format(*found["other_dates"]))

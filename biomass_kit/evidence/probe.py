@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ..data.folds import strategy
 from ..data.photos import crop_lines, photo_crops
-from ..data.targets import TARGETS, BiomassError, weighted_r2
+from ..data.targets import TARGETS, BiomassError, label_masks, weighted_r2
 from ..features.store import feature_batches
 from ..features.tta import View
 from ..inference.bundle import read_bundle
@@ -27,23 +27,29 @@ from ..inference.ensemble import Ensemble
 PROBE_ALPHAS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
-def _fit_probe(x, y, alpha):
-    return make_pipeline(StandardScaler(), Ridge(alpha)).fit(x, y)
+def _probe(x, y, alpha, new):
+    "What ridge says of `new` photos: each target learned from its labelled photos, 0 where there are none."
+    out = np.zeros((len(new), y.shape[1]), y.dtype)
+    for rows, columns in label_masks(~np.isnan(y)):
+        fitted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(x[rows], y[rows][:, columns])
+        out[:, columns] = fitted.predict(new).reshape(len(new), -1)
+    return out.clip(0)
 
 
 def choose_alpha(
     x: np.ndarray,  # [n, F] features of the training part
-    y: np.ndarray,  # [n, 5] grams
+    y: np.ndarray,  # [n, 5] grams, NaN where unknown
     groups,  # [n] what stays together: sampling dates, or what `--cv` groups by
     alphas=PROBE_ALPHAS,
 ) -> float:
-    "The ridge strength with the best score over an inner grouped cross-validation; the middle one where there is one group."
+    """The ridge strength with the best score over an inner grouped cross-validation;
+    the middle one where there is one group."""
     if len(set(groups)) < 2: return alphas[len(alphas) // 2]
     splits = list(GroupKFold(min(5, len(set(groups)))).split(x, groups=groups))
 
     def score(alpha):
         out = np.empty_like(y)
-        for fit, held in splits: out[held] = _fit_probe(x[fit], y[fit], alpha).predict(x[held]).clip(0)
+        for fit, held in splits: out[held] = _probe(x[fit], y[fit], alpha, x[held])
         return weighted_r2(y, out)
 
     return max(alphas, key=score)
@@ -62,7 +68,7 @@ def linear_probe(
     for k in np.unique(fold):
         train = fold != k
         alpha = choose_alpha(x[train], y[train], groups[train])
-        out[~train] = _fit_probe(x[train], y[train], alpha).predict(x[~train]).clip(0)
+        out[~train] = _probe(x[train], y[train], alpha, x[~train])
     return out
 
 # %% ../../nbs/6_evidence/1_probe.ipynb #52f83249
@@ -73,7 +79,8 @@ def bundle_features(
     progress=lambda x, **_: x,  # wraps the iteration, as tqdm does
     **options,  # device_type, precision, cache_dir of `Ensemble`
 ) -> np.ndarray:  # float32 [N, 2, T, D] of the plain view
-    "Tile features of photos through a bundle's backbone, which must not have learned from labels: its features would know them."
+    """Tile features of photos through a bundle's backbone, which must not have learned from labels:
+    its features would know them."""
     bundle = read_bundle(weights)
     if not bundle.members[0]["config"].get("freeze_backbone"):
         raise BiomassError(
@@ -82,5 +89,6 @@ def bundle_features(
     for line in crop_lines(photo_crops({str(path): path for path in paths})): warnings.warn(line)
     ensemble = Ensemble(bundle, ["plain"], **options)
     batches = feature_batches(paths, ensemble.requests[:1], batch_size, precision=ensemble.precision)
-    return np.concatenate(
-        [f[0][View()].cpu().numpy() for f, _ in progress(batches, desc="features", unit="batch", total=-(-len(paths) // batch_size))])
+    count = -(-len(paths) // batch_size)
+    shown = progress(batches, desc="features", unit="batch", total=count)
+    return np.concatenate([f[0][View()].cpu().numpy() for f, _ in shown])

@@ -25,9 +25,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import TrialState
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import FLOORS, LEAVE_ONE, make_folds, read_table
-from ..data.table import read_train
+from ..data.folds import FLOORS, LEAVE_ONE, make_folds, read_table, units_of
 from ..data.targets import TARGETS, BiomassError
+from ..data.wide import read_labels
 from .compare import difference_text, paired_difference
 from biomass_kit.evidence.space import (
     Search,
@@ -91,7 +91,8 @@ def open_study(s: Search) -> optuna.Study:
 
 
 def _mend(path):
-    "Drop a line that was half written when a disk filled or a host went down; the journal could not be read beyond it."
+    """Drop a line that was half written when a disk filled or a host went down;
+    the journal could not be read beyond it."""
     with open(path, "rb+") as f:
         data = f.read()
         f.truncate(data.rfind(b"\n") + 1)
@@ -203,7 +204,8 @@ def run_trial(s: Search, study: optuna.Study, number: int, values: dict, progres
 
 # %% ../../nbs/6_evidence/6_search.ipynb #bbb2a4ef
 def trials_table(s: Search, study: optuna.Study) -> pd.DataFrame:
-    "One row per trial that ended: number, whether it is the default, values (none where it does not read them), score, floors."
+    """One row per trial that ended:
+    number, whether it is the default, values (none where it does not read them), score, floors."""
     scores = ("weighted_r2", *FLOORS, "why")
     rows = []
     for t in _in_state(study, TrialState.COMPLETE, TrialState.PRUNED):
@@ -215,9 +217,10 @@ def trials_table(s: Search, study: optuna.Study) -> pd.DataFrame:
 
 # %% ../../nbs/6_evidence/6_search.ipynb #e111373b
 def other_fold_seed(config: TrainConfig):  # a fold seed, or None where there is none
-    "The next seed with another fold assignment; None where each group is a fold, or a teacher is bound to its folds."
+    """The next seed with another fold assignment;
+    None where each group is a fold, or a teacher is bound to its folds."""
     if config.teacher or config.cv in LEAVE_ONE: return None
-    table = read_train(config.data)
+    table = read_labels(config.data, config, config.quadrat_cm)
 
     def parts(seed):
         fold = make_folds(table, config.cv, config.n_folds, seed)
@@ -230,11 +233,14 @@ def other_fold_seed(config: TrainConfig):  # a fold seed, or None where there is
     return None
 
 # %% ../../nbs/6_evidence/6_search.ipynb #33a9ede0
-def _predictions(config: TrainConfig, seeds: tuple) -> tuple:  # (grams [N, 5], predicted grams per seed, dates)
+def _predictions(
+    config: TrainConfig,
+    seeds: tuple,
+) -> tuple:  # (grams [N, 5], predicted grams per seed, dates)
     "The out-of-fold tables of a recipe's runs."
     tables = [read_table(c.out / "oof.csv") for c in expand(config, (), seeds)]
     predicted = [t[[name + "_pred" for name in TARGETS]].to_numpy() for t in tables]
-    return tables[0][list(TARGETS)].to_numpy(), predicted, tables[0]["Sampling_Date"]
+    return tables[0][list(TARGETS)].to_numpy(), predicted, units_of(tables[0])
 
 
 def compare(
@@ -319,13 +325,14 @@ def search(
 
 # %% ../../nbs/6_evidence/6_search.ipynb #e1f06862
 def conclude(s: Search, study: optuna.Study, progress: Callable, log: Callable) -> dict:
-    "Compare the best trial with the default and say how to train it; leave that to whoever still runs a trial."
-    running, best = len(_in_state(study, TrialState.RUNNING)), best_trial(study)
-    if running:
+    "Compare the best trial with the default and say how to train it, once no trial runs any more."
+    best = best_trial(study)
+    if running := len(_in_state(study, TrialState.RUNNING)):
         log(f"{running} trials run in other processes; the last of them to end says the best. "
             "If they are gone, the same command takes their trials over")
         return {}
-    if best is None: raise BiomassError(f"--out {s.config.out}: no trial gave a score; see why in its trials/*/score.json")
+    if best is None:
+        raise BiomassError(f"--out {s.config.out}: no trial gave a score; see why in its trials/*/score.json")
     table = trials_table(s, study)
     rows = [{k: v for k, v in row.items() if not pd.isna(v)} for row in table.to_dict("records")]
     found = {
@@ -335,7 +342,7 @@ def conclude(s: Search, study: optuna.Study, progress: Callable, log: Callable) 
     }
     recipes = {"best": trial_values(s, best.params)}
     if "weighted_r2" in found["default"]: recipes["default"] = default_values(s)
-    found["difference"] = compare({name: trial_config(s, values) for name, values in recipes.items()}, s.seeds)
+    found["difference"] = compare({k: trial_config(s, v) for k, v in recipes.items()}, s.seeds)
     _say_best(found, log)
     found["fresh"] = _fresh(s, recipes, progress, log)
     found["command"] = command_line(trial_config(s, recipes["best"]), s.seeds)

@@ -26,7 +26,8 @@ from .tta import View
 
 # %% ../../nbs/2_features/3_augment.ipynb #ba58ce38
 class SameSizeCrop(A.ImageOnlyTransform):
-    "Crop a random area and aspect, then resize to the size it came from (Inception crops, Szegedy et al. 2015)."
+    """Crop a random area and aspect,
+    then resize to the size it came from (Inception crops, Szegedy et al. 2015)."""
 
     class InitSchema(BaseTransformInitSchema):
         scale: tuple[float, float]
@@ -94,7 +95,8 @@ class GreenJitter(A.ImageOnlyTransform):
         hsv[..., 1:] = np.clip(hsv[..., 1:] * (1 + np.float32(moves[1:])), 0, 1)
         low, high = self.ramp
         mask = np.clip((excess_green(img) - low) / (high - low), 0, 1)[..., None]
-        return np.rint(x + mask * (cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255 - x)).clip(0, 255).astype(np.uint8)
+        moved = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255
+        return np.rint(x + mask * (moved - x)).clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/2_features/3_augment.ipynb #px160002
 class FourChannelAffine(A.Affine):
@@ -166,7 +168,8 @@ def pixel_transform(
     )
 
 # %% ../../nbs/2_features/3_augment.ipynb #b07842f5
-DRAWS = ("order", "view", "mixup", "pixels", "stored", "head", "cutmix")  # each has streams of its own, by its place: add at the end
+# each has streams of its own, by its place: add at the end
+DRAWS = ("order", "view", "mixup", "pixels", "stored", "head", "cutmix")
 
 
 def draw_seed(
@@ -247,9 +250,13 @@ class Box(NamedTuple):
     right: float = 0.0
 
     def slices(self, height: int, width: int) -> tuple:
-        "Rows and columns of the cells whose centres lie in the box, where a half has `height` x `width` of them: pixels, or tiles."
-        cell = lambda edge, length: math.ceil(edge * length - 0.5)
-        cut = lambda start, stop, length: slice(cell(start, length), cell(stop, length))
+        """Rows and columns of the cells whose centres lie in the box,
+        where a half has `height` x `width` of them: pixels, or tiles."""
+
+        def cell(edge, length): return math.ceil(edge * length - 0.5)
+
+        def cut(start, stop, length): return slice(cell(start, length), cell(stop, length))
+
         return cut(self.top, self.bottom, height), cut(self.left, self.right, width)
 
     def share(self, height: int, width: int) -> float:
@@ -258,7 +265,8 @@ class Box(NamedTuple):
         return 1 - (rows.stop - rows.start) * (cols.stop - cols.start) / (height * width)
 
 # %% ../../nbs/2_features/3_augment.ipynb #dc58efa8
-BOXES = 64  # boxes to choose from; on any grid of two tiles or more the probability that none fits is below 1e-15
+# boxes to choose from; on any grid of two tiles or more the probability that none fits is below 1e-15
+BOXES = 64
 
 
 def draw_cutmix(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GEM_POWER', 'CLS', 'MEAN', 'MAX', 'MIN', 'GEM', 'STD', 'TIMM_LOG', 'LORA_LAYERS', 'Statistic', 'block_index',
-           'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'backbone_digest',
-           'lora_layers', 'adapted_layers', 'add_lora', 'take_lora']
+           'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'pass_kind', 'joint_reading',
+           'read_columns', 'backbone_digest', 'lora_layers', 'adapted_layers', 'add_lora', 'take_lora']
 
 # %% ../../nbs/2_features/5_backbone.ipynb #92842dbd
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -29,7 +30,8 @@ from ..data.targets import BiomassError
 from .options import DEFAULT_BACKBONE, STATISTICS, pooled_statistics
 
 # %% ../../nbs/2_features/5_backbone.ipynb #536f21ad
-try: import torchvision  # noqa: F401
+try:
+    import torchvision  # noqa: F401
 except RuntimeError as e:
     if "torchvision::nms" not in str(e): raise
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -323,7 +325,8 @@ def _misfit(name: str, held: dict, due: dict) -> str:
 
 # %% ../../nbs/2_features/5_backbone.ipynb #0407ba07
 def _filled(name: str, tile_size: int, **overlay):
-    "A model with all of its weights from where `overlay` says: timm's own path, which also resizes position embeddings."
+    """A model with all of its weights from where `overlay` says:
+    timm's own path, which also resizes position embeddings."""
     with _MissingKeys(logging.INFO) as missing:
         model = _create(name, tile_size, pretrained=True, pretrained_cfg_overlay=overlay)
     if missing.names: raise RuntimeError(f"it lacks {len(missing.names)} tensors, first {missing.names[0]}")
@@ -332,7 +335,8 @@ def _filled(name: str, tile_size: int, **overlay):
 
 
 def _from_prefixed(name: str, tile_size: int, path: Path):
-    "A model with those of a file's tensors that have timm's names, once what stands before all of them is taken off."
+    """A model with those of a file's tensors that have timm's names,
+    once what stands before all of them is taken off."""
     held, due = tensor_shapes(path), _due(name, tile_size)
     found = _prefixes(held, due)
     whole = [p for p, n in found.items() if n == len(due)]
@@ -386,9 +390,41 @@ def build_backbone(
         if not pretrained or weights is not None: raise
         raise BiomassError(
             f"--backbone {name}: no pretrained weights could be had from timm's hub ({type(e).__name__}); "
-            "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from random weights") from e
+            "go online once, or give --backbone-weights FILE.safetensors, or --no-pretrained to start from "
+            "random weights") from e
     return backbone, tile_size
 
+
+# %% ../../nbs/2_features/5_backbone.ipynb #sp150002
+def pass_kind(
+    pooling: str,  # one of POOLINGS, or statistics joined by "+"
+    blocks: tuple,  # indices
+) -> tuple:
+    "What two readers of one model must have alike to share a pass."
+    return bool(blocks), not pooled_statistics(pooling)  # without statistics it is the model's own pooling
+
+
+def joint_reading(
+    readings: list,  # (pooling, blocks) of readers of one model and one `pass_kind`
+) -> tuple:  # (pooling, blocks)
+    "The blocks and statistics of any of them."
+    if len(set(readings)) == 1: return readings[0]
+    names = dict.fromkeys(name for pooling, _ in readings for name in pooled_statistics(pooling))
+    return "+".join(names), tuple(sorted({block for _, blocks in readings for block in blocks}))
+
+
+def read_columns(
+    backbone: Backbone,  # which may give more than a reader asks for
+    pooling: str,  # the reader's
+    blocks: tuple = (),
+) -> torch.Tensor:  # int64 [D]
+    "Which of a backbone's channels a reader takes, in its order."
+    names = pooled_statistics(pooling)
+    if not names: return torch.arange(backbone.dim)
+    ends = list(itertools.accumulate(width for _, _, width in backbone.parts))
+    places = {(block, name): range(end - width, end)
+              for (block, name, width), end in zip(backbone.parts, ends)}
+    return torch.tensor([i for block in blocks or [None] for name in names for i in places[block, name]])
 
 # %% ../../nbs/2_features/5_backbone.ipynb #c3c0a223
 def backbone_digest(
@@ -402,7 +438,8 @@ def backbone_digest(
     return h.hexdigest()
 
 # %% ../../nbs/2_features/5_backbone.ipynb #75deca24
-LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2")  # timm's names in attention and MLP
+# timm's names in attention and MLP
+LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
 def lora_layers(

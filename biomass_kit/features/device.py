@@ -23,7 +23,8 @@ from .options import DEVICE_TYPES, PRECISIONS
 # %% ../../nbs/2_features/4_device.ipynb #18c00001
 @contextmanager
 def cublas_workspace():
-    "The environment in which torch finds cuBLAS deterministic. It looks once, at a process's first product on a GPU."
+    """The environment in which torch finds cuBLAS deterministic.
+    It looks once, at a process's first product on a GPU."""
     name = "CUBLAS_WORKSPACE_CONFIG"
     before = os.environ.get(name)
     os.environ.setdefault(name, ":4096:8")
@@ -96,7 +97,8 @@ def pick_device(
     kind: str = "auto",  # one of DEVICE_TYPES
     say: Callable = warnings.warn,  # takes what is wrong with a GPU
 ) -> torch.device:
-    "The device asked for, the current GPU where it works, or `BiomassError` where there is none; no other GPU is touched."
+    """The device asked for, the current GPU where it works, or `BiomassError` where there is none;
+    no other GPU is touched."""
     return next(pick_devices(kind, say))
 
 # %% ../../nbs/2_features/4_device.ipynb #87cb21cc

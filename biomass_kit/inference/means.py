@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'SUBSETS', 'photo_sets', 'mean_margin', 'mean_margins', 'mea
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170004
 import numpy as np
 
-from ..data.targets import as_grams
+from ..data.targets import as_grams, as_labels
 from .uncertainty import conformal_margin, widen
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170005
@@ -33,13 +33,13 @@ def photo_sets(
     return sets
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170015
-def _means(values, sets: list) -> np.ndarray:  # [sets, 5] grams
-    "The mean of each set of photos."
-    return np.concatenate([as_grams(values)[rows].mean(1) for rows in sets])
+def _means(grams: np.ndarray, sets: list) -> np.ndarray:  # [sets, 5] grams
+    "The mean of each set of photos; NaN where one of them has no label."
+    return np.concatenate([grams[rows].mean(1) for rows in sets])
 
 
 def mean_margin(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     predicted,  # [N, 5] grams of photos that were not trained on
     dates,  # [N]
     visits,  # [N] a visit is of one date
@@ -48,8 +48,8 @@ def mean_margin(
 ) -> np.ndarray:  # [5] in roots of grams; None where there are too few dates
     "By how much the interval of a mean must grow on both sides, starting from the predicted mean."
     sets = photo_sets(visits, size)
-    y = _means(measured, sets)
-    p = _means(predicted, sets)
+    y = _means(as_labels(measured), sets)
+    p = _means(as_grams(predicted), sets)
     first = np.concatenate([rows[:, 0] for rows in sets])
     return conformal_margin(y, p, p, np.asarray(dates)[first], level)
 
@@ -63,12 +63,15 @@ def mean_margins(
 ) -> dict:  # "sizes" and "margins": method -> [5] roots of grams for each size
     "What a bundle keeps of the errors of means; for as many dates as photos' margins need."
     largest = np.unique(visits, return_counts=True)[1].max()
-    sizes = [size for size in SIZES if size <= largest]
-    margins = {method: [mean_margin(measured, p, dates, visits, size, level).tolist() for size in sizes]
-               for method, p in corrected.items()}
+    sizes, margins = [], {method: [] for method in corrected}
+    for size in (size for size in SIZES if size <= largest):
+        found = {m: mean_margin(measured, p, dates, visits, size, level) for m, p in corrected.items()}
+        if any(margin is None for margin in found.values()): break  # too few dates have whole sets
+        sizes.append(size)
+        for method, margin in found.items(): margins[method].append(margin.tolist())
     return {"sizes": sizes, "margins": margins}
 
-
+# %% ../../nbs/4_inference/3b_means.ipynb #mi000001
 def mean_intervals(
     known: dict,  # from `mean_margins`
     method: str,  # of physics; one whose errors were not measured takes those of `own`

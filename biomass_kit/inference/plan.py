@@ -18,7 +18,7 @@ import torch
 
 from ..data.progress import counted
 from ..data.targets import BiomassError
-from ..features.options import pooled_statistics
+from ..features.backbone import joint_reading, pass_kind
 from ..features.tiles import TileSpec
 from ..features.tta import backbone_views
 from .bundle import Bundle
@@ -54,18 +54,17 @@ def heard_members(manifest: dict) -> list:
 def _pass_key(spec: dict) -> tuple:
     "What two feature specs must have in common to share a pass."
     ref = spec["backbone"]
-    alone = not pooled_statistics(ref["pooling"])  # the model's own pooling
     weights = json.dumps([ref["file"], ref.get("name"), ref.get("lora")], sort_keys=True)
-    return weights, bool(ref.get("blocks")), alone, TileSpec(*spec["grid"], spec["tile_size"])
+    kind = pass_kind(ref["pooling"], ref.get("blocks", ()))
+    return weights, *kind, TileSpec(*spec["grid"], spec["tile_size"])
 
 
 def _both(a: dict, b: dict) -> dict:
     "Two backbone descriptions of one pass as one, with the blocks and statistics of either."
-    asked = [pooled_statistics(ref["pooling"]) for ref in (a, b)]
-    blocks = [list(ref.get("blocks", ())) for ref in (a, b)]
-    if asked[0] == asked[1] and blocks[0] == blocks[1]: return a
-    pooling = "+".join(dict.fromkeys(asked[0] + asked[1]))
-    return {**a, "pooling": pooling, "blocks": sorted({*blocks[0], *blocks[1]})}
+    readings = [(ref["pooling"], tuple(ref.get("blocks", ()))) for ref in (a, b)]
+    if readings[0] == readings[1]: return a
+    pooling, blocks = joint_reading(readings)
+    return {**a, "pooling": pooling, "blocks": list(blocks)}
 
 # %% ../../nbs/4_inference/4_plan.ipynb #4a286b17
 def plan_passes(

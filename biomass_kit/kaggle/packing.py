@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIB', 'WEIGHTS', 'KERNEL', 'DATASET_METADATA', 'KERNEL_METADATA', 'NOTEBOOK', 'COMPETITION', 'DEFAULT_USER', 'ABOUT',
-           'LICENCES', 'SLUG', 'KAGGLE_IMAGE', 'WHEEL_LIST', 'UPLOAD', 'dataset_metadata', 'kernel_metadata',
+           'LICENCES', 'SLUG', 'KAGGLE_IMAGE', 'WHEEL_LIST', 'UPLOAD', 'EMPTIED', 'dataset_metadata', 'kernel_metadata',
            'check_user', 'check_metadata', 'image_gaps', 'wheels_wanted', 'download_wheels', 'upload_readme',
-           'build_wheel', 'write_tracked', 'check_packed', 'pack']
+           'build_wheel', 'write_tracked', 'check_packed', 'copy_weights', 'pack']
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #693490ee
 import json
@@ -23,7 +23,16 @@ from typing import Callable
 import biomass_kit
 from ..data.files import copy_file, remove_abandoned, write_json, write_text
 from ..data.targets import BiomassError
-from ..inference.bundle import MANIFEST, read_bundle, refuse_pickles, version_key
+from biomass_kit.inference.bundle import (
+    MANIFEST,
+    Bundle,
+    read_bundle,
+    refuse_pickles,
+    sign_manifest,
+    version_key,
+)
+from ..inference.card import CARD, card_text
+from ..inference.pooled import without_pooled
 from biomass_kit.kaggle.inference import (
     PREDICT_REQUIREMENTS,
     REFERENCE,
@@ -318,6 +327,35 @@ def check_packed(
     return {"user": kernel["id"].partition("/")[0], "wheel": wheels[0], "bundle": bundle}
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #9566de6d
+# slug -> what an earlier packing left there
+EMPTIED = {LIB: ["*.whl", WHEEL_LIST], WEIGHTS: ["*.safetensors", MANIFEST, CARD], KERNEL: []}
+
+
+def copy_weights(
+    bundle: Bundle,
+    out,  # folder for it
+    training_features: bool = True,  # with what its heads in closed form learned from, where it holds that
+):
+    "Copy a bundle; its README.md as its user left it, or made anew for one that has none."
+    manifest = bundle.manifest if training_features else without_pooled(bundle.manifest)
+    for name in manifest["files"]: copy_file(bundle.folder / name, Path(out) / name)
+    if (bundle.folder / CARD).is_file(): copy_file(bundle.folder / CARD, Path(out) / CARD)
+    else: write_text(Path(out) / CARD, card_text(manifest))
+    if manifest is bundle.manifest: copy_file(bundle.folder / MANIFEST, Path(out) / MANIFEST)
+    else: sign_manifest(out, manifest)
+
+
+def _refuse_sources(bundle: Bundle, out: Path, wheel, training_features: bool):
+    "Refuse what lies where it would be emptied, and an opt-out of nothing."
+    if not training_features and "pooled" not in bundle.trust:
+        raise BiomassError(f"--no-training-features: {bundle.folder} holds none; drop it")
+    for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
+        if source.resolve().is_relative_to(out.resolve()):
+            raise BiomassError(
+                f"{source} lies inside --out {out}, which is emptied first; give the original, or another "
+                "--out")
+
+# %% ../../nbs/8_kaggle/2_packing.ipynb #9566de6e
 def pack(
     weights,  # a bundle, or a run folder
     out="kaggle_datasets",
@@ -326,16 +364,13 @@ def pack(
     wheels=None,  # requirements whose wheels travel too, beside what Kaggle's image lacks; None brings none
     say: Callable = print,  # told what takes seconds, before it does
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
+    training_features: bool = True,  # what heads in closed form learned from travels too, for `biomass_adapt`
 ) -> Path:
     "Fill `kaggle_datasets/` from a bundle; what an earlier packing left there is replaced. The same input gives the same bytes."
     check_user(user)
     bundle, out, wanted = read_bundle(weights), Path(out), {} if wheels is None else wheels_wanted(wheels)
-    for source in (bundle.folder, *([Path(wheel)] if wheel else [])):
-        if source.resolve().is_relative_to(out.resolve()):
-            raise BiomassError(
-                f"{source} lies inside --out {out}, which is emptied first; give the original, or another "
-                "--out")
-    for slug, patterns in ((LIB, ["*.whl", WHEEL_LIST]), (WEIGHTS, ["*.safetensors", MANIFEST]), (KERNEL, [])):
+    _refuse_sources(bundle, out, wheel, training_features)
+    for slug, patterns in EMPTIED.items():
         for old in (p for pattern in patterns for p in (out / slug).glob(pattern)):
             if old.is_file(): old.unlink()
         remove_abandoned(out / slug)  # half a file, from a packing that was killed
@@ -349,7 +384,7 @@ def pack(
         say(f"packing: wheels of {', '.join(wanted)} from the package index")
         download_wheels(wanted, out / LIB)
     say(f"packing: {sum(f.stat().st_size for f in bundle.folder.glob('*.safetensors')) / 1e6:.0f} MB of weights, and their predictions of the reference photos")
-    for name in (*bundle.manifest["files"], MANIFEST): copy_file(bundle.folder / name, out / WEIGHTS / name)
+    copy_weights(bundle, out / WEIGHTS, training_features)
     write_reference(out / WEIGHTS, progress=progress)
     check_packed(out)
     return out

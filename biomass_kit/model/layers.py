@@ -12,7 +12,8 @@ from torch import nn
 
 # %% ../../nbs/3_model/1_layers.ipynb #ce4a44b8
 class FiLM(nn.Module):
-    "Feature-wise linear modulation, x * (1 + gamma) + beta with gamma and beta from a condition (Perez et al. 2018)."
+    """Feature-wise linear modulation,
+    x * (1 + gamma) + beta with gamma and beta from a condition (Perez et al. 2018)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
@@ -31,19 +32,24 @@ class FiLM(nn.Module):
 
 # %% ../../nbs/3_model/1_layers.ipynb #c41eb0ea
 class CrossAttention(nn.Module):
-    "Each tile adds what it finds among the other half's tiles; the same weights in both directions (Vaswani et al. 2017)."
+    """Each tile adds what it finds among the other half's tiles;
+    the same weights in both directions (Vaswani et al. 2017)."""
 
     def __init__(self, dim: int, dropout: float = 0.0, heads: int = 4):
         super().__init__()
         self.heads, inner = heads, heads * -(-dim // heads)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
-        self.query, self.key_value, self.out = nn.Linear(dim, inner), nn.Linear(dim, 2 * inner), nn.Linear(inner, dim)
+        self.query = nn.Linear(dim, inner)
+        self.key_value = nn.Linear(dim, 2 * inner)
+        self.out = nn.Linear(inner, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` -> `[B, 2, T, D]`."
-        by_head = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
+        def by_head(y): return y.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
         z = self.norm(x)
         key, value = map(by_head, self.key_value(z.flip(1)).chunk(2, -1))
         found = F.scaled_dot_product_attention(by_head(self.query(z)), key, value)

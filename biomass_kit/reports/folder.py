@@ -212,7 +212,7 @@ def _photos(predicted, facts, photos) -> str:
     count, predicted = len(predicted), predicted.iloc[shown_photos(predicted)]
     grams, ends = predicted[list(TARGETS)].to_numpy(), ends_of(predicted, TARGETS)
     rows = range(len(predicted))
-    full = max((ends[1] if ends else grams).max(), 1.0)
+    full = max(np.nan_to_num(ends[1] if ends else grams).max(), 1.0)
     of = lambda i: photos.get(predicted["photo"].iloc[i], Seen(fault="not looked up"))
     note = lambda i: f"total {number(predicted[KG_HA[TOTAL]].iloc[i], 0)} {HECTARE}"
     # where there is no picture, its place says why
@@ -309,8 +309,10 @@ def folder_facts(bundle, table, weights, photos, quadrat_cm=None, physics=None) 
     "What `page` is told beside the table; arguments as of `report_folder`."
     outcome, shared = table.attrs["outcome"], bundle.trust.get("shared_dates")
     level = bundle.trust.get("intervals", {}).get("level") or INTERVAL_LEVEL
+    config = bundle.members[0]["config"]
+    units = "groups" if config.get("group_column") else "dates"
     return run_facts() | {
-        "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
+        "held_out": held_out_text(config.get("cv"), shared, units), "shared_dates": shared,
         "weights": str(weights), "photos": str(photos), "predicted on": outcome.devices,
         "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
         "said of photos": outcome.said_of_photos(), "paddocks": outcome.paddocks,

@@ -191,7 +191,10 @@ PAGE = """<!doctype html>
 class _Balance(HTMLParser):
     "Follows tags and headings."
     void = {"meta", "link", "img", "input", "br"}
-    def __init__(self): super().__init__(); self.open, self.level, self.faults = [], 0, []
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.level, self.faults = [], 0, []
 
     def handle_starttag(self, tag, attrs):
         if tag not in self.void: self.open.append(tag)
@@ -206,11 +209,11 @@ class _Balance(HTMLParser):
         held = self.open.pop() if self.open else None
         if held != tag: self.faults.append(f"</{tag}> closes {f'<{held}>' if held else 'nothing'}")
 
-
+# %% ../../nbs/7_reports/1_html.ipynb #lines003
 def check_html(
     text,  # a whole page
 ):
-    "Raise `BiomassError` for a tag left open, a heading that skips a level, an image without alternative text."
+    "Raise `BiomassError` for a tag left open, a skipped level of headings, an image without alternative text."
     parser = _Balance()
     parser.feed(text)
     parser.close()

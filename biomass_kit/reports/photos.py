@@ -82,10 +82,12 @@ SHORT = dict(zip(TARGETS, ("Green", "Dead", "Clover", "GDM", "Total")))
 
 
 def _bar(value, full, kind):
+    if np.isnan(value): return ""
     return f'<span class="bar {kind}" style="width:{100 * min(max(value / full, 0), 1):.1f}%"></span>'
 
 
 def _whisker(low, high, full):
+    if np.isnan(low): return ""
     left, right = (100 * min(max(v / full, 0), 1) for v in (low, high))
     return f'<span class="whisker" style="left:{left:.1f}%;width:{right - left:.1f}%"></span>'
 
@@ -147,7 +149,10 @@ def map_switch(
 ) -> str:
     "Choose which maps lie over the photos, with a key to their colours."
     if not kinds: return ""
-    choice = lambda kind, words, on: f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
+
+    def choice(kind, words, on):
+        return f'<label><input type="radio" name="maps" value="{kind}"{" checked" if on else ""}> {words}</label>'
+
     choices = [choice(k, escape(k), not i) for i, k in enumerate(kinds)] + [
         choice("none", "photos alone", False)]
     key = "".join(

@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ..data.files import file_digest
@@ -27,6 +28,7 @@ from .config import check_config
 from .folder import is_finished
 from .loop import Loop, run_epoch
 from .member import fit_closed, learning_part, stages
+from .passes import shared_passes
 from .run import Run
 from .setup import make_accelerator
 
@@ -52,7 +54,7 @@ def stored_photos(
     run: Run,
 ) -> int:  # photos all of whose features are in the cache
     "How much of the features an earlier run has left."
-    requests = [run.request(source) for source in run.sources]
+    requests = [run.request(shared) for shared in shared_passes(run.sources)]
     asked = [(r.cache, variant) for r in requests for variant in r.variants]
     digests = map(file_digest, run.table["path"])
     return sum(all(cache.has(digest, variant) for cache, variant in asked) for digest in digests)
@@ -60,9 +62,10 @@ def stored_photos(
 
 def probe_photo(
     run: Run,
-) -> tuple:  # (seconds of all passes of one photo, its features: for each spec, variant -> [2, T, D])
+    passes: list,  # its SharedPasses
+) -> tuple:  # (seconds of all passes of one photo, its features: for each pass, variant -> [2, T, D])
     "Look at two photos, the first to warm up."
-    requests = [run.request(source)._replace(cache=None) for source in run.sources]
+    requests = [run.request(shared)._replace(cache=None) for shared in passes]
     paths = list(run.table["path"])
     for path in (paths[0], paths[-1]):
         start = time.perf_counter()
@@ -74,11 +77,12 @@ def probe_photo(
 # %% ../../nbs/5_training/8b_forecast.ipynb #fc000008
 def shown_again(
     features: dict,  # variant -> [2, T, D] of one photo
+    columns: torch.Tensor,  # which of the channels are kept
     photos: int,
     dtype,
 ) -> StoredFeatures:
     "A table in which every photo has the features of one, in the memory of one."
-    row = np.stack(list(features.values())).astype(dtype)
+    row = np.stack(list(features.values()))[..., columns].astype(dtype)
     return StoredFeatures(np.broadcast_to(row, (photos, *row.shape)), features)
 
 
@@ -171,11 +175,14 @@ def forecast(
     passes, pass_s, stored = 0, 0.0, len(run.table)
     if run.keeps:
         stored = stored_photos(run)
-        pass_s, features = probe_photo(run)
+        together = shared_passes(run.sources)
+        pass_s, features = probe_photo(run, together)
         passes = sum(map(len, features))
-        for i, (source, each) in enumerate(zip(run.sources, features)):
-            seen = shown_again(each, len(run.table), run.request(source).cache.dtype)
-            run.sources[i] = source._replace(**{run.keeps: seen})
+        for shared, each in zip(together, features):
+            dtype = run.request(shared).cache.dtype
+            for i, columns in zip(shared.places, shared.columns):
+                seen = shown_again(each, columns, len(run.table), dtype)
+                run.sources[i] = run.sources[i]._replace(**{run.keeps: seen})
     seconds, f = member_seconds(run)
     left = sum(not is_finished(c.out, k) for k in run.members)
     return Forecast(

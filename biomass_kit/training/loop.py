@@ -55,6 +55,8 @@ def batch_truth(f: MemberTrainer, batch: dict) -> dict:
         "share": share.to(device) if torch.is_tensor(share) else share,
         "partner": batch["partner"].to(device),
     }
+    if f.known is not None:
+        truth |= {"grams": truth["grams"].nan_to_num(), "known": f.known[photo].to(device)}
     if f.teacher is not None: truth["teacher"] = f.teacher[photo].to(device)
     return truth | {name: label[photo].to(device) for name, label in f.labels.items()}
 

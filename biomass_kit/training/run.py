@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['scored_rows', 'finish_fold', 'who_predicts', 'Run', 'stored_features', 'soft_targets', 'fit_in_order', 'train_member',
-           'trim_photos', 'class_teacher', 'train_runs', 'named_progress', 'train', 'expand', 'remember_photos',
-           'score_others', 'finish_run']
+           'trim_photos', 'class_teacher', 'train_runs', 'named_progress', 'train', 'expand', 'remember_pooled',
+           'remember_photos', 'score_others', 'finish_run']
 
 # %% ../../nbs/5_training/8_run.ipynb #59d6405a
 import dataclasses
@@ -22,18 +22,21 @@ import torch
 from accelerate import Accelerator
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import EVERY_FOLD, FOLD_COLUMNS, fold_name, read_table
+from ..data.folds import EVERY_FOLD, fold_columns, fold_name, read_table, units_of
 from ..data.photos import crop_lines, photo_crops
 from ..data.targets import TARGETS, BiomassError
 from ..features.augment import draw_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
 from ..features.pairs import PairStore
-from ..features.store import FeatureCache, FeatureRequest, StoredFeatures, store_features, trim_text
+from ..features.store import FeatureRequest, store_shared, trim_text
 from ..features.tta import View, parse_view
 from ..inference.bundle import save_member, save_reference, save_spec, write_manifest
+from ..inference.card import photo_facts
 from ..inference.physics import training_bounds
+from ..inference.pooled import Pooled, kept_views, photo_digests, photo_groups, save_pooled_rows
 from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
+from ..model.closed import known_means, photo_rows
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
@@ -51,12 +54,12 @@ from biomass_kit.training.folder import (
 from .loop import CHECKPOINT, CLASSES, one_thread, run_fold
 from biomass_kit.training.member import (
     MemberTrainer,
-    Source,
     fit_closed,
     fold_intervals,
     plain_features,
     predict_fold,
 )
+from .passes import SharedPass, pass_request, shared_passes
 from .scores import manifest_physics, manifest_trust, run_facts, write_results
 from biomass_kit.training.setup import (
     LOGS,
@@ -73,7 +76,7 @@ def scored_rows(f: MemberTrainer, table: pd.DataFrame) -> pd.DataFrame:
     "The fold's own photos with what the member predicts for them, and the ends of its intervals if any."
     found = {"_raw": predict_fold(f, f.scored, [parse_view(v) for v in f.config.tta])}
     if f.model.args.get("uncertainty"): found |= fold_intervals(f)
-    oof = table.loc[f.scored, list(FOLD_COLUMNS)].assign(fold=f.k)
+    oof = table.loc[f.scored, fold_columns(table)].assign(fold=f.k)
     for suffix, grams in found.items(): oof[[t + suffix for t in TARGETS]] = grams
     return oof
 
@@ -91,7 +94,7 @@ def finish_fold(
         "name": member_name(read_json(c.out / "config.json"), f.k),
         "fold": f.k,
         "bounds": training_bounds(f.grams[f.train]).tolist(),
-        "means": f.grams[f.train].mean(0).tolist(),
+        "means": known_means(f.grams[f.train]).tolist(),
         "config": member_config(c),
         "features": specs,
     }
@@ -129,7 +132,8 @@ class Run:
         self.sources = start.sources
         self.specs = start.configs
         self.start = start.weights
-        self.config = c = dataclasses.replace(config, tile_size=self.specs[0].tile_size)
+        self.config = c = dataclasses.replace(
+            config, tile_size=self.specs[0].tile_size, cv=start.cv, physics=start.physics)
         self.arithmetic = arithmetic_text(c, accelerator.device, precision, accelerator.num_processes)
         self.lora_layers = lora_layers(self.backbone, c.tile_size) if c.lora_rank else []
         self.elsewhere = []  # folds that another process trains
@@ -160,23 +164,24 @@ class Run:
         log,
         known: dict = None,  # what other runs of this process have mapped; filled here
     ):
-        "Compute what is to be stored and is not yet, then map all of it, one feature spec after the other."
+        "Compute what is to be stored and is not yet, then map all of it, one backbone pass after the other."
         c, kept = self.config, self.keeps
         if not kept: return
         known = {} if known is None else known
         variants = tuple(stored_variants(c))
-        for i, source in enumerate(self.sources):
-            key = id(source.backbone), source.spec, variants, c.cache_dtype
-            if key not in known: known[key] = stored_features(self, source, progress, log)
-            self.sources[i] = source._replace(**{kept: known[key]})
+        for shared in shared_passes(self.sources):
+            read = tuple(id(self.sources[i].backbone) for i in shared.places)
+            key = read, shared.spec, variants, c.cache_dtype
+            if key not in known: known[key] = stored_features(self, shared, progress, log)
+            for i, stored in zip(shared.places, known[key]):
+                self.sources[i] = self.sources[i]._replace(**{kept: stored})
 
-    def request(self, source: Source) -> FeatureRequest:
-        "What is asked of the feature store for one spec, its backbone at its start."
+    def request(self, shared: SharedPass) -> FeatureRequest:
+        "What is asked of the feature store for one pass, its backbone at its start."
         c = self.config
         if not c.freeze_backbone: self._start_again()
-        source.backbone.to(self.accelerator.device).eval()
-        cache = FeatureCache(source.backbone, source.spec, c.cache_dir, self.precision, c.cache_dtype)
-        return FeatureRequest(source.backbone, source.spec, tuple(stored_variants(c)), cache)
+        device = self.accelerator.device
+        return pass_request(shared, self.sources, c, tuple(stored_variants(c)), device, self.precision)
 
     def _start_again(self):
         "The backbone back at its starting weights, without LoRA factors."
@@ -213,16 +218,22 @@ class Run:
             return f, run_fold(f, progress) if self.config.head == "neural" else fit_closed(f)
 
 # %% ../../nbs/5_training/8_run.ipynb #ru00000b
-def stored_features(run: Run, source: Source, progress, log) -> StoredFeatures:
-    "The features of one spec, each process having computed its share of the photos."
+def stored_features(
+    run: Run,
+    shared: SharedPass,
+    progress: Callable,
+    log: Callable,
+) -> list:  # StoredFeatures of each of its sources
+    "The features of one pass, each process having computed its share of the photos."
     c, accelerator = run.config, run.accelerator
-    request = run.request(source)
+    request = run.request(shared)
     paths = list(run.table["path"])
+    how = shared.columns, c.num_workers, run.precision, progress
     if accelerator.num_processes > 1:
         mine = paths[accelerator.process_index :: accelerator.num_processes]
-        store_features(mine, request, c.num_workers, run.precision, progress)
+        store_shared(mine, request, *how)
         accelerator.wait_for_everyone()
-    stored = store_features(paths, request, c.num_workers, run.precision, progress)
+    stored = store_shared(paths, request, *how)
     accelerator.wait_for_everyone()
     cache = request.cache
     if accelerator.is_main_process and not cache.off: log(trim_text(cache.root, c.cache_gb))
@@ -375,6 +386,27 @@ def expand(
     ]
 
 # %% ../../nbs/5_training/8_run.ipynb #6f1f7aa5
+def remember_pooled(
+    run: Run,
+    members: list,  # descriptions of its members
+    history: pd.DataFrame,  # of all members, with the strength and width that were chosen
+) -> list:  # "pooled" of the manifest, or None
+    "Store what heads in closed form learned from, so that `biomass_adapt` can fit them again."
+    c = run.config
+    if c.head == "neural" or run.table[list(TARGETS)].isna().any(axis=None): return None
+    views = kept_views(c.fit_views, c.tta)
+    everybody = range(len(run.table))
+    with run.threads():
+        rows = [photo_rows(*(source.stored.gather(everybody, v) for source in run.sources)) for v in views]
+    table = run.table
+    grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
+    kept = Pooled(
+        torch.stack(rows), grams, photo_groups(table), torch.tensor(run.fold, dtype=torch.int64),
+        torch.ones(len(table)), photo_digests(table["path"]))
+    chosen = history.set_index("fold")[["alpha", "width"]].to_dict("index")
+    return [save_pooled_rows(c.out / "bundle", kept, views, {m["name"]: chosen[m["fold"]] for m in members})]
+
+# %% ../../nbs/5_training/8_run.ipynb #6f1f7aa6
 def remember_photos(
     run: Run,
     members: list,  # descriptions of its members
@@ -382,7 +414,7 @@ def remember_photos(
     "Store the training photos' features, and count how many would be flagged, each beside the other folds."
     if not run.stored: return None, {}
     with run.threads(): features = run.stored.gather(range(len(run.table)), View()).mean((1, 2)).numpy()
-    dates = run.table["Sampling_Date"].to_numpy()
+    dates = units_of(run.table).to_numpy()
     trained = np.ones(len(dates), bool) if len(run.folds) > 1 else run.fold != run.folds[0]
     reference = make_reference(features[trained], dates[trained])
     if reference is None: return None, {}
@@ -418,5 +450,7 @@ def finish_run(run: Run, others: dict, seconds: float) -> dict:
     reference, unlike = remember_photos(run, members)
     results = write_results(c.out, run.table, run.fold, oof, physics, bounds, rivals, history, facts | unlike)
     write_manifest(c.out / "bundle", members, manifest_physics(results, physics), c.tta, results["scores"],
-                   combine=who_predicts(members), trust=manifest_trust(results, reference))
+                   combine=who_predicts(members),
+                   trust=manifest_trust(results, reference, photos=photo_facts(run.table),
+                                        pooled=remember_pooled(run, members, history)))
     return results

@@ -1,10 +1,11 @@
-"""Training the heads of several folds on stored features: one after another on all threads or on one, stacked by torch.func, or in two processes.
+"""Training the heads of several folds on stored features: one after another on all threads or on one, stacked
+by torch.func, or in two processes.
 
     python tests/benchmarks/heads_together.py
     python tests/benchmarks/heads_together.py --neighbours 2
 
-The four forms do the same steps on the same batches; their weights are compared at the end. The time of a process's
-start is left out (each waits until it is told to begin), since it is paid once for all members.
+The four forms do the same steps on the same batches; their weights are compared at the end. The time of a
+process's start is left out (each waits until it is told to begin), since it is paid once for all members.
 """
 import copy
 import multiprocessing as mp
@@ -78,9 +79,12 @@ def stacked(models, x, y, steps) -> tuple:
     base = copy.deepcopy(models[0]).to("meta")
     leaves = [p.requires_grad_() for p in parameters.values()]
     o, start = optimizer(leaves), time.perf_counter()
+
+    def member_loss(p, b, xi, yi): return loss_of(functional_call(base, (p, b), (xi,)), yi)
+
     for _ in range(steps):
         o.zero_grad()
-        vmap(lambda p, b, xi, yi: loss_of(functional_call(base, (p, b), (xi,)), yi))(parameters, buffers, x, y).sum().backward()
+        vmap(member_loss)(parameters, buffers, x, y).sum().backward()
         norms = sum(p.grad.flatten(1).square().sum(1) for p in leaves).sqrt()
         for p in leaves: p.grad.mul_((1 / (norms + 1e-6)).clamp(max=1).view(-1, *[1] * (p.ndim - 1)))
         o.step()
@@ -100,15 +104,14 @@ def worker(a: Args, index: int, count: int, begin, done):
         done.wait()
 
 
-def main():
-    a = tyro.cli(Args)
-    print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, {torch.get_num_threads()} threads, "
-          f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
-    models, x, y = draw(a)
-    times = {"one after another": [], "on one thread": [], "stacked": [], "two processes": []}
-    context = mp.get_context("spawn")
-    busy = [context.Process(target=idle_turns, daemon=True) for _ in range(a.neighbours)]
-    for p in busy: p.start()
+def apart(weights, others) -> float:
+    "The largest difference between weights, each a list of (name -> tensor) by member."
+    return max((a[n] - p).abs().max().item() for a, b in zip(weights, others) for n, p in b.items())
+
+
+def in_one_process(a: Args, models, x, y) -> tuple:  # (form -> seconds of each round, gaps of weights)
+    "The three forms in turn; how far stacked weights, and those of one thread, are from the first form's."
+    times = {"one after another": [], "on one thread": [], "stacked": []}
     one_after_another(copy.deepcopy(models[:1]), x[:1], y[:1], 3)
     for _ in range(a.rounds):
         plain, alone = copy.deepcopy(models), copy.deepcopy(models)
@@ -116,23 +119,44 @@ def main():
         times["on one thread"].append(on_one_thread(alone, x, y, a.steps))
         seconds, together = stacked(copy.deepcopy(models), x, y, a.steps)
         times["stacked"].append(seconds)
-        apart = lambda weights: max((weights(i)[n] - p).abs().max().item() for i, m in enumerate(plain) for n, p in m.named_parameters())
-        gap, threads = apart(lambda i: {n: t[i] for n, t in together.items()}), apart(lambda i: dict(alone[i].named_parameters()))
+        due, lone = ([dict(m.named_parameters()) for m in each] for each in (plain, alone))
+        gap = apart([{n: t[i] for n, t in together.items()} for i in range(len(models))], due)
+        threads = apart(lone, due)
         assert max(gap, threads) < 1e-3, f"training ends elsewhere: {gap} stacked, {threads} on one thread"
+    return times, (gap, threads)
+
+
+def in_two_processes(a: Args, context) -> list:
+    "Seconds of each round of two processes, each with its share of the members."
     begin, done = context.Barrier(3), context.Barrier(3)
     processes = [context.Process(target=worker, args=(a, i, 2, begin, done)) for i in range(2)]
     for p in processes: p.start()
     begin.wait()
+    seconds = []
     for _ in range(a.rounds):
         begin.wait()
         start = time.perf_counter()
         done.wait()
-        times["two processes"].append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     for p in processes: p.join()
+    return seconds
+
+
+def main():
+    a = tyro.cli(Args)
+    print(f"{a.members} members, {a.dim} channels, {a.tiles} tiles, batch {a.batch_size}, "
+          f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, "
+          f"{date.today()}")
+    context = mp.get_context("spawn")
+    busy = [context.Process(target=idle_turns, daemon=True) for _ in range(a.neighbours)]
+    for p in busy: p.start()
+    times, (gap, threads) = in_one_process(a, *draw(a))
+    times["two processes"] = in_two_processes(a, context)
     for name, seconds in times.items():
         print(f"  {name:18s} {median(seconds) / a.steps * 1e3:6.1f} ms a step of all members, "
               f"{median(times['one after another']) / median(seconds):.2f} times as fast")
-    print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}; one thread against all: {threads:.1e}")
+    print(f"  largest difference of a weight, stacked against one after another: {gap:.1e}; "
+          f"one thread against all: {threads:.1e}")
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""Which form of a backbone's forward is fastest on this machine, each compared with the plain one: `python tests/benchmarks/kernels.py`."""
+"""Which form of a backbone's forward pass is fastest here, each compared with the plain one."""
 import copy
 import platform
 import sys
@@ -24,6 +24,19 @@ class Args:
     rounds: int = 5
 
 
+def forms_of(plain, tiles) -> dict:  # name -> (backbone, precision)
+    "The forms of a backbone that are compared."
+    channels_last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    forms = {"plain": (plain, "fp32"), "channels_last": (channels_last, "fp32"), "bf16": (plain, "bf16")}
+    try:
+        compiled = torch.compile(copy.deepcopy(plain))
+        with torch.inference_mode(): compiled(tiles)
+        forms["torch.compile"] = compiled, "fp32"
+    except Exception as e:
+        print(f"torch.compile: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+    return forms
+
+
 def main():
     a = tyro.cli(Args)
     device = pick_device()
@@ -33,13 +46,9 @@ def main():
     for name in a.backbones:
         torch.manual_seed(0)
         plain = build_backbone(name, pretrained=False, tile_size=a.tile_size)[0].eval().to(device)
-        tiles = torch.randint(0, 255, (a.tiles, 3, a.tile_size, a.tile_size), dtype=torch.uint8, device=device)
-        forms = {"plain": (plain, "fp32"), "channels_last": (copy.deepcopy(plain).to(memory_format=torch.channels_last), "fp32"), "bf16": (plain, "bf16")}
-        try:
-            compiled = torch.compile(copy.deepcopy(plain))
-            with torch.inference_mode(): compiled(tiles)
-            forms["torch.compile"] = compiled, "fp32"
-        except Exception as e: print(f"torch.compile: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+        shape = a.tiles, 3, a.tile_size, a.tile_size
+        tiles = torch.randint(0, 255, shape, dtype=torch.uint8, device=device)
+        forms = forms_of(plain, tiles)
         times, out = {n: [] for n in forms}, {}
         for _ in range(a.rounds + 1):
             for n, (run, precision) in forms.items():
@@ -49,7 +58,9 @@ def main():
         first = median(times["plain"][1:])
         for n in forms:
             gap = (out[n] - out["plain"]).abs().max() / out["plain"].abs().max()
-            print(f"  {name:28s} {n:14s} {first / median(times[n][1:]):.2f} times plain's speed, largest relative difference {gap:.1e}", flush=True)
+            faster = first / median(times[n][1:])
+            print(f"  {name:28s} {n:14s} {faster:.2f} times plain's speed, largest relative difference "
+                  f"{gap:.1e}", flush=True)
 
 
 if __name__ == "__main__": main()

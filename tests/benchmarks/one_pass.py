@@ -1,10 +1,10 @@
-"""An ensemble at the cost of its distinct backbone passes: plan against the naive form, against the bare backbone, and as it grows.
+"""An ensemble at the cost of its distinct backbone passes: plan against naive form and bare backbone.
 
     python tests/benchmarks/one_pass.py [--backbone NAME --backbone-weights FILE] [--rounds 3]
 
-Ratios of things run in turn in one process, both sides' outputs compared. The naive side is written plainly: each member
-decodes and tiles each photo itself, then runs four full forwards (same batch size, same dtype, no sharing). The floor is
-the bare backbone on the same tiles, already in memory, once for each distinct pass.
+Ratios of things run in turn in one process, both sides' outputs compared. The naive side is written plainly:
+each member decodes and tiles each photo itself, then runs four full forwards (same batch size, same dtype, no
+sharing). The floor is the bare backbone on the same tiles, already in memory, once for each distinct pass.
 """
 import platform
 import sys
@@ -95,7 +95,9 @@ def compare(name: str, folder: Path, paths, a: Args):
     rounds = in_turn({"plan": lambda: ensemble.predict(paths, a.batch_size), "naive": lambda: naive(
         ensemble, paths, a.batch_size),
                       "floor": lambda: floor(ensemble, batches)}, a.rounds)
-    ratio = lambda top, bottom: median(r[top] / r[bottom] for r in rounds)
+
+    def ratio(top, bottom): return median(r[top] / r[bottom] for r in rounds)
+
     print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), "
           f"largest difference {np.abs(planned - plain).max():.1e} g\n"
           f"  naive / plan {ratio('naive', 'plan'):.2f}   plan / floor {ratio('plan', 'floor'):.3f}   "
@@ -109,7 +111,8 @@ def line(x, y) -> tuple:
 
 
 def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
-    "Time against the number of frozen members of one grid; the slope as a share of one backbone pass over the same photos."
+    """Time against the number of frozen members of one grid;
+    the slope as a share of one backbone pass over the same photos."""
     ensembles = {n: Ensemble(read_bundle(
         untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
                              device_type="cpu") for n in counts}
@@ -159,7 +162,9 @@ def main():
         compare(
             "fine-tuned, 5 members x 4 views", untrained_bundle(room / "tuned", ((2, 2),), 5, True, *model),
             paths, a)
-        size = lambda pattern: sum(p.stat().st_size for p in frozen.glob(pattern))
+
+        def size(pattern): return sum(p.stat().st_size for p in frozen.glob(pattern))
+
         whole = size("member-*") + 10 * size("backbone-*")
         print(
             f"bundle of 10 frozen members: {size('*') / 1e6:.1f} MB, {size('*') / whole:.3f} of ten whole "

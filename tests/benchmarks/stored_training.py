@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stored_training.py [--backbone NAME --backbone-weights FILE]
 
-Same photos, batches, draws (flips, swap, MixUp's shares are drawn for both; MixUp itself is off, since on pixels it is
-another thing than on features) and heads. The stored side runs all its epochs; the recomputed side runs one epoch of one
-fold of each grid and is scaled. After that epoch both sides' heads must say the same.
+Same photos, batches, draws (flips, swap, MixUp's shares are drawn for both; MixUp itself is off, since on
+pixels it is another thing than on features) and heads. The stored side runs all its epochs; the recomputed
+side runs one epoch of one fold of each grid and is scaled. After that epoch both sides' heads must say the
+same.
 """
 import platform
 import tempfile
@@ -17,8 +18,10 @@ from typing import Optional
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import save_file
 
 from biomass_kit.data.synthetic import write_dataset
+from biomass_kit.features.backbone import build_backbone
 from biomass_kit.features.tta import View
 from biomass_kit.training.batches import epoch_batches
 from biomass_kit.training.config import TrainConfig, check_config
@@ -60,40 +63,46 @@ def member(run, k, stored):
     return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
 
 
+def random_weights(a: Args, room: Path) -> Path:
+    "A file of random weights."
+    model = build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model
+    save_file(model.state_dict(), room / "random.safetensors")
+    return room / "random.safetensors"
+
+
+def measure(a: Args, grid: tuple, data: Path, room: Path) -> np.ndarray:  # seconds [3]
+    "Stored, recomputed (scaled from an epoch of one fold), and the extraction for the stored side."
+    base = check_config(TrainConfig(
+        data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
+        tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, use_cutmix=False,
+        augment="flips", cache_dir=room / "cache", device_type="cpu"))
+    run = Run(base, make_accelerator(torch.device("cpu"), "fp32"), "fp32", {})
+    start = time.perf_counter()
+    run.store(lambda x, **_: x, print)
+    extraction = (time.perf_counter() - start) / 4  # all four views were stored; one is counted
+    once, live = member(run, 0, run.stored), member(run, 0, None)
+    epochs(once, 1)
+    recomputed = epochs(live, 1) * a.epochs * a.folds
+    found = [predict_fold(f, f.scored, [View()]) for f in (once, live)]
+    difference = np.abs(found[0] - found[1]).max()
+    assert difference < 1e-2, f"the two sides trained different heads: {difference} g"
+    print(f"grid {grid}: largest difference after an epoch {difference:.1e} g", flush=True)
+    stored = sum(epochs(member(run, k, run.stored), a.epochs) for k in range(a.folds))
+    return np.array([stored, recomputed, extraction])
+
+
 def main():
     a = tyro.cli(Args)
-    print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, {platform.machine()}, "
-          f"torch {torch.__version__}, {date.today()}")
-    device = torch.device("cpu")
-    stored_s = recomputed_s = extraction_s = 0
+    print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, "
+          f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
     with tempfile.TemporaryDirectory() as room:
         room = Path(room)
         data = write_dataset(room / "data", n_photos=a.photos, n_test=1, height=a.height)
-        if a.backbone_weights is None:
-            from safetensors.torch import save_file
-
-            from biomass_kit.features.backbone import build_backbone
-
-            a = replace(a, backbone_weights=room / "random.safetensors")
-            save_file(build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model.state_dict(), a.backbone_weights)
-        for grid in a.grids:
-            base = check_config(TrainConfig(data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
-                                            tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, use_cutmix=False,
-                                            augment="flips", cache_dir=room / "cache", device_type="cpu"))
-            run = Run(base, make_accelerator(device, "fp32"), "fp32", {})
-            start = time.perf_counter()
-            run.store(lambda x, **_: x, print)
-            extraction_s += (time.perf_counter() - start) / 4  # all four views were stored; one is counted
-            once, live = member(run, 0, run.stored), member(run, 0, None)
-            epochs(once, 1)
-            recomputed_s += epochs(live, 1) * a.epochs * a.folds
-            difference = np.abs(predict_fold(once, once.scored, [View()]) - predict_fold(live, live.scored, [View()])).max()
-            assert difference < 1e-2, f"the two sides trained different heads: {difference} g"
-            stored_s += sum(epochs(member(run, k, run.stored), a.epochs) for k in range(a.folds))
-            print(f"grid {grid}: largest difference after an epoch {difference:.1e} g", flush=True)
-    print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored_s:.1f} s, recomputed {recomputed_s:.0f} s (scaled), "
-          f"{recomputed_s / stored_s:.0f} times; with one plain-view extraction ({extraction_s:.0f} s) "
-          f"counted in {recomputed_s / (stored_s + extraction_s):.0f} times")
+        if a.backbone_weights is None: a = replace(a, backbone_weights=random_weights(a, room))
+        stored, recomputed, extraction = sum(measure(a, grid, data, room) for grid in a.grids)
+    print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored:.1f} s, recomputed "
+          f"{recomputed:.0f} s (scaled), {recomputed / stored:.0f} times; with one plain-view extraction "
+          f"({extraction:.0f} s) counted in {recomputed / (stored + extraction):.0f} times")
 
 
 if __name__ == "__main__": main()

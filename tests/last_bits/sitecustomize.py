@@ -1,8 +1,9 @@
 """Another processor, played: with this folder on PYTHONPATH, products of other shapes end in other last bits.
 
-A matrix product of 4 rows adds up in another order than 4 products of 1 row: on some processors that changes the last
-bits, on others it does not. Here it always does, and so does another number of threads, in every Python that is started:
-a test that compares such results for equality fails on every machine. Run it with `make test-last-bits`.
+A matrix product of 4 rows adds up in another order than 4 products of 1 row: on some processors that changes
+the last bits, on others it does not. Here it always does, and so does another number of threads, in every
+Python that is started: a test that compares such results for equality fails on every machine. Run it with
+`make test-last-bits`.
 """
 import importlib.machinery
 import sys
