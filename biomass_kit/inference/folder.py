@@ -23,8 +23,10 @@ from ..data.xlsx import write_sheets
 from .bundle import Bundle
 from .issues import Outcome
 from biomass_kit.inference.paddocks import (
+    COUNTS,
     Paddocks,
     Sums,
+    drop_earlier,
     knows_means,
     paddock_values,
     paddocks_path,
@@ -157,8 +159,7 @@ class FolderTable(NamedTuple):
             flagged = np.array([flag != "" for flag in flags(self.outcome, alike, self.rows(part))])
             sums.add(self.paddocks.of[part], values, read, flagged)
         table = self.in_units(self.paddocks.names, paddock_values(sums, self.bundle, self.method))
-        counts = {"photos": sums.photos, "not_read": sums.not_read, "flagged": sums.flagged}
-        for place, (name, count) in enumerate(counts.items(), 1): table.insert(place, name, count)
+        for place, name in enumerate(COUNTS, 1): table.insert(place, name, getattr(sums, name))
         return table.rename(columns={"photo": "paddock"})
 
     def write(self, grams: np.ndarray, alike: np.ndarray = None):
@@ -168,6 +169,7 @@ class FolderTable(NamedTuple):
         write_csv_parts(self.out, self.parts(grams, alike), float_format="%.4f", date_format=TIME_FORMAT)
         self.outcome.paddocks = self.means(grams, alike)
         if self.paddocks: write_csv(paddocks_path(self.out), self.outcome.paddocks, float_format="%.4f")
+        else: drop_earlier(self.out)
 
     def note_widths(self):
         "Say where intervals are not what was measured for such predictions."

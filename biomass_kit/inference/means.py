@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'SUBSETS', 'photo_sets', 'mean_margin', 'mean_margins', 'mea
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170004
 import numpy as np
 
-from ..data.targets import as_grams, as_labels
+from ..data.targets import TARGETS, as_grams, as_labels, label_masks
 from .uncertainty import conformal_margin, widen
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170005
@@ -33,9 +33,12 @@ def photo_sets(
     return sets
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170015
-def _means(grams: np.ndarray, sets: list) -> np.ndarray:  # [sets, 5] grams
-    "The mean of each set of photos; NaN where one of them has no label."
-    return np.concatenate([grams[rows].mean(1) for rows in sets])
+def _set_margin(y, p, dates, visits, size, level):  # [5], or None
+    "The margin where every photo has every label."
+    sets = photo_sets(visits, size)
+    first = np.concatenate([rows[:, 0] for rows in sets])
+    y, p = (np.concatenate([grams[rows].mean(1) for rows in sets]) for grams in (y, p))
+    return conformal_margin(y, p, p, dates[first], level)
 
 
 def mean_margin(
@@ -45,13 +48,15 @@ def mean_margin(
     visits,  # [N] a visit is of one date
     size: int,  # photos whose mean is predicted
     level: float,  # share of means that the widened intervals should hold
-) -> np.ndarray:  # [5] in roots of grams; None where there are too few dates
+) -> np.ndarray:  # [5] in roots of grams, 0 for a target without labels; None where there are too few dates
     "By how much the interval of a mean must grow on both sides, starting from the predicted mean."
-    sets = photo_sets(visits, size)
-    y = _means(as_labels(measured), sets)
-    p = _means(as_grams(predicted), sets)
-    first = np.concatenate([rows[:, 0] for rows in sets])
-    return conformal_margin(y, p, p, np.asarray(dates)[first], level)
+    y, p, dates, visits = as_labels(measured), as_grams(predicted), np.asarray(dates), np.asarray(visits)
+    filled, margin = np.where(np.isnan(y), p, y), np.zeros(len(TARGETS))
+    for rows, columns in label_masks(~np.isnan(y)):
+        found = _set_margin(filled[rows], p[rows], dates[rows], visits[rows], size, level)
+        if found is None: return None
+        margin[columns] = found[columns]
+    return margin
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea17000c
 def mean_margins(
@@ -63,12 +68,9 @@ def mean_margins(
 ) -> dict:  # "sizes" and "margins": method -> [5] roots of grams for each size
     "What a bundle keeps of the errors of means; for as many dates as photos' margins need."
     largest = np.unique(visits, return_counts=True)[1].max()
-    sizes, margins = [], {method: [] for method in corrected}
-    for size in (size for size in SIZES if size <= largest):
-        found = {m: mean_margin(measured, p, dates, visits, size, level) for m, p in corrected.items()}
-        if any(margin is None for margin in found.values()): break  # too few dates have whole sets
-        sizes.append(size)
-        for method, margin in found.items(): margins[method].append(margin.tolist())
+    sizes = [size for size in SIZES if size <= largest]
+    margins = {method: [mean_margin(measured, p, dates, visits, size, level).tolist() for size in sizes]
+               for method, p in corrected.items()}
     return {"sizes": sizes, "margins": margins}
 
 # %% ../../nbs/4_inference/3b_means.ipynb #mi000001

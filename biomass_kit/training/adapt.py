@@ -37,6 +37,7 @@ from biomass_kit.inference.bundle import (
     write_manifest,
 )
 from ..inference.card import photo_facts
+from ..inference.means import mean_margins
 from ..inference.members import member_dims, member_files, member_specs
 from ..inference.physics import clamp_folds, error_covariance, training_bounds
 from ..inference.pooled import Pooled, load_pooled, photo_digests, photo_groups, save_pooled_rows
@@ -91,7 +92,8 @@ def renewed_trust(
     if len(set(groups[used])) >= needed:
         some = {m: p[used] for m, p in corrected.items()}
         margins = method_margins(y[used], some, dict.fromkeys(some, []), groups[used])
-        intervals = {"level": INTERVAL_LEVEL, "of": "figures", "margins": margins}
+        means = mean_margins(y[used], some, groups[used], groups[used], INTERVAL_LEVEL)
+        intervals = {"level": INTERVAL_LEVEL, "of": "figures", "margins": margins, "means": means}
     return manifest_physics(results, physics), intervals
 
 # %% ../../nbs/5_training/12_adapt.ipynb #ada97013a
