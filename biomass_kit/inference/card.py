@@ -170,22 +170,21 @@ def _about(manifest: dict) -> list:
     "The opening: what the weights predict, from what."
     quadrat = " x ".join(f"{side:g}" for side in member_quadrat(manifest["members"][0]))
     trust = _trust(manifest)
-    own = trust.get("adapted")
     lines = [
         "# Pasture biomass from photographs", "",
         f"From one top-view photo of pasture: {', '.join(TARGETS)}, in grams of dry matter in a quadrat of "
         f"{quadrat} cm, or kg DM/ha. {_heads_text(manifest)}.", "",
         "```sh", "biomass_predict --weights THIS_FOLDER --photos MY_PHOTOS --out grams.csv", "```", "",
         "## Photos", "", f"Trained on {_photo_text(trust.get('photos', {}))}."]
-    if own:
-        lines[-1] += (f" Then adapted to {_photo_text(own.get('photos', {}))}, "
-                      f"each of which counts as {own['weight']:g} of the others.")
+    for own in trust.get("adapted", ()):
+        lines[-1] += (f" Then adapted to {_photo_text(own['photos'])}, "
+                      f"each of which counts as {own['weight']:g} of the first.")
     return lines
 
 # %% ../../nbs/4_inference/1c_card.ipynb #ca4d0010a
 def _card(manifest: dict) -> str:
     own = "adapted" in _trust(manifest)
-    scored = "photos it was adapted to, each date held out" if own else _scored_on(manifest)
+    scored = "photos it was last adapted to, each date held out" if own else _scored_on(manifest)
     return "\n".join([
         *_settings_lines(card_settings(manifest)), "", *_about(manifest), "",
         "## Scores", "", f"Out of fold, on {scored}. Floors know no photo.", "", *score_rows(manifest), "",

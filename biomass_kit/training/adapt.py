@@ -184,12 +184,13 @@ def write_adapted(
         entries.setdefault(id(head.pooled), (head, {}))[1][members[-1]["name"]] = head.chosen
     pooled = [save_pooled_rows(out, unions[key], map(parse_view, head.views), names)
               for key, (head, names) in entries.items()]
+    mine = {"weight": verdict.weight, "photos": photo_facts(table)}
     trust = {
         "intervals": renewed_intervals(adapter, oof, groups, corrected),
         "reference": renewed_reference(out, unions[id(adapter.pooled)], members),
         "shared_dates": 0.0 if len(set(adapter.groups)) > 1 else 1.0, "pooled": pooled,
         "photos": bundle.trust.get("photos"), "versions": run_facts()["versions"],
-        "adapted": {"weight": verdict.weight, "photos": photo_facts(table)}}
+        "adapted": [*bundle.trust.get("adapted", ()), mine]}
     trust = {k: v for k, v in trust.items() if v is not None}
     scores = own_scores(adapter, verdict)
     write_manifest(out, members, physics, bundle.manifest["views"], scores, heard_combine(adapter), trust)
