@@ -364,7 +364,7 @@ class GaussianProcess(KernelRidge):
     def deviations(self, x: torch.Tensor) -> torch.Tensor:
         "Standard deviation of a label at scaled rows `[B, F]`: `[B, 5]` in the link's space."
         # k(x, x), of one photo with itself
-        own = wide(self.width) * (x * x).mean(-1) if self.kernel == "linear" else 1.0
+        own = wide(self.width) * (x * x).mean(-1, keepdim=True) if self.kernel == "linear" else 1.0
         known = (self.alike(x) @ wide(self.inverse_factor).mT).square().sum(-1)
         known = known[self.args["factor_of"]].T if "factor_of" in self.args else known[:, None]
         return ((own - known).clamp_min(0) + wide(self.alpha)).sqrt() * wide(self.deviation)
