@@ -80,7 +80,7 @@ def beaten(
 def scores_section(results, oof, history, photos):
     "The score table and the sentences needed to read it."
     folds, made = results.get("train_folds") or [], results.get("n_folds")
-    held_out = held_out_text(results.get("cv"), results.get("shared_dates"), results.get("units"))
+    held_out = held_out_text(results.get("cv"), results.get("shared_dates"), results.get("units", "dates"))
     scored = number(results.get("photos", len(oof)))
     text = f"{scored} photos scored, {number(made)} folds ({results.get('cv', '–')}): {held_out}."
     if folds and made and len(folds) < made:
@@ -131,7 +131,7 @@ def residuals_section(results, oof, history, photos):
 def _what_intervals_are(results) -> str:
     "Where the intervals come from, in words."
     given, shared = results["intervals"], results.get("shared_dates")
-    held_out = held_out_text(results.get("cv"), shared, results.get("units"))
+    held_out = held_out_text(results.get("cv"), shared, results.get("units", "dates"))
     around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
     text = (f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
             "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted).")

@@ -89,7 +89,7 @@ def renewed_physics(adapter: Adapter, oof: pd.DataFrame) -> tuple:  # ("physics"
         "physics": {m: weighted_r2(y, p) for m, p in corrected.items()}}
     return manifest_physics(results, physics), corrected
 
-
+# %% ../../nbs/5_training/12_adapt.ipynb #ada97113
 def renewed_intervals(adapter: Adapter, oof: pd.DataFrame, groups: np.ndarray, corrected: dict) -> dict:
     "Margins from held-out errors, and what they held of the own photos; None where dates are too few."
     own = np.arange(len(oof)) >= len(adapter.pooled.grams)
