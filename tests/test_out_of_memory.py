@@ -1,4 +1,4 @@
-"""A GPU that runs out of memory: the batch goes through the network in parts, said once, with the same result."""
+"""Out of memory: the batch goes through the network in parts, which is said once, with the same result."""
 import dataclasses
 import warnings
 

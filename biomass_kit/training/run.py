@@ -38,7 +38,14 @@ from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, config_record, stores_first_stage
-from .deadline import MISSING, OutOfTime, stop_if_missing, stops_together, watch_runs
+from biomass_kit.training.deadline import (
+    MISSING,
+    OutOfTime,
+    member_epochs,
+    stop_if_missing,
+    stops_together,
+    watch_runs,
+)
 from .describe import describe
 from biomass_kit.training.folder import (
     arithmetic_text,
@@ -151,11 +158,6 @@ class Run:
     def stored(self):
         "The first feature spec's features, where they are kept; else None."
         return self.sources[0].stored
-
-    @property
-    def epochs(self) -> int:
-        "Epochs of one of its members; a class teacher learns as many before."
-        return self.config.epochs * (2 if self.config.distill_aux else 1)
 
     @property
     def keeps(self) -> str:
@@ -354,7 +356,7 @@ def _train_todo(runs: list, todo: list, progress, say):
         run.store(progress, say)
     for number, (run, k) in enumerate(todo, 1):
         named = named_progress(progress, f"member {number} of {len(todo)}, {run.config.out.name}")
-        later = sum(other.epochs for other, _ in todo[number:])
+        later = sum(member_epochs(other.config) for other, _ in todo[number:])
         train_member(run, k, run.watch.epochs(named, later) if run.watch else named, say)
 
 # %% ../../nbs/5_training/8_run.ipynb #ru00003b
