@@ -91,14 +91,14 @@ class PaddockArgs:
 class PredictArgs(SharingArgs, PaddockArgs, PlanArgs, StoreArgs, PhysicsArgs, EnsembleArgs, PhotosArgs):
     """Predict biomass for a competition folder (a submission) or a folder of photos (a table and a report).
 
-    The table has one row per photo: photo (its path in the folder); the five targets in grams of dry matter in
-    the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
+    The table has one row per photo: photo (its path in the folder); the five targets in grams of dry matter
+    in the quadrat that was trained on or, with --quadrat-cm, in your own (..._g), and in kg DM/ha
     (..._kg_ha), which add up unless --physics says otherwise, each with the ends of its 90 % interval
     (..._low, ..._high) where the bundle knows them; likeness (0 to 1), the share of training photos that lie
-    as far from those of other dates as this photo from all of them; flag, empty or why a value should not
-    be believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of
-    a photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than
-    wide is turned by 90 degrees clockwise first. Where photos have them, paddock, taken (the camera's time),
+    as far from those of other dates as this photo from all of them; flag, empty or why a value should not be
+    believed: unlike the training photos (likeness of 0.05 or less), fewer members, the training means of a
+    photo that was not read, or more than 10 % of its area cut away to make it 2:1. A photo taller than wide
+    is turned by 90 degrees clockwise first. Where photos have them, paddock, taken (the camera's time),
     latitude and longitude (degrees) follow. Photos in subfolders, or those that --groups names, are paddocks:
     grams_paddocks.csv has their means in the same columns, with intervals for the mean of the photographed
     quadrats, and how many photos are in it, were not read, or are flagged. Beside grams.csv lies

@@ -1,4 +1,5 @@
-"""What a person with a folder of photos reads: values that add up, intervals of their own width, and kg/ha by the right area."""
+"""What a person with a folder of photos reads:
+values that add up, intervals of their own width, and kg/ha by the right area."""
 import dataclasses
 import json
 from itertools import combinations
@@ -66,13 +67,15 @@ def margins(**by_method): return {"margins": {m: [by_method.get(m, 0.5)] * 5 for
 
 
 def test_values_of_a_folder_add_up_within_their_bounds(photos, tmp_path):
-    "Read, unread (training means that miss their sum) and never negative; whatever the bundle does for a competition."
+    """Read, unread (training means that miss their sum) and never negative;
+    whatever the bundle does for a competition."""
     for method in ("none", "derive_dead"):
         weights = contrary_bundle(tmp_path / method, intervals=margins(), method=method)
         table = told(weights, photos, tmp_path / "table.csv")
         grams = table[list(TARGETS)].to_numpy()
         assert np.abs(identity_residuals(grams)).max() < 1e-3 and (grams >= 0).all()
-        assert (grams <= np.array(UPPER) + 1e-3).all() and (np.abs(grams - UPPER) < 1e-3).any(), "some value is at its bound"
+        assert (grams <= np.array(UPPER) + 1e-3).all() and (np.abs(grams - UPPER) < 1e-3).any(), (
+            "some value is at its bound")
         assert np.abs(identity_residuals(table[list(KG_HA)])).max() < 1e-2
         for t in TARGETS:
             assert (table[t + "_low"] <= table[t]).all() and (table[t] <= table[t + "_high"]).all()
@@ -87,18 +90,22 @@ def test_the_option_wins_over_the_folder_and_the_folder_over_the_bundle(photos, 
         for m in (None, "project", "derive_dead", "none")}
     assert by[None].equals(by["project"]) and not np.allclose(
         by["none"][list(TARGETS)], by[None][list(TARGETS)])
-    assert np.abs(identity_residuals(by["derive_dead"][list(TARGETS)])).max() > 1 and "need not add up" in (tmp_path / "table_report.html").read_text()
+    assert np.abs(identity_residuals(by["derive_dead"][list(TARGETS)])).max() > 1
+    assert "need not add up" in (tmp_path / "table_report.html").read_text()
     for method, margin in ((None, 0.2), ("derive_dead", 0.7), ("none", 0.5)):
         read = by[method].loc[[0, 2]]
-        assert np.allclose(np.sqrt(read.Dry_Total_g_high) - np.sqrt(read.Dry_Total_g), margin, atol=1e-4), "intervals of the method used"
+        assert np.allclose(np.sqrt(read.Dry_Total_g_high) - np.sqrt(read.Dry_Total_g), margin, atol=1e-4), (
+            "intervals of the method used")
     notebook = predict_inputs(weights, photos, tmp_path, device_type="cpu")
-    assert np.allclose(notebook[list(TARGETS)], by[None][list(TARGETS)], atol=1e-3), "the Kaggle notebook gives the same table"
+    assert np.allclose(notebook[list(TARGETS)], by[None][list(TARGETS)], atol=1e-3), (
+        "the Kaggle notebook gives the same table")
 
 
 def test_a_threshold_that_nobody_reads_is_refused(photos, tmp_path, capsys):
     weights = contrary_bundle(tmp_path / "bundle")
     with pytest.raises(SystemExit): told(weights, photos, tmp_path / "t.csv", "--correction-threshold", 0.2)
-    assert "read by --physics derive_dead alone, and this is project" in capsys.readouterr().err and not (tmp_path / "t.csv").exists()
+    assert "read by --physics derive_dead alone, and this is project" in capsys.readouterr().err
+    assert not (tmp_path / "t.csv").exists()
     told(weights, photos, tmp_path / "t.csv", "--physics", "derive_dead", "--correction-threshold", 0.2)
 
 
@@ -115,7 +122,8 @@ def test_kilograms_come_from_the_quadrat_trained_on(photos, tmp_path):
             own[G_AND_ENDS], plain[G_AND_ENDS] * 2500 / area, atol=1e-3)
         assert np.allclose(own[list(KG_HA)], kg_per_ha(own[list(TARGETS)], (50, 50)), atol=0.01)
         report = (tmp_path / "t_report.html").read_text()
-        assert "in a quadrat of 50 x 50 cm" in report and ("trained on, 100 x 100 cm" if name == "square" else "trained on, 70 x 30 cm") in report
+        assert "in a quadrat of 50 x 50 cm" in report
+        assert ("trained on, 100 x 100 cm" if name == "square" else "trained on, 70 x 30 cm") in report
 
 
 def test_an_earlier_bundle_says_whose_width_its_intervals_have(photos, tmp_path, capsys):
@@ -133,8 +141,10 @@ def test_training_records_its_quadrat_and_none_is_mixed(finished, config, tmp_pa
     words = options(dataclasses.replace(config, out=run, epochs=1))
     biomass_train([*words, "--quadrat-cm", "50", "30", "--no-report-photos"])
     bundle = read_bundle(run)
-    assert bundle.quadrat_cm == (50, 30) and json.loads((run / "results.json").read_text())["config"]["quadrat_cm"] == [50, 30]
-    assert set(bundle.manifest["physics"]["weighted_r2"]) == set(METHODS) and set(bundle.margins) <= set(METHODS)
+    assert bundle.quadrat_cm == (50, 30)
+    assert json.loads((run / "results.json").read_text())["config"]["quadrat_cm"] == [50, 30]
+    assert set(bundle.manifest["physics"]["weighted_r2"]) == set(METHODS)
+    assert set(bundle.margins) <= set(METHODS)
     assert read_bundle(finished).quadrat_cm == QUADRAT_CM, "the default, recorded too"
     capsys.readouterr()
     for command, said, what in (
@@ -170,7 +180,8 @@ def test_reconciled_rows_are_the_nearest():
         covariance = None if case % 2 else error_covariance(
             np.zeros((30, 5)), rng.normal(size=(30, 5)) @ rng.normal(size=(5, 5)) * 5)
         found = reconcile(g, covariance, upper)
-        assert np.abs(identity_residuals(found)).max() < 1e-9 and (found >= 0).all() and (found <= upper + 1e-6).all()
+        assert np.abs(identity_residuals(found)).max() < 1e-9 and (found >= 0).all()
+        assert (found <= upper + 1e-6).all()
         weight = np.eye(5) if covariance is None else np.linalg.inv(covariance)
         downhill = (g - found) @ weight @ SUMS
         ahead = (corners(upper)[None] - found[:, None, list(PARTS)]) @ downhill[:, :, None]

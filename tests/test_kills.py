@@ -1,4 +1,5 @@
-"""Nothing lost: a run that is killed, whenever, goes on from its last epoch and ends with the same bits; and what stands in its way is named."""
+"""Nothing lost: a run that is killed, whenever, goes on from its last epoch and ends with the same bits;
+and what stands in its way is named."""
 import dataclasses
 import itertools
 import os
@@ -130,7 +131,8 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(whole, number, 
 
 
 def test_held_then_interrupted_by_hand(whole, tmp_path):
-    "A second run in the folder is refused with the first one's process; Ctrl-C is one word and leaves nothing half-written; the same command goes on."
+    """A second run in the folder is refused with the first one's process;
+    Ctrl-C is one word and leaves nothing half-written; the same command goes on."""
     config, _ = whole
     mine = dataclasses.replace(config, out=tmp_path / "run")
     first = start(mine)
@@ -155,7 +157,8 @@ def on_a_full_disk(config):
 
 
 def test_a_full_disk(whole, tmp_path):
-    "The file that could not be written is named, nothing is half-written, and with room the same command goes on."
+    """The file that could not be written is named, nothing is half-written,
+    and with room the same command goes on."""
     config, _ = whole
     mine = dataclasses.replace(config, out=tmp_path / "run")
     process = start(mine, on_a_full_disk)
@@ -179,7 +182,8 @@ def contents(folder):
 
 
 def entries(folder):
-    found = [p for p in sorted(folder.rglob("*.npy")) if ".tmp-" not in p.name]  # which another process renames
+    # which another process renames
+    found = [p for p in sorted(folder.rglob("*.npy")) if ".tmp-" not in p.name]
     return {str(p.relative_to(folder)): file_digest(p) for p in found}
 
 
@@ -190,7 +194,8 @@ def storing_slowly(config):
 
 
 def test_a_killed_feature_store_goes_on(one, tmp_path):
-    "Killed after some photos: what is there is whole, the rest is added, nothing is computed again, and the features are those of an undisturbed store."
+    """Killed after some photos: what is there is whole, the rest is added, nothing is computed again,
+    and the features are those of an undisturbed store."""
     config = dataclasses.replace(
         one, out=tmp_path / "run", train_folds=(0,), epochs=1, cache_dir=tmp_path / "cache", num_workers=0)
     train(dataclasses.replace(config, cache_dir=tmp_path / "whole", out=tmp_path / "whole/run"), **quiet)
@@ -201,8 +206,9 @@ def test_a_killed_feature_store_goes_on(one, tmp_path):
     assert 20 <= len(half) < len(whole) == 30 * 4 and half.items() <= whole.items()
     inodes = {name: (config.cache_dir / name).stat().st_ino for name in half}
     train(config, **quiet)
-    assert (entries(config.cache_dir) == whole
-            and {name: (config.cache_dir / name).stat().st_ino for name in half} == inodes), "what was there was not written again"
+    assert entries(config.cache_dir) == whole
+    assert {name: (config.cache_dir / name).stat().st_ino for name in half} == inodes, (
+        "what was there was not written again")
     assert left(config.out) == left(tmp_path / "whole/run")
 
 
@@ -227,13 +233,15 @@ def packed(finished, tmp_path_factory):
 
 @pytest.mark.parametrize("killed_at", [3, 8])
 def test_a_killed_packing_is_packed_again_to_the_same_bytes(finished, packed, tmp_path, killed_at):
-    "Killed just before its n-th file appears under its name: no file is half, and the next packing is as if nothing had been."
+    """Killed just before its n-th file appears under its name:
+    no file is half, and the next packing is as if nothing had been."""
     out = tmp_path / "packed"
     process = Started(packing_until, killed_at, finished, out, log=tmp_path / "said")
     process.wait_for(lambda: "here" in process.said())
     process.kill()
     half = {name: digest for name, digest in contents(out).items() if ".tmp-" not in name}
-    assert len(half) == killed_at - 1 and len(half) < len(contents(out)), "its n-th file was left under a temporary name"
+    assert len(half) == killed_at - 1 and len(half) < len(contents(out)), (
+        "its n-th file was left under a temporary name")
     assert half.items() < contents(packed).items(), "what is there is whole"
     with pytest.raises(BiomassError): packing.check_packed(out)
     packing.pack(finished, out)

@@ -209,7 +209,8 @@ def held_out_text(
     "What scores and errors were measured on, as reports say it."
     text = strategy(cv).held_out if cv in CV_STRATEGIES else "held-out photos"
     if units == "groups": text = text.replace("dates", units)
-    return text if not shared else f"{text}, {100 * shared:.0f} % of them of {units} that were trained on as well"
+    if not shared: return text
+    return f"{text}, {100 * shared:.0f} % of them of {units} that were trained on as well"
 
 # %% ../../nbs/1_data/8_folds.ipynb #9c7768aa
 def _state_means(train, scored):
@@ -247,7 +248,9 @@ def bootstrap_scores(
     unknown = np.isnan(y)
     names, of = np.unique(np.asarray(dates), return_inverse=True)
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_draws)
-    drawn = lambda column: times @ np.bincount(of, column)
+
+    def drawn(column): return times @ np.bincount(of, column)
+
     counts = drawn(~unknown @ w) if unknown.any() else drawn(np.full(len(y), w.sum()))
     errors = [(y - as_grams(p)) ** 2 for p in predictions]
     if unknown.any():
@@ -284,7 +287,8 @@ def score_beside_floors(
     y, dates = table.loc[scored, list(TARGETS)], units_of(table)[scored]
     return {
         name: {
-            "weighted_r2": weighted_r2(y, p), "interval_90": date_interval(y, p, dates), "per_target": per_target_scores(y, p)}
+            "weighted_r2": weighted_r2(y, p), "interval_90": date_interval(y, p, dates),
+            "per_target": per_target_scores(y, p)}
         for name, p in {**predictions, **floors}.items()
     }
 
@@ -338,7 +342,8 @@ def read_table(path) -> pd.DataFrame:
     text = dict.fromkeys(("photo", "image_path", "State", "Species", GROUP, "run"), str)
     frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], **exact)
     frame = frame.fillna(dict.fromkeys(set(text) & set(frame), ""))
-    return frame.assign(Sampling_Date=pd.to_datetime(frame["Sampling_Date"])) if "Sampling_Date" in frame else frame
+    if "Sampling_Date" not in frame: return frame
+    return frame.assign(Sampling_Date=pd.to_datetime(frame["Sampling_Date"]))
 
 # %% ../../nbs/1_data/8_folds.ipynb #3be1fddc
 def read_folds(

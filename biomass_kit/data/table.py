@@ -141,7 +141,9 @@ def as_numbers(texts: pd.Series) -> pd.Series:
 def _target_grams(rows, path) -> pd.Series:
     "The target column as grams: finite in single precision, and not negative."
     grams = as_numbers(rows["target"])
-    say = lambda fault: lambda r: f"target '{r.target}' of {r.sample_id} {fault}"
+
+    def say(fault): return lambda r: f"target '{r.target}' of {r.sample_id} {fault}"
+
     refuse(path, rows, grams.isna(), say("is not a number; write grams with a decimal point"))
     refuse(path, rows, grams < 0, say("is negative; a dry mass is zero or more grams"))
     refuse(path, rows, grams > np.finfo(np.float32).max, say("is more than can be counted; write grams"))
@@ -207,8 +209,11 @@ def _check_targets(rows, path):
             path, rows, differs,
             lambda r: f"{column} '{r[column]}' differs from the photo's earlier rows; make them agree")
     short = rows.groupby("image_path")["target_name"].transform("count") < len(TARGETS)
-    absent = lambda r: ", ".join(
-        t for t in TARGETS if t not in set(rows.target_name[rows.image_path == r.image_path]))
+
+    def absent(r):
+        return ", ".join(
+            t for t in TARGETS if t not in set(rows.target_name[rows.image_path == r.image_path]))
+
     refuse(
         path, rows, short,
         lambda r: f"photo {r.image_path} has no row for {absent(r)}; add it or drop the photo")
@@ -259,9 +264,9 @@ def read_train(
 ) -> pd.DataFrame:  # one row per photo, in the file's order
     """The training table, checked; raises `BiomassError` naming file, line and fix.
 
-    Columns: photo, image_path (where it lies in the folder), path, Sampling_Date (datetime), State, Species, the
-    five targets in grams, those of AUX_VALUES that the file has (NaN where it is empty), and its own further
-    columns as text.
+    Columns: photo, image_path (where it lies in the folder), path, Sampling_Date (datetime), State, Species,
+    the five targets in grams, those of AUX_VALUES that the file has (NaN where it is empty), and its own
+    further columns as text.
     """
     path = Path(folder) / "train.csv"
     rows = read_rows(path, TRAIN_COLUMNS)
@@ -273,7 +278,8 @@ def read_train(
     wide = rows.assign(grams=grams).pivot(index="image_path", columns="target_name", values="grams").loc[
         first.index, list(TARGETS)]
     extra = [c for c in rows.columns if c not in (*TRAIN_COLUMNS, *TARGETS, "photo", "path", GROUP, "")]
-    table = first[["Sampling_Date", "State", "Species", *extra]].join(wide).rename_axis(columns=None).reset_index()
+    table = first[["Sampling_Date", "State", "Species", *extra]].join(wide)
+    table = table.rename_axis(columns=None).reset_index()
     table = placed(table, folder, found, path)
     _warn_heavy(rows, grams, path)
     return table
@@ -335,6 +341,29 @@ def _check_bytes(path):
         if any(part != part.strip() for part in text.split(b",")):
             raise BiomassError(f"{path} line {line}: has blanks around a value; remove them")
 
+# %% ../../nbs/1_data/6_table.ipynb #li000010
+def _submission_model(folder, path) -> Path:
+    "The competition's file that says which rows are due."
+    for name in ("sample_submission.csv", "test.csv"):
+        if (Path(folder) / name).is_file(): return Path(folder) / name
+    raise BiomassError(
+        f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the "
+        "competition's folder")
+
+
+def _check_ids(path, found: pd.Series, model: Path):
+    "Refuse a submission's ids unless they are those of another file, in its order."
+    due = read_rows(model, ("sample_id",))["sample_id"]
+    missing, strange = set(due) - set(found), set(found) - set(due)
+    if missing:
+        raise BiomassError(f"{path}: lacks {counted(len(missing), 'row')} of {model.name}, first "
+                           f"{min(missing)}; predict them all")
+    if strange:
+        raise BiomassError(f"{path}: holds {counted(len(strange), 'row')} that {model.name} does not, first "
+                           f"{min(strange)}; remove them")
+    if list(due) != list(found):
+        raise BiomassError(f"{path}: rows are not in the order of {model.name}; sort them alike")
+
 # %% ../../nbs/1_data/6_table.ipynb #a5d1da02
 def check_submission(
     path,  # a submission CSV
@@ -346,16 +375,11 @@ def check_submission(
     rows = read_rows(path, SUBMISSION_COLUMNS)
     if list(rows.columns) != list(SUBMISSION_COLUMNS):
         raise BiomassError(
-            f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}, not {','.join(rows.columns)}; drop or reorder the others")
-    refuse(path, rows, rows["sample_id"].duplicated(), lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
-    model = next((p for p in (Path(folder) / "sample_submission.csv", Path(folder) / "test.csv") if p.is_file()), None)
-    if model is None:
-        raise BiomassError(f"{folder}: neither sample_submission.csv nor test.csv is there to check {path} against; give the competition's folder")
-    due = read_rows(model, ("sample_id",))["sample_id"]
-    missing, strange = set(due) - set(rows["sample_id"]), set(rows["sample_id"]) - set(due)
-    if missing: raise BiomassError(f"{path}: lacks {counted(len(missing), 'row')} of {model.name}, first {min(missing)}; predict them all")
-    if strange: raise BiomassError(f"{path}: holds {counted(len(strange), 'row')} that {model.name} does not, first {min(strange)}; remove them")
-    if list(due) != list(rows["sample_id"]): raise BiomassError(f"{path}: rows are not in the order of {model.name}; sort them alike")
+            f"{path} line 1: columns must be exactly {','.join(SUBMISSION_COLUMNS)}, not "
+            f"{','.join(rows.columns)}; drop or reorder the others")
+    refuse(path, rows, rows["sample_id"].duplicated(),
+           lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
+    _check_ids(path, rows["sample_id"], _submission_model(folder, path))
     grams = _target_grams(rows, path)
     refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target '{r.target}' of {r.sample_id} "
             f"is over {PLAUSIBLE_GRAMS:g} g, more than any quadrat of the competition; "
@@ -369,9 +393,9 @@ def submission_score(
 ) -> dict:  # weighted_r2, photos
     "The official score of a submission."
     truth = pd.read_csv(labels).set_index("sample_id")["target"].loc[submission["sample_id"]]
+    ids = pd.DataFrame([i.rsplit("__", 1) for i in submission["sample_id"]], columns=["photo", "target"])
     measured, predicted = (
-        pd.DataFrame({"photo": [i.rsplit("__", 1)[0] for i in submission["sample_id"]],
-                      "target": [i.rsplit("__", 1)[1] for i in submission["sample_id"]], "grams": np.asarray(values)})
+        ids.assign(grams=np.asarray(values))
         .pivot(index="photo", columns="target", values="grams")[list(TARGETS)].to_numpy()
         for values in (truth, submission["target"]))
     return {"weighted_r2": weighted_r2(measured, predicted), "photos": len(measured)}

@@ -131,7 +131,8 @@ class Members(Passes):
 
     # (grams [E, 5], Issue)
     def _mended(self, path, found: np.ndarray, level: Level, intervals: bool) -> tuple:
-        "One photo again for which a member gave no number: in fp32, then without that member, then the training means."
+        """One photo again for which a member gave no number:
+        in fp32, then without that member, then the training means."""
         again, why = (None, "") if self.precision == "fp32" else self._in_fp32(path, level, intervals)
         if again is not None: found = again
         good = np.isfinite(found).all((0, 2))
@@ -215,13 +216,14 @@ class Ensemble(Members):
         deadline: Deadline = None,  # None takes the time it needs
         # photos that this device may have to do after those it has begun to read
         later: Callable = lambda: 0,
-    ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); ends early when there is no time
+    ):  # yields (rows [B], float32 [B, 5] or [B, 3, 5] raw grams, row -> Issue); may end early
         "Raw predictions, a batch at a time, memory bounded by it; a GPU gets the next before one is read."
         deadline, pace, taken, underway = deadline or Deadline(), Pace(), deque(), deque()
         ahead = self.overlaps and deadline.text is None  # a deadline measures each batch alone
         asked = ((taken.append(row), paths[row])[1] for row in rows)
         start = deadline.clock()
-        with closing(photo_batches(asked, self.requests, batch_size, num_workers, strict, self.say)) as batches:
+        batches = photo_batches(asked, self.requests, batch_size, num_workers, strict, self.say)
+        with closing(batches):
             for photos in batches:
                 pace.waited(len(photos), deadline.clock() - start)
                 batch = [taken.popleft() for _ in photos]
@@ -255,12 +257,14 @@ class Ensemble(Members):
         # takes row -> reason for photos that get the training means; None raises for them
         faults: dict = None,
         intervals: bool = False,  # lower and upper ends beside each value
-    ) -> np.ndarray:  # float32 [N, 5] raw grams, or [N, 3, 5] with the ends; training means and bounds for photos in `faults`
-        "Raw predictions of all photos on this device, means over members and views, in as much time as it takes."
+    ) -> np.ndarray:  # float32 [N, 5] raw grams, or [N, 3, 5] with the ends; means for photos in `faults`
+        """Raw predictions of all photos on this device, means over members and views,
+        in as much time as it takes."""
         check_intervals(self.bundle, intervals)
         batches = self.run(paths, range(len(paths)), batch_size, num_workers, faults is None, intervals)
         grams = np.zeros((len(paths), *([3] if intervals else []), len(TARGETS)), np.float32)
-        for rows, found, issues in progress(batches, desc="predict", unit="batch", total=-(-len(paths) // batch_size)):
+        total = -(-len(paths) // batch_size)
+        for rows, found, issues in progress(batches, desc="predict", unit="batch", total=total):
             grams[rows] = found
             nothing = {row: issue.reason for row, issue in issues.items() if issue.fallback == MEANS}
             if nothing and faults is None:
@@ -319,7 +323,8 @@ def probe(
     batch_size: int = 4,
     num_workers: int = 1,
 ) -> dict:  # {"photos", "photos_a_second", "expected_s", "peak_bytes"}
-    "Predict one batch to warm up and the next two against the clock, then extrapolate; where there is but one batch, again that one."
+    """Predict one batch to warm up and the next two against the clock, then extrapolate;
+    where there is but one batch, again that one."""
     paths = list(paths)
     ensemble.predict(paths[:batch_size], batch_size, num_workers, faults={})
     timed, start = paths[batch_size : 3 * batch_size] or paths, time.perf_counter()

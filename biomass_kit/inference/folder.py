@@ -49,7 +49,8 @@ def parts_of(
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #628d6a3b
 def intervals_from_heads(bundle: Bundle) -> bool:
-    "Whether a folder's intervals start from what the members say of their uncertainty, rather than from the prediction."
+    """Whether a folder's intervals start from what the members say of their uncertainty,
+    rather than from the prediction."""
     return has_intervals(bundle) and bundle.trust.get("intervals", {}).get("of", "heads") == "heads"
 
 
@@ -60,7 +61,8 @@ def folder_intervals(
     unknown: list,  # rows of photos that nothing is known of
     method: str,  # of physics; one whose errors were not measured takes the margin of the bundle's own
 ) -> list:  # of two [N, 5]; empty where the bundle knows no intervals
-    "Intervals widened by what training measured on photos held out; for a photo that was not read, all that was ever seen."
+    """Intervals widened by what training measured on photos held out;
+    for a photo that was not read, all that was ever seen."""
     margins = bundle.margins
     if margins:
         own = margins[bundle.manifest["physics"]["method"]]
@@ -101,9 +103,14 @@ def flags(
 ) -> list:  # of text, empty where nothing speaks against the prediction
     "What should keep a reader from believing a prediction."
     rows = range(len(outcome.names)) if rows is None else rows
-    said = lambda i: [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
-    strange = lambda i: ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
-    cut = lambda i: [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
+
+    def said(i):
+        return [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
+
+    def strange(i): return ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
+
+    def cut(i): return [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
+
     return [sys.intern("; ".join(said(i) + strange(i) + cut(i))) for i in rows]  # many say the same
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260008

@@ -31,7 +31,8 @@ def member_map(
     share = model.density_map(features)[..., TOTAL] if model.density else model.attention_map(features, place)
     even = share.mean((1, 2), keepdim=True)
     share = torch.where(even > 0, share / even, 1.0)
-    return "density" if model.density else "attention", share.unflatten(2, grid).movedim(1, 2).flatten(2).cpu().numpy()
+    kind = "density" if model.density else "attention"
+    return kind, share.unflatten(2, grid).movedim(1, 2).flatten(2).cpu().numpy()
 
 
 def common_grid(
@@ -43,13 +44,15 @@ def common_grid(
 
 # %% ../../nbs/4_inference/8_maps.ipynb #2ef1fa8f
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
-    "Yields (row, kind -> map) for each photo that a member maps, fold by fold; no map of one that cannot be read."
+    """Yields (row, kind -> map) for each photo that a member maps, fold by fold;
+    no map of one that cannot be read."""
     for k in sorted(set(fold)):
         own = some_members(bundle, lambda m: k in (None, m["fold"]) and member_head(m) == "neural")
         if not own.members: continue
         ensemble, rows = Ensemble(own, ["plain"], **options), [i for i, f in enumerate(fold) if f == k]
         readers = [(i, m, place) for i, p in enumerate(ensemble.passes) for m, place in p.readers]
-        for row, (features, (fault,)) in zip(rows, plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)):
+        seen = plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)
+        for row, (features, (fault,)) in zip(rows, seen):
             found = {}
             for i, m, place in readers if not fault else ():
                 own = ensemble.read(m, features)[place]

@@ -158,7 +158,8 @@ def _p_value(held) -> float:  # nan for a photo that was not read
 def _grams(held, shape: tuple) -> np.ndarray:
     "Grams of a line; ValueError or TypeError where it holds none."
     grams = np.array(held, np.float64)
-    if grams.shape != shape or not (np.abs(grams) <= np.finfo(np.float32).max).all(): raise ValueError("no grams")
+    if grams.shape != shape or not (np.abs(grams) <= np.finfo(np.float32).max).all():
+        raise ValueError("no grams")
     return grams
 
 # %% ../../nbs/4_inference/5b_partial.ipynb #5b16000e

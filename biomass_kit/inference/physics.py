@@ -74,7 +74,8 @@ def _limits(upper):
 
 
 def _nearest_on(a, z, c, d):
-    "For each row of `z` the `b` `[N, 3]` with `c @ b == d` and the least |z - a b|; None where `c` repeats itself."
+    """For each row of `z` the `b` `[N, 3]` with `c @ b == d` and the least |z - a b|;
+    None where `c` repeats itself."""
     if not len(c): return z @ np.linalg.pinv(a).T
     if np.linalg.matrix_rank(c) < len(c): return None
     start = np.linalg.pinv(c) @ d
@@ -110,7 +111,8 @@ def reconcile(
 
 def _checked_covariance(covariance):
     c = np.asarray(covariance, dtype=np.float64)
-    if c.shape != (5, 5) or not np.isfinite(c).all() or not np.allclose(c, c.T) or np.linalg.eigvalsh(c)[0] <= 0:
+    sound = c.shape == (5, 5) and np.isfinite(c).all() and np.allclose(c, c.T)
+    if not sound or np.linalg.eigvalsh(c)[0] <= 0:
         raise BiomassError(
             "--physics mint: the covariance of errors must be a symmetric, positive definite 5 x 5 matrix; "
             "make it with error_covariance")
@@ -118,14 +120,15 @@ def _checked_covariance(covariance):
 
 # %% ../../nbs/4_inference/1_physics.ipynb #9529b2a6
 def _shrinkage(x):
-    "Schäfer & Strimmer's intensity for the correlations of `x` `[N, 5]`, errors in units of their standard error."
+    """Schäfer & Strimmer's intensity for the correlations of `x` `[N, 5]`,
+    errors in units of their standard error."""
     n, off = len(x), ~np.eye(x.shape[1], dtype=bool)
     if n < 2: return 1.0
     r, r2 = x.T @ x / n, (x**2).T @ x**2 / n
     noise, signal = ((r2 - r**2) / (n - 1))[off].sum(), (r**2)[off].sum()
     return float(np.clip(noise / signal if signal > 0 else 1, 0.01, 1))
 
-
+# %% ../../nbs/4_inference/1_physics.ipynb #li000011
 def error_covariance(
     measured,  # [N, 5] grams, NaN where unknown
     predicted,  # [N, 5] grams, out of fold, clamped as they will be
@@ -166,14 +169,16 @@ def apply_physics(
     threshold: float = 0.15,
     covariance=None,  # [5, 5] from `error_covariance`, for `mint`; the others do not read it
 ) -> np.ndarray:  # float32 [N, 5], consistent as far as the method makes it
-    "Clamp to the training bounds, then correct: in this order, so that what the correction restores stays restored."
+    """Clamp to the training bounds, then correct:
+    in this order, so that what the correction restores stays restored."""
     if method not in METHODS:
         raise BiomassError(f"--physics {method}: unknown; choose one of {', '.join(METHODS)}")
     if method in NEEDS_COVARIANCE and covariance is None:
         raise BiomassError(
             f"--physics {method}: needs the covariance of out-of-fold errors; train two folds or more with "
             "it, or use --physics project")
-    return METHODS[method](clamp(grams, bounds), np.asarray(bounds)[1], threshold, covariance).astype(np.float32)
+    clamped, most = clamp(grams, bounds), np.asarray(bounds)[1]
+    return METHODS[method](clamped, most, threshold, covariance).astype(np.float32)
 
 # %% ../../nbs/4_inference/1_physics.ipynb #12437608
 def clamp_folds(
@@ -199,7 +204,9 @@ def crossfit_physics(
 
     The models behind those errors trained on this fold, so a score of it is no nested one."""
     fold, out = np.asarray(fold), np.empty((len(raw), len(TARGETS)), np.float32)
-    clamped, measured, covariance = clamp_folds(raw, fold, bounds_by_fold), as_labels(measured, "measured"), None
+    clamped = clamp_folds(raw, fold, bounds_by_fold)
+    measured = as_labels(measured, "measured")
+    covariance = None
     for k in np.unique(fold):
         at = fold == k
         if method in NEEDS_COVARIANCE:

@@ -121,7 +121,8 @@ class Level(NamedTuple):
     work: float  # a photo's, in bytes of weights x pixels seen
 
     def __str__(self):
-        return f"{counted(len(backbone_views(self.views)), 'backbone view')}, {counted(len(self.members), 'member')}"
+        views = counted(len(backbone_views(self.views)), "backbone view")
+        return f"{views}, {counted(len(self.members), 'member')}"
 
 
 def pass_work(
@@ -159,7 +160,9 @@ def plan_levels(
         return rest
 
     for n in range(len(seen), 0, -1): add(n, passes)
-    pixels = lambda spec: spec.rows * spec.cols * spec.size**2
+
+    def pixels(spec): return spec.rows * spec.cols * spec.size**2
+
     for finest in sorted({p.spec for p in passes}, key=pixels, reverse=True):
         passes = drop([p for p in passes if p.spec == finest])
     for last in passes[::-1]: passes = drop([last])
@@ -234,7 +237,8 @@ def choose_level(
     photos: int,  # in it
     later: int,  # photos that this device has after it
 ):  # a Level, or None where there is no time for another batch
-    "The richest level at which the batch at hand and all later photos fit, else the cheapest, if it fits the batch."
+    """The richest level at which the batch at hand and all later photos fit, else the cheapest,
+    if it fits the batch."""
     for level in levels:
         if pace.seconds(work(level) + later * level.work, later) <= seconds: return level
     return levels[-1] if pace.seconds(work(levels[-1]), 0) <= seconds else None

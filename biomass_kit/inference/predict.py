@@ -194,11 +194,12 @@ def predict_photos(
     devices: list = None,  # torch.devices to use instead of those of `device_type`
     outcome: Outcome = None,  # takes what happened; without it, a photo without a prediction is an error
     keep_means: bool = False,  # training means will do where all devices fail before any photo is predicted
-    # takes what is known so far, as it would be returned: first of all the training means, then every SAVE_EVERY seconds
+    # takes what is known so far, as it would be returned: first of all the training means, then every
+    # SAVE_EVERY seconds
     save: Callable = None,
     compile: str = "auto",  # one of COMPILE; auto compiles backbones where the photos left repay it
     kept: Partial = None,  # takes predictions as they are made, and knows those of a run that was killed
-) -> np.ndarray:  # [N, 5] grams in the order of TARGETS, or [3, N, 5] with the ends; training means where `outcome` says so
+) -> np.ndarray:  # [N, 5] grams, or [3, N, 5] with the ends; training means where `outcome` says so
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
     paths = paths if isinstance(paths, FolderPhotos) else list(paths)
@@ -293,7 +294,7 @@ def predict_competition(
     deadline=None,
     keep_means: bool = False,  # leave the table of training means even where no photo is predicted
     **options,  # of `predict_photos`
-) -> pd.DataFrame:  # the checked submission: sample_id, target (grams), with the Outcome in `attrs`; None in all but the main process
+) -> pd.DataFrame:  # the checked submission, the Outcome in `attrs`; None in all but the main process
     "Predict every photo of test.csv and write a submission that the checker accepts."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     rows, photos = read_test(data)
@@ -335,7 +336,8 @@ def plain_features(
 ):  # yields (for each pass: float32 [B, 2, T, D] of the plain view, for each photo its fault or "")
     "Tile features as the photos are, out of the cache where they are in it."
     requests = [r._replace(variants=(View(),)) for r in ensemble.requests]
-    for found, faults in feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False):
+    batches = feature_batches(paths, requests, batch_size, num_workers, ensemble.precision, strict=False)
+    for found, faults in batches:
         yield [f[View()] for f in found], faults
 
 # %% ../../nbs/4_inference/7_predict.ipynb #c4663390
@@ -393,7 +395,8 @@ def photo_likeness(
 
 # %% ../../nbs/4_inference/7_predict.ipynb #3a25063a
 def _likeness_in_time(bundle, paths, deadline, outcome, kept, options) -> np.ndarray:  # [N], or None
-    "`photo_likeness` where there is a reference and time for it; a device that fails or hangs never costs the table."
+    """`photo_likeness` where there is a reference and time for it;
+    a device that fails or hangs never costs the table."""
     if "reference" not in bundle.trust or deadline.left() <= 0: return None
     seconds = None if deadline.text is None else deadline.left()
     device = (options.get("devices") or [options.get("device_type", "auto")])[0]

@@ -44,7 +44,8 @@ def conformal_margin(
     dates,  # [N]
     level: float,  # share of photos that the widened intervals should hold
 ) -> np.ndarray:  # [5] in roots of grams, 0 for a target without labels; None where there are too few dates
-    "By how much intervals must grow on both sides to hold a share of a new date's photos, if no photo's date was trained on for it."
+    """By how much intervals must grow on both sides to hold a share of a new date's photos,
+    if no photo's date was trained on for it."""
     y = np.sqrt(as_labels(measured).clip(0))
     low, high = (np.sqrt(as_grams(v).clip(0)) for v in (low, high))
     excess, dates = np.maximum(low - y, y - high), np.asarray(dates)
@@ -64,7 +65,10 @@ def widen(
     within,  # [N, 5] grams, the prediction, which an interval always holds
 ) -> np.ndarray:  # [2, N, 5] grams
     "Intervals with their margin, never below zero."
-    low, high, margin, within = np.sqrt(as_grams(low).clip(0)), np.sqrt(as_grams(high).clip(0)), np.asarray(margin), as_grams(within)
+    low = np.sqrt(as_grams(low).clip(0))
+    high = np.sqrt(as_grams(high).clip(0))
+    margin = np.asarray(margin)
+    within = as_grams(within)
     return np.stack(
         [np.minimum((low - margin).clip(0) ** 2, within), np.maximum((high + margin).clip(0) ** 2, within)])
 
@@ -78,12 +82,15 @@ def crossfit_intervals(
     fold,  # [N]
     level: float,
 ) -> np.ndarray:  # [2, N, 5] grams; None where the other folds have too few dates
-    "Each fold's intervals with the margin of the other folds: cross-fitted, as their models trained on this fold."
+    """Each fold's intervals with the margin of the other folds:
+    cross-fitted, as their models trained on this fold."""
     measured, low, high, within, dates, fold = map(np.asarray, (measured, low, high, within, dates, fold))
     out = np.empty((2, *within.shape))
     for k in np.unique(fold):
         own, others = fold == k, fold != k
-        margin = conformal_margin(measured[others], low[others], high[others], dates[others], level) if others.any() else None
+        margin = None
+        if others.any():
+            margin = conformal_margin(measured[others], low[others], high[others], dates[others], level)
         if margin is None: return None
         out[:, own] = widen(low[own], high[own], margin, within[own])
     return out
@@ -139,15 +146,17 @@ def likeness(
     reference: Reference,
     features,  # [M, D] mean tile features; a row of nan for a photo that was not read
 ) -> np.ndarray:  # [M] in (0, 1], nan for rows of nan
-    "The share of training photos that lie at least as far from those of other dates as each photo does from the nearest of them."
+    """The share of training photos that lie at least as far from those of other dates as each photo does
+    from the nearest of them."""
     x, known = np.asarray(features, np.float32), np.isfinite(features).all(1)
     out = np.full(len(x), np.nan)
     if not known.any(): return out
-    nearest = _distances(_scaled(x[known], reference.features), _scaled(reference.features, reference.features)).min(1)
+    remembered = _scaled(reference.features, reference.features)
+    nearest = _distances(_scaled(x[known], reference.features), remembered).min(1)
     out[known] = (1 + (reference.own >= nearest[:, None]).sum(1)) / (1 + len(reference.own))
     return out
 
-
+# %% ../../nbs/4_inference/3_uncertainty.ipynb #li000013
 def oof_likeness(
     features,  # [N, D]
     dates,  # [N]

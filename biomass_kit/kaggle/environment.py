@@ -23,7 +23,8 @@ from .packing import KAGGLE_IMAGE
 def bare_python(
     folder,  # where the virtual environment is made
 ) -> Path:  # its python
-    "A virtual environment that sees this one's packages, but not `biomass_kit`, unless the notebook installs it."
+    """A virtual environment that sees this one's packages,
+    but not `biomass_kit`, unless the notebook installs it."""
     import sysconfig
     import venv
 
@@ -44,7 +45,8 @@ RUNS_NOTEBOOKS = ("nbclient", "ipykernel")
 
 
 def _torch_pins(has) -> list:
-    "torch and torchvision as Kaggle has them where they can be had without what a GPU would need, else as here."
+    """torch and torchvision as Kaggle has them where they can be had without what a GPU would need,
+    else as here."""
     import torch
 
     names = ("torch", "torchvision")
@@ -68,7 +70,8 @@ def _arrivals(pip: subprocess.Popen, site: Path, total: int):
 
 # %% ../../nbs/8_kaggle/3_environment.ipynb #16c00006
 def _findings(pip: subprocess.Popen, said: deque):
-    "pip's lines about packages that it has found, up to the last of them, which lists all that it will install."
+    """pip's lines about packages that it has found, up to the last of them,
+    which lists all that it will install."""
     for line in pip.stdout:
         said.append(line)
         if line.startswith(("Collecting ", "Processing ")): yield line  # from an index, a file
@@ -99,7 +102,8 @@ def kaggle_python(
     folder,  # where the virtual environment is made
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
 ) -> Path:  # its python
-    "A fresh virtual environment with Kaggle's versions as far as they can be had; takes minutes and the package registry."
+    """A fresh virtual environment with Kaggle's versions as far as they can be had;
+    takes minutes and the package registry."""
     import venv
 
     venv.create(folder, with_pip=True, symlinks=True)

@@ -67,7 +67,9 @@ def by_input(
 def _photo_folders(root, weights: Path) -> dict:
     "For each input the folder that holds all its photos, and what is in it; the packed reference is none."
     tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
-    size = lambda photo: photo.stat().st_size if photo.exists() else None
+
+    def size(photo): return photo.stat().st_size if photo.exists() else None
+
     return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #a13d0161
@@ -220,7 +222,8 @@ def show_predictions(
     n_photos: int = 4,
     seconds: float = AFTERWARDS_SECONDS,  # that it may take
 ) -> Image.Image:  # None, and the reason printed, where no picture can be made
-    "A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest; raises nothing."
+    """A picture of some photos, as the model sees them, with their grams, from the lightest to the heaviest;
+    raises nothing."""
     found, why = _afterwards(partial(_picture, data, table, n_photos), seconds)
     picture, said = found or (None, [f"no picture of the predictions: {why}"])
     for line in said: print(line)

@@ -24,15 +24,9 @@ from typing import Callable
 import biomass_kit
 from ..data.files import copy_file, remove_abandoned, write_json, write_text
 from ..data.targets import BiomassError
-from biomass_kit.inference.bundle import (
-    MANIFEST,
-    Bundle,
-    read_bundle,
-    refuse_pickles,
-    sign_manifest,
-    version_key,
-)
+from ..inference.bundle import MANIFEST, Bundle, read_bundle, sign_manifest, version_key
 from ..inference.card import CARD, card_text
+from ..inference.pickles import refuse_pickles
 from ..inference.pooled import without_pooled
 from biomass_kit.kaggle.inference import (
     PREDICT_REQUIREMENTS,

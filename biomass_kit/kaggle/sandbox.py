@@ -295,13 +295,15 @@ try: Told(notebook, km=kernel, timeout=None).execute()
 finally: nbformat.write(notebook, target)
 """
 EXECUTED = "inference-executed.ipynb"
-# the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has them
+# the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has
+# them
 KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}
 UNITS = {"seconds": (1, "s"), "memory": (1e9, "GB"), "disk": (1e9, "GB")}  # for people
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #16c00007
 def family_memory(pid: int) -> int:  # bytes
-    "Memory of a process and all its descendants now; pages that they share are counted once where the system tells."
+    """Memory of a process and all its descendants now;
+    pages that they share are counted once where the system tells."""
     import psutil
 
     def one(p):

@@ -104,11 +104,17 @@ def _check_wheels(packed: Path):
                                f"Kaggle's Python {wanted} (make PYTHON=python{wanted} demo builds its .venv)")
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #d6f79079
-def _build_python(folder: Path, share: bool, say: Callable, progress: Callable) -> tuple:  # (python, its `versions`)
+def _build_python(
+    folder: Path,
+    share: bool,
+    say: Callable,
+    progress: Callable,
+) -> tuple:  # (python, its `versions`)
     "The Python of the runs, and what is said of it."
     start = time.time()
     if share:
-        python, how = bare_python(folder), "shares the packages of this one, so nothing is proved about versions"
+        python = bare_python(folder)
+        how = "shares the packages of this one, so nothing is proved about versions"
     else:
         say("building an environment with Kaggle's versions: a minute or two, more where packages are not "
             "cached")
@@ -141,10 +147,12 @@ def verify(
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     training: bool = False,  # also the training notebook, and inference with the bundle that it leaves
 ) -> dict:  # {"versions", "runs"}
-    """Prove what was packed in an environment like Kaggle's; raises `BiomassError` with the reason at the first failure.
+    """Prove what was packed in an environment like Kaggle's; raises `BiomassError` with the reason at the
+    first failure.
 
-    The limits are those of the competition (9 h for a notebook) and of kaggle.com/docs/notebooks (30 GB of memory, 20 GB in
-    /kaggle/working). Time is this machine's, for the photos given here: hidden ones are many more, on another machine.
+    The limits are those of the competition (9 h for a notebook) and of kaggle.com/docs/notebooks (30 GB of
+    memory, 20 GB in /kaggle/working). Time is this machine's, for the photos given here: hidden ones are many
+    more, on another machine.
     """
     packed = Path(packed)
     bundle = check_packed(packed)["bundle"]

@@ -133,7 +133,8 @@ def amount_labels(
     grams: torch.Tensor,  # [B, 5], mixed
     present: torch.Tensor,  # [B, 2], mixed
 ) -> tuple:  # (amounts [B, 5] grams, counted [B, 5])
-    "What the amount heads are asked: grams over presence, counted by presence; the other targets as they are."
+    """What the amount heads are asked: grams over presence, counted by presence;
+    the other targets as they are."""
     chance = torch.ones_like(grams)
     chance[:, TWO_PART] = present
     return torch.where(chance > 0, grams / chance.clamp_min(1e-6), 0.0), chance

@@ -6,7 +6,7 @@
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'N_INTERVALS', 'LOG_VARIANCE', 'LOG_CEILING', 'Reader', 'Trunk', 'Units', 'presence_share',
            'known_std', 'space_statistics', 'start_statistics', 'check_model', 'to_grams', 'presence_chance',
            'hurdle_quantile', 'inverse_softplus', 'quantile_borders', 'start_at', 'auxiliary_heads', 'start_spread',
-           'BiomassModel', 'member_state', 'view_batch', 'predict_views']
+           'central_ends', 'interval_logits', 'BiomassModel', 'member_state', 'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -33,9 +33,19 @@ from .options import FUSIONS
 
 # %% ../../nbs/3_model/2_model.ipynb #4f8c1416
 class Reader(nn.Module):
-    "What reads the tile features of one feature spec: embedding, exchange between the halves, pooling over tiles."
+    """What reads the tile features of one feature spec:
+    embedding, exchange between the halves, pooling over tiles."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float, learning: bool, fusion: str, symmetric: bool, pooled: bool):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        dropout: float,
+        learning: bool,
+        fusion: str,
+        symmetric: bool,
+        pooled: bool,
+    ):
         super().__init__()
         self.learning, self.fusion, self.symmetric, self.pooled = learning, fusion, symmetric, pooled
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -62,7 +72,9 @@ class Reader(nn.Module):
             return torch.stack([self.film(left, right.mean(1)), self.film(right, left.mean(1))], 1)
         if self.fusion == "cross_attention": return self.attend(x)
         if self.fusion == "none": return x
-        row = lambda y: self.gated(y.flatten(1, 2)).view_as(y)
+
+        def row(y): return self.gated(y.flatten(1, 2)).view_as(y)
+
         return (row(x) + row(x.flip(1)).flip(1)) / 2 if self.symmetric else row(x)
 
     def informed(self, features: torch.Tensor) -> torch.Tensor:
@@ -85,7 +97,16 @@ class Reader(nn.Module):
 class Trunk(Reader):
     "From tile features to what all heads read: a reader for each feature spec, and a shared projection."
 
-    def __init__(self, dims: list, hidden: int, dropout: float, learning: bool, fusion: str, symmetric: bool, pooled: bool):
+    def __init__(
+        self,
+        dims: list,
+        hidden: int,
+        dropout: float,
+        learning: bool,
+        fusion: str,
+        symmetric: bool,
+        pooled: bool,
+    ):
         how = hidden, dropout, learning, fusion, symmetric, pooled
         super().__init__(dims[0], *how)  # the first reader is the trunk itself, as it was when there was one
         self.others = nn.ModuleList(Reader(dim, *how) for dim in dims[1:])
@@ -165,7 +186,8 @@ def space_statistics(
 
 
 def start_statistics(space: torch.Tensor, counted: torch.Tensor, two_part: bool) -> tuple:
-    "`space_statistics` of labels that may be NaN; the means are those of all photos where the regression has them all."
+    """`space_statistics` of labels that may be NaN;
+    the means are those of all photos where the regression has them all."""
     whole = not space.isnan().any()
     mean, variance = space_statistics(space if whole else space.nan_to_num(), counted)
     return space.mean(0) if whole and not two_part else mean, variance
@@ -200,14 +222,21 @@ def presence_chance(logits: torch.Tensor) -> torch.Tensor:
     return chance
 
 
-def hurdle_quantile(q: float, centre: torch.Tensor, deviation: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    "The `q` quantile of zero with probability 1 - chance, else a bell curve cut off at zero; tensors of one shape."
+def hurdle_quantile(
+    q: float,
+    centre: torch.Tensor,
+    deviation: torch.Tensor,
+    chance: torch.Tensor,
+) -> torch.Tensor:
+    """The `q` quantile of zero with probability 1 - chance, else a bell curve cut off at zero;
+    tensors of one shape."""
     within = ((q - 1 + chance) / chance).clamp(0, 1)
     return (centre + torch.special.ndtri(within) * deviation).clamp_min(0)
 
 # %% ../../nbs/3_model/2_model.ipynb #5a20b6f9
 def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
-    "What `F.softplus` turns into `y`, for y > 0; labels that do not vary lie thousands of their scales from zero."
+    """What `F.softplus` turns into `y`, for y > 0;
+    labels that do not vary lie thousands of their scales from zero."""
     return torch.where(y > 20, y, torch.log(torch.expm1(y)))  # softplus is the identity from 20 on
 
 
@@ -228,7 +257,11 @@ def start_at(
     head.weight.mul_(0.1)
 
 
-def auxiliary_heads(hidden: int, classes: bool, values: bool):  # a ModuleDict, or None where none is asked for
+def auxiliary_heads(
+    hidden: int,
+    classes: bool,
+    values: bool,
+):  # a ModuleDict, or None where none is asked for
     "The training-only heads by name; those of values begin at the mean, and need no random number for it."
     heads = {name: nn.Linear(hidden, n) for name, n in AUX_CLASSES.items()} if classes else {}
     for name in AUX_VALUES if values else ():
@@ -241,6 +274,23 @@ def start_spread(head: nn.Linear, variance: torch.Tensor):
     "Let a head of log-variances `[5]` begin at these variances, in units of the scale squared."
     low, high = LOG_VARIANCE
     start_at(head, torch.logit((torch.log(variance) - low) / (high - low), 0.02))
+
+# %% ../../nbs/3_model/2_model.ipynb #il000001
+def central_ends(
+    out: dict,  # of `BiomassModel.read`, with log_variance
+    scale: torch.Tensor,  # of the loss space
+    level: float,
+) -> list:  # lower and upper ends [B, 5], in the loss space
+    "Where a central interval of a level begins and ends."
+    chance = presence_chance(out["presence"]) if "presence" in out else torch.ones_like(out["grams"])
+    deviation = torch.exp(out["log_variance"] / 2) * scale
+    tails = (1 - level) / 2, (1 + level) / 2
+    return [hurdle_quantile(q, out["loss_space"], deviation, chance) for q in tails]
+
+
+def interval_logits(values: torch.Tensor) -> torch.Tensor:  # float32 [B, 5, N_INTERVALS]
+    "What an interval head says, `[B, 5 * N_INTERVALS]`, by target."
+    return values.float().unflatten(-1, (len(TARGETS), N_INTERVALS))
 
 # %% ../../nbs/3_model/2_model.ipynb #cd9cc0e6
 class BiomassModel(Trunk):
@@ -267,9 +317,9 @@ class BiomassModel(Trunk):
         check_model(log_targets, fusion, density, len(dims), link)
         hidden = max(8, int(dims[0] * hidden_ratio))
         super().__init__(dims, hidden, dropout, learning, fusion, symmetric, pooled=not density)
-        self.args = dict(dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
-                         two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric,
-                         density=density)
+        self.args = dict(
+            dim=dim, hidden_ratio=hidden_ratio, dropout=dropout, learning=learning, log_targets=log_targets,
+            two_part=two_part, uncertainty=uncertainty, fusion=fusion, symmetric=symmetric, density=density)
         if link != "log1p": self.args["link"] = link  # which members of earlier libraries do not name
         self.log, self.link, self.density = LOG_TARGETS[log_targets], link, density
         self.register_buffer("labelled", None, persistent=False)  # bool [5]; `fit_output` sets it
@@ -290,7 +340,8 @@ class BiomassModel(Trunk):
 
     @torch.no_grad()
     def fit_output(self, grams: torch.Tensor):
-        "Start at the means (and variances) of these training labels `[N, 5]` in grams, NaN where unknown; set scales."
+        """Start at the means (and variances) of these training labels `[N, 5]` in grams, NaN where unknown;
+        set scales."""
         log, space, counted = list(self.log), to_link(grams, self.log, self.link), ~grams.isnan()
         self.labelled = None if counted.all() else counted.any(0)
         self.gram_scale.copy_(known_std(grams).clamp_min(1e-3))
@@ -305,12 +356,13 @@ class BiomassModel(Trunk):
         if self.interval is not None: self.borders.copy_(quantile_borders(grams))
 
     def read(self, shared: torch.Tensor) -> dict:
-        "The heads that stay, in 32 bits: grams, loss_space `[B, 5]`; if on, presence `[B, 2]`, log_variance `[B, 5]`, map."
+        """The heads that stay, in 32 bits: grams, loss_space `[B, 5]`;
+        if on, presence `[B, 2]`, log_variance `[B, 5]`, map."""
         with torch.autocast(shared.device.type, enabled=False):
             z = shared.float()
-            figures = F.softplus(self.heads(z)) * self.output_scale
-            if self.density: figures, z = figures / (z.shape[1] * z.shape[2]), z.mean((1, 2))
-            grams, out = to_grams(figures, self.log, self.link), {}
+            values = F.softplus(self.heads(z)) * self.output_scale
+            if self.density: values, z = values / (z.shape[1] * z.shape[2]), z.mean((1, 2))
+            grams, out = to_grams(values, self.log, self.link), {}
             if self.presence is not None:
                 out["presence"] = self.presence(z)
                 chance = presence_chance(out["presence"])
@@ -319,7 +371,7 @@ class BiomassModel(Trunk):
             if self.spread is not None: out["log_variance"] = low + (high - low) * self.spread(z).sigmoid()
             if self.density: out["map"] = grams
             add = (lambda y: y.sum(2).sum(1)) if self.density else (lambda y: y)
-            return {"grams": add(grams), "loss_space": add(figures), **out}
+            return {"grams": add(grams), "loss_space": add(values), **out}
 
     def forward(self, *features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` of each feature spec -> float32 `[B, 5]` grams."
@@ -330,12 +382,12 @@ class BiomassModel(Trunk):
         shared = self.shared(*features)
         z = shared.mean((1, 2)) if self.density else shared
         out = self.read(shared) | {"aux": {k: head(z).float() for k, head in (self.aux or {}).items()}}
-        if self.interval is not None: out["interval"] = self.interval(z).float().unflatten(-1, (len(TARGETS), N_INTERVALS))
+        if self.interval is not None: out["interval"] = interval_logits(self.interval(z))
         return out
 
     def density_map(self, features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` -> float32 `[B, 2, T, 5]`, each tile's part of the prediction in grams."
-        if not self.density: raise BiomassError("this member has no density head, so no map; train with --density")
+        if not self.density: raise BiomassError("this member has no density head; train with --density")
         return self.read(self.shared(features))["map"]
 
     def intervals(
@@ -344,13 +396,10 @@ class BiomassModel(Trunk):
         level: float = 0.9,  # share of photos that should lie inside
     ) -> tuple:  # (lower, upper), float32 [B, 5] grams
         "A central prediction interval for each target."
-        if self.spread is None: raise BiomassError("this member says nothing of its uncertainty; train with --uncertainty")
+        if self.spread is None: raise BiomassError("this member has no uncertainty; train with --uncertainty")
         if not 0 < level < 1: raise BiomassError(f"level {level}: must lie between 0 and 1")
-        out = self.read(self.shared(*features))
-        chance = presence_chance(out["presence"]) if self.presence is not None else torch.ones_like(out["grams"])
-        deviation = torch.exp(out["log_variance"] / 2) * self.output_scale
-        ends = (hurdle_quantile(q, out["loss_space"], deviation, chance) for q in ((1 - level) / 2, (1 + level) / 2))
-        return tuple(to_grams(z, self.log, self.link) for z in ends)
+        ends = central_ends(self.read(self.shared(*features)), self.output_scale, level)
+        return tuple(to_grams(end, self.log, self.link) for end in ends)
 
 # %% ../../nbs/3_model/2_model.ipynb #c4b8522e
 def member_state(model: BiomassModel) -> dict:  # name -> CPU tensor

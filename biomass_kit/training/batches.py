@@ -193,7 +193,8 @@ def epoch_order(
     epoch: int,
     part: Part = Part(),
 ) -> list:  # batches of photo indices
-    "One epoch: each photo once, its order named by (seed, fold, epoch); a last batch too small to share joins the one before."
+    """One epoch: each photo once, its order named by (seed, fold, epoch);
+    a last batch too small to share joins the one before."""
     size = dataset.config.batch_size
     order = photos[draw_rng("order", *dataset.of_epoch(epoch).named).permutation(len(photos))]
     batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]

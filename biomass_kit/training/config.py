@@ -215,7 +215,10 @@ class PhysicsConfig:
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16006
 @dataclass(frozen=True)
-class TrainConfig(PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig, FeaturesConfig, FoldsConfig, LabelsConfig, DataConfig):
+class TrainConfig(
+    PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig, FeaturesConfig,
+    FoldsConfig, LabelsConfig, DataConfig,
+):
     "Train a head on every fold of a competition folder and leave a bundle behind."
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16008

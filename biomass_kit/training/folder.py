@@ -74,7 +74,8 @@ def run_identity(
     sources: list,  # a `member.Source` for each feature spec, before training
     arithmetic: str,  # from `arithmetic_text`
 ) -> dict:  # JSON types only
-    "All that decides a run's members: options, labels, photos, weights, teacher, device, library; contents, not paths."
+    """All that decides a run's members: options, labels, photos, weights, teacher, device, library;
+    contents, not paths."""
     identity = {k: v for k, v in member_config(c).items() if k not in BY_CONTENT}
     photos = hashlib.sha256("".join(map(file_digest, table["path"])).encode()).hexdigest()
     digests = {
@@ -159,7 +160,8 @@ def held_by_me(
 def deterministic(
     device: torch.device,
 ):
-    "On a GPU, torch uses deterministic algorithms or raises RuntimeError; its settings are put back afterwards."
+    """On a GPU, torch uses deterministic algorithms or raises RuntimeError;
+    its settings are put back afterwards."""
     cudnn = torch.backends.cudnn
     mode = torch.get_deterministic_debug_mode()
     ordered = cudnn.deterministic

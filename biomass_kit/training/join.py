@@ -72,7 +72,8 @@ def _check_pair(a: dict, b: dict):
 
 # %% ../../nbs/5_training/9_join.ipynb #f4e6b4e3
 def _joint_others(runs: list, table: pd.DataFrame) -> dict:
-    "Mean of the further predictions that all runs hold (the linear probe), in the order of the table; unscored photos are nan."
+    """Mean of the further predictions that all runs hold (the linear probe), in the order of the table;
+    unscored photos are nan."""
     held = [{c.split("_g_", 1)[1] for c in r["oof"].columns if "_g_" in c} for r in runs]
     own = {s.removeprefix("_") for s in ("_pred", "_raw", *OWN_ENDS, *ENDS)}
     found = {}
@@ -179,7 +180,7 @@ def _joint_facts(runs: list, how: str, weights: list) -> dict:
 # %% ../../nbs/5_training/9_join.ipynb #5ea40734
 def join_runs(
     folders: list,  # run folders of `biomass_train`
-    out,  # the joint bundle's folder, with oof.csv, results.json, folds.csv and history.csv beside the manifest
+    out,  # the joint bundle's folder, with scores, folds and histories beside the manifest
     how: str = "mean",  # a key of `targets.COMBINATIONS`
     trim: float = TRIM,  # share of the members that `trimmed` drops at each end
     stacking: tuple = None,  # (`evidence.stack_weights`, `evidence.crossfit_stack`), for `targets.WEIGHED`
@@ -194,10 +195,12 @@ def join_runs(
     oof, weights = _joint_oof(runs, how, trim, stacking)
     physics = {k: first.manifest["physics"][k] for k in ("method", "threshold")}
     write_folds(out / "folds.csv", table, fold)
+    bounds = {m["fold"]: m["bounds"] for m in first.members}
     results = write_results(
-        out, table, fold, oof, physics, {m["fold"]: m["bounds"] for m in first.members}, _joint_others(runs, table),
+        out, table, fold, oof, physics, bounds, _joint_others(runs, table),
         pd.concat([r["history"] for r in runs]), _joint_facts(runs, how, weights))
     write_manifest(
-        out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"], results["scores"],
-        _joint_combine(how, weights, trim, bundles), _joint_trust(results, bundles, table, out))
+        out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"],
+        results["scores"], _joint_combine(how, weights, trim, bundles),
+        _joint_trust(results, bundles, table, out))
     return results

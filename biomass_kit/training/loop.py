@@ -64,7 +64,8 @@ def batch_truth(f: MemberTrainer, batch: dict) -> dict:
 
 
 def batch_inputs(f: MemberTrainer, batch: dict, truth: dict) -> list:  # tensors [B, ...]
-    "What goes through the network: features as they were stored and mixed, or tiles, mixed unless a box did it."
+    """What goes through the network:
+    features as they were stored and mixed, or tiles, mixed unless a box did it."""
     device = f.accelerator.device
     if "features" in batch: return [features.to(device) for features in batch["features"]]
     tiles = batch["tiles"].to(device)
@@ -189,7 +190,8 @@ def run_fold(
     f: MemberTrainer,
     progress: Callable,  # wraps the epochs, as tqdm does
 ) -> pd.DataFrame:  # one row an epoch: fold, epoch, stage, lr, loss, its terms, valid_r2
-    "Train one member, from its checkpoint if it has one, to the last epoch's weights or the best by the inner split."
+    """Train one member, from its checkpoint if it has one,
+    to the last epoch's weights or the best by the inner split."""
     loop = Loop(f)
     held = loop.read()
     bar = iter(progress(range(loop.epoch, f.config.epochs), desc=f.name, unit="epoch"))
@@ -285,7 +287,8 @@ class Loop:
         self.averages = weight_averages(f.model, f.backbone, stage, c)
 
     def end_epoch(self, number: int, found: dict):
-        "Note what `run_epoch` found in the stage of that number, keep the best weights if asked, leave a checkpoint."
+        """Note what `run_epoch` found in the stage of that number, keep the best weights if asked,
+        leave a checkpoint."""
         f, c = self.f, self.f.config
         rate = self.optimizer.param_groups[0]["lr"]
         self.rows.append({"fold": f.k, "epoch": self.epoch, "stage": number, "lr": rate, **found})

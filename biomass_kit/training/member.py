@@ -277,7 +277,8 @@ def make_optimizer(
 
 # %% ../../nbs/5_training/3_member.ipynb #me000003
 def backbone_groups(backbone, c: TrainConfig) -> list:
-    "Parameter groups: `backbone_lr` for the last block, `layer_decay` times less for each before (timm's recipe)."
+    """Parameter groups: `backbone_lr` for the last block,
+    `layer_decay` times less for each before (timm's recipe)."""
     from timm.optim import param_groups_layer_decay
 
     groups = param_groups_layer_decay(backbone.model, weight_decay=c.weight_decay, layer_decay=c.layer_decay)
@@ -295,7 +296,8 @@ def learning_part(backbone):
 
 # %% ../../nbs/5_training/3_member.ipynb #3e1c0009
 def set_mode(backbone, learns: bool):
-    "Train mode if the backbone is fine-tuned, else eval mode; beside LoRA factors, running statistics always rest."
+    """Train mode if the backbone is fine-tuned, else eval mode;
+    beside LoRA factors, running statistics always rest."""
     backbone.train(learns)
     if adapted_layers(backbone):
         for m in backbone.modules():

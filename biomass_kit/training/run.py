@@ -245,7 +245,8 @@ def trim_photos(runs: list, log):
 
 # %% ../../nbs/5_training/8_run.ipynb #828bff5e
 def class_teacher(f: MemberTrainer) -> torch.Tensor:  # [N, 5] grams; rows that are not trained on stay zero
-    "Expected grams of each training photo under a trained member's class probabilities; means from the training part alone."
+    """Expected grams of each training photo under a trained member's class probabilities;
+    means from the training part alone."""
     f.model.eval()
     features = [seen[View()] for seen in plain_features(f, f.fit, [View()])]
     with torch.no_grad(): logits = f.model.outputs(*features)["aux"]
@@ -256,10 +257,12 @@ def class_teacher(f: MemberTrainer) -> torch.Tensor:  # [N, 5] grams; rows that 
 
 # %% ../../nbs/5_training/8_run.ipynb #22a49ee8
 def train_runs(
-    configs: list,  # TrainConfigs that differ in what a member is (grid, seed, ...), each with an `out` of its own
+    # TrainConfigs that differ in what a member is (grid, seed, ...), each with an `out` of its own
+    configs: list,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     log: Callable = print,  # one line at a time
-    others: dict = None,  # name -> function of (features [N, 2, T, D], table, fold, cv) -> [N, 5] grams, scored beside a frozen run
+    # name -> function of (features [N, 2, T, D], table, fold, cv) -> [N, 5] grams, scored beside a frozen run
+    others: dict = None,
     built: dict = None,  # as `prepare` takes it, to share backbones among calls
     deadline: Deadline = None,  # None takes the time it needs
 ) -> list:  # for each run the content of results.json; empty in all but the main process

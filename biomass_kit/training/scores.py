@@ -96,7 +96,7 @@ def _git(folder, *words) -> str:
 
 def git_state(
     folder=Path(biomass_kit.__file__).parent,  # with the library's sources
-) -> dict:  # {"commit", "changed": number of tracked files that differ from it}; None where the sources are in no commit
+) -> dict:  # {"commit", "changed": how many tracked files differ}; None where the sources are in no commit
     "Which commit the library's sources are, if git knows them."
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")
@@ -107,7 +107,8 @@ def git_state(
 
 
 def run_facts() -> dict:
-    "What it takes to repeat a score: command, versions, and the state of the sources where they are a git checkout."
+    """What it takes to repeat a score:
+    command, versions, and the state of the sources where they are a git checkout."""
     import timm
 
     versions = {
@@ -124,7 +125,8 @@ def heads_ends(
     fold: np.ndarray,  # [S]
     bounds: dict,  # fold -> [2, 5] of its training part
 ) -> list:  # of two [S, 5] grams, or empty
-    "The heads' ends as prediction gives them: within the bounds of each fold's training part, around `final`."
+    """The heads' ends as prediction gives them:
+    within the bounds of each fold's training part, around `final`."""
     if not ends: return []
     out = np.array(ends, dtype=np.float64)
     for k in set(fold): out[:, fold == k] = bound_intervals(out[:, fold == k], bounds[k], final[fold == k])
@@ -148,8 +150,9 @@ def oof_intervals(
     own: list,  # lower and upper ends of the heads, [S, 5] each; empty where there are none
     dates: np.ndarray,  # [S]
     fold: np.ndarray,  # [S]
-) -> tuple:  # (lower and upper ends [S, 5], what results.json says of them); ([], None) where dates are too few
-    "Each fold's intervals by the errors of the other folds, if there are dates enough to promise and to measure."
+) -> tuple:  # (lower and upper ends [S, 5], what results.json says of them); ([], None) of too few dates
+    """Each fold's intervals by the errors of the other folds,
+    if there are dates enough to promise and to measure."""
     fitted = crossfit_intervals(y, *(own or [final, final]), final, dates, fold, INTERVAL_LEVEL)
     if fitted is None: return [], None
     width = np.median(fitted[1] - fitted[0], 0)
@@ -211,7 +214,8 @@ def write_results(
     history: pd.DataFrame,
     facts: dict,  # config, command, versions, device, seconds, ...
 ) -> dict:  # the content of results.json
-    "Correct the out-of-fold predictions, score them beside the floors; write oof.csv, history.csv and results.json."
+    """Correct the out-of-fold predictions, score them beside the floors;
+    write oof.csv, history.csv and results.json."""
     scored = table["image_path"].isin(oof["image_path"]).to_numpy()
     oof = oof.set_index("image_path").loc[table.loc[scored, "image_path"]].reset_index()
     y, raw, of = _grams(oof, ""), _grams(oof, "_raw"), oof["fold"].to_numpy()
@@ -249,7 +253,8 @@ def manifest_trust(
     reference: dict,  # {"file", "member"} of the training photos, or None
     **facts,  # "photos" of `card.photo_facts`, "pooled" features; None is not known
 ) -> dict:
-    "What a bundle says of its intervals, what they were measured on, and the training photos, whichever is known."
+    """What a bundle says of its intervals, what they were measured on,
+    and the training photos, whichever is known."""
     intervals = results.get("intervals")
     missing = [t for t, n in results["labels"].items() if not n]
     known = {

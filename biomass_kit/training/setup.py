@@ -154,7 +154,8 @@ def check_folds(
 
 # %% ../../nbs/5_training/7_setup.ipynb #ebf8838d
 def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray, quadrat_cm: tuple):
-    "Refuse a teacher that has seen photos on which its pupil will be scored, or that predicts grams of another area."
+    """Refuse a teacher that has seen photos on which its pupil will be scored,
+    or that predicts grams of another area."""
     theirs, assigned = read_folds(Path(folder) / "folds.csv")
     if dict(zip(theirs["image_path"], assigned)) != dict(zip(table["image_path"], fold)):
         raise BiomassError(f"--teacher {folder}: was trained on other folds, so its members have seen photos "
@@ -179,7 +180,8 @@ def check_tiles(
     spec: TileSpec,
     patch: int,  # pixels of the backbone's patch
 ):
-    "Refuse a grid whose tiles have fewer pixels than one patch: most of what the backbone would see is made up."
+    """Refuse a grid whose tiles have fewer pixels than one patch:
+    most of what the backbone would see is made up."""
     path = min(crops, key=lambda path: crops[path].side)
     side = crops[path].side
     most = side // patch
@@ -192,8 +194,15 @@ def check_tiles(
                        f"than a patch of {patch}; use at most {most} rows and columns")
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000010
-def teacher_grams(folder, k: int, paths: list, device_type: str, cache_dir=None) -> torch.Tensor:  # [N, 5] grams
-    "What the teacher's members of fold k predict for all photos; a cache saves its backbone a pass for every fold."
+def teacher_grams(
+    folder,
+    k: int,
+    paths: list,
+    device_type: str,
+    cache_dir=None,
+) -> torch.Tensor:  # [N, 5] grams
+    """What the teacher's members of fold k predict for all photos;
+    a cache saves its backbone a pass for every fold."""
     bundle = read_bundle(folder)
     of_fold = some_members(bundle, lambda m: m["fold"] == k)
     if not of_fold.members:
