@@ -1,6 +1,8 @@
 """The wheel that is uploaded to Kaggle: it holds the whole library, and works where no checkout is."""
 import json
 import os
+import shutil
+import tarfile
 import zipfile
 
 import pytest
@@ -62,6 +64,16 @@ def test_it_holds_every_module_package_and_template(wheel):
     except LookupError as reason:
         pytest.skip(f"not compared with git: {reason}")
     assert {*map(inside, known)} <= {*held}
+
+
+def test_a_source_distribution_holds_what_a_wheel_is_built_of(tmp_path):
+    for name in ("setup.py", "settings.ini", "README.md", "MANIFEST.in"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / LIBRARY, tmp_path / LIBRARY, ignore=shutil.ignore_patterns("__pycache__"))
+    done = python("setup.py", "--quiet", "sdist", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("dist/*.tar.gz"))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"setup.py", "settings.ini", "README.md", *map(inside, [*CODE, *TEMPLATES])} <= held
 
 
 def test_it_writes_what_is_tracked(unpacked, tmp_path):
