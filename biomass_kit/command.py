@@ -46,15 +46,17 @@ def _interrupted(e: BaseException) -> bool:
 
 
 def _to_its_end(run, args) -> tuple:  # (what is to be said on standard error, exit code)
-    "Run a command, however that ends; only what nobody expected is raised, and only where it can be."
-    try: run(args)
+    """Run a command, however that ends; only what nobody expected is raised, and only where it can be.
+
+    A command returns nothing, or an exit code."""
+    try: code = run(args)
     except BiomassError as e: return f"error: {e}", 2
     except (KeyboardInterrupt, Exception) as e:
         if _interrupted(e): return "interrupted", INTERRUPTED
         if _ran_out(e): return NO_MEMORY, 2
         if not at_work(): raise
         return traceback.format_exc().rstrip(), 1
-    return "", 0
+    return "", code or 0
 
 # %% ../nbs/9_commands/1_command.ipynb #c0a01007
 def _one_line(message, *_, **__): print(f"warning: {message}", file=sys.stderr)

@@ -13,7 +13,6 @@ from pathlib import Path
 from .command import command, loading, parse
 from .data.progress import progress, say
 from .data.targets import BiomassError
-from .train import run_training
 from .training.config import TrainConfig
 
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08004
@@ -81,6 +80,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
         from biomass_kit.kaggle.packing import pack
         from biomass_kit.kaggle.sandbox import run_offline
         from biomass_kit.reports.run import write_run_report
+        from biomass_kit.reports.training import run_training
         from biomass_kit.training.run import expand
 
     write_text(a.out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")

@@ -28,6 +28,7 @@ class VerifyArgs:
     photos: Optional[Path] = None  # folder of photos instead, as a user's own dataset
     out: Path = Path("runs/verify")  # takes submission and executed notebook
     share: bool = False  # share this environment's packages: quick, and no proof about Kaggle's versions
+    training: bool = True  # also the training notebook: killed, gone on with, and its bundle predicted with
 
 
 @command
@@ -38,17 +39,19 @@ def verify(args=None):
     with loading():
         from biomass_kit.kaggle.verify import verify as prove
 
-    prove(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress)
+    prove(a.packed, a.data or a.photos, a.out, a.share, say=say, progress=progress, training=a.training)
 
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07006
 @dataclass(frozen=True)
 class PackArgs:
-    """Fill kaggle_datasets/ with the library wheel, the weights and the inference notebook.
+    """Fill kaggle_datasets/ with the library wheel, the weights and the notebooks.
 
     It is proved as biomass_verify does.
     """
 
-    weights: Path  # bundle folder, or a run folder
+    # bundle folder, or a run folder; without one the inference notebook takes what the training notebook
+    # leaves on Kaggle
+    weights: Optional[Path] = None
     out: Path = Path("kaggle_datasets")
     user: Optional[str] = None  # your Kaggle name, for the dataset ids; a placeholder by default
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
@@ -56,6 +59,9 @@ class PackArgs:
     wheels: Optional[tuple[str, ...]] = None
     verify: bool = True  # run the packed notebook as Kaggle would, over synthetic photos
     share: bool = False  # of biomass_verify: share this environment's packages
+    # pack what heads in closed form learned from (features and grams of the training photos), which only
+    # biomass_adapt reads
+    training_features: bool = True
 
 
 def _say_packed(out: Path, wheels: Path):
@@ -76,11 +82,12 @@ def main(args=None):
         from biomass_kit.kaggle import packing, verify
 
     user = packing.DEFAULT_USER if a.user is None else a.user
-    out = packing.pack(a.weights, a.out, user, a.wheel, a.wheels, say, progress)
+    out = packing.pack(a.weights, a.out, user, a.wheel, a.wheels, say, progress, a.training_features)
     _say_packed(out, out / packing.LIB / packing.WHEEL_LIST)
     if user == packing.DEFAULT_USER:
         print("  the ids name nobody yet: pack again with --user YOUR_KAGGLE_NAME before an upload")
-    if a.verify: verify.verify(out, share=a.share, say=say, progress=progress)
+    trains = a.weights is None
+    if a.verify: verify.verify(out, share=a.share, say=say, progress=progress, training=trains)
     print(f"how to upload: {out / 'README.md'}")
 
 # %% ../nbs/9_commands/7_pack.ipynb #c0a07008

@@ -107,6 +107,7 @@ def test_a_bundle_without_errors_of_means_shares_the_whole_error(earlier, farm, 
 
 
 def test_a_folder_of_photos_alone_is_told_as_before(bundle, farm, tmp_path):
+    told(bundle, farm, tmp_path / "grams.csv")
     table, means = told(bundle, farm / "north", tmp_path / "grams.csv")
     assert means is None and table.columns[-1] == "flag"
     assert "Paddocks" not in (tmp_path / "grams_report.html").read_text()

@@ -22,7 +22,7 @@ from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
-from biomass_kit.kaggle import inference
+from biomass_kit.kaggle import inference, sessions
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
 from biomass_kit.kaggle.packing import LIB, WEIGHTS, pack, write_tracked
 from biomass_kit.kaggle.sandbox import SOCKET_GUARD, knock, network_cut, run_offline, unrouted
@@ -113,7 +113,8 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     write_tracked(out, "grass")
     biomass_verify(
-        ["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share"])
+        ["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share",
+         "--no-training"])
     assert "9 rows, valid" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "kept/kind/grams.csv")
     assert list(table.photo) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
@@ -212,6 +213,33 @@ def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, mon
         biomass_pack(["--weights", str(finished), "--out", str(tmp_path / "packed"), switch])
     assert [(a, k["share"]) for a, k in asked] == [((tmp_path / "packed",), True)]
     assert "--user YOUR_KAGGLE_NAME" in capsys.readouterr().out
+
+
+def test_the_whole_round_on_kaggle(wheel, tmp_path, capsys):
+    """Packed without weights; training killed after one member, gone on with, equal to an undisturbed one.
+
+    The bundle that it leaves is the inference notebook's input as it is, and gives a valid submission."""
+    packed = pack(out=tmp_path / "packed", user="grass", wheel=wheel, say=lambda line: None)
+    biomass_verify(["--packed", str(packed), "--out", str(tmp_path / "kept"), "--share"])
+    said = capsys.readouterr().out
+    assert "its bundle equals that of an undisturbed one" in said and "20 rows, valid" in said
+    for words in ("goes on with ", "(1 finished already", "network attempts: 0", "floor_constant"):
+        assert words in said, said
+    kept = tmp_path / "kept/training"
+    assert [p.name for p in (kept / "killed/run/folds").glob("?.json")] == ["0.json"]
+    check_submission(kept / "inference/submission.csv", write_dataset(tmp_path / "same", 24, 4, 0, 96))
+    other = dict(training=False, share=True)
+    assert "its training must be proved" in refused(verify, packed, tmp_path / "same", **other)
+
+
+def test_sessions_that_end_with_other_bits_are_refused(wheel, tmp_path, monkeypatch):
+    "Bits are compared: one file that differs is named."
+    packed = pack(out=tmp_path / "packed", user="grass", wheel=wheel, say=lambda line: None)
+    digests = iter([{"bundle/manifest.json": "1", "oof.csv": end} for end in "23"])
+    monkeypatch.setattr(sessions, "bundle_digests", lambda working: next(digests))
+    monkeypatch.setattr(sessions, "run_notebook", lambda *a: None)
+    said = refused(sessions.run_sessions, packed, tmp_path / "room", tmp_path / "kept", say=lambda line: None)
+    assert "other bits" in said and "oof.csv" in said and "manifest" not in said
 
 
 ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"

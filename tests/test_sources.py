@@ -1,6 +1,5 @@
 """The sources agree: notebooks and library, README and index, packed files and their generator."""
 import ast
-import importlib
 import json
 import re
 import shutil
@@ -76,13 +75,6 @@ def test_notebooks_are_clean(copy):
 
 def test_readme_is_what_the_index_says():
     assert render() == (ROOT / "README.md").read_text(encoding="utf-8"), "run make prepare"
-
-
-def test_readme_shows_the_committed_ablation(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
-    importlib.import_module("ablation").main(["--table"])
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "put what `ablation.py --table` prints into nbs/index.ipynb, then run make prepare")
 
 
 def test_tracked_kaggle_files_are_what_packing_writes(tmp_path):

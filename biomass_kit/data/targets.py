@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
            'LOG_TARGETS', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError', 'in_one_line', 'as_grams',
-           'identity_residuals', 'weighted_r2', 'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha',
-           'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean', 'mixture', 'combine']
+           'as_labels', 'label_counts', 'label_masks', 'identity_residuals', 'weighted_r2', 'per_target_scores',
+           'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean',
+           'mixture', 'combine']
 
 # %% ../../nbs/1_data/1_targets.ipynb #655f6432
 import reprlib
@@ -48,6 +49,36 @@ def as_grams(
             f"{name}: row {row}, {TARGETS[col]} is {a[row, col]}, not a finite number of grams")
     return a
 
+# %% ../../nbs/1_data/1_targets.ipynb #1ab00002
+def as_labels(
+    values,  # anything array-like, `[N, 5]` grams in the order of `TARGETS`, NaN where unknown
+    name="labels",  # what to call it in an error
+) -> np.ndarray:  # float64 `[N, 5]`
+    "Check that what is known of `values` is a finite table of the five targets."
+    a = np.asarray(values, dtype=np.float64)
+    unknown = np.isnan(a)
+    if not unknown.any(): return as_grams(a, name)
+    as_grams(np.where(unknown, 0.0, a), name)
+    return a
+
+
+def label_counts(
+    measured,  # `[N, 5]` grams, NaN where unknown
+) -> dict:  # target -> how many photos have a label of it
+    "How many labels there are."
+    return dict(zip(TARGETS, map(int, (~np.isnan(as_labels(measured))).sum(0))))
+
+
+def label_masks(
+    known: np.ndarray,  # bool `[N, 5]`, which labels are known
+) -> list:  # (rows, columns): targets that are known of the same photos; slices where all are
+    "What can be fitted at once where labels have gaps; targets without any label are in none."
+    if known.all(): return [(slice(None), slice(None))]
+    columns = {}
+    for target in np.flatnonzero(known.any(0)):
+        columns.setdefault(known[:, target].tobytes(), []).append(target)
+    return [(np.flatnonzero(known[:, targets[0]]), targets) for targets in columns.values()]
+
 # %% ../../nbs/1_data/1_targets.ipynb #079901c7
 def identity_residuals(
     values,  # `[N, 5]` grams
@@ -59,29 +90,40 @@ def identity_residuals(
 
 # %% ../../nbs/1_data/1_targets.ipynb #9896dcab
 def weighted_r2(
-    measured,  # `[N, 5]` grams
+    measured,  # `[N, 5]` grams, NaN where unknown
     predicted,  # `[N, 5]` grams
     weights=WEIGHTS,  # one weight per target
 ) -> float:  # 1 is perfect; nan when the measured values do not vary at all
     """The competition's global weighted R² over all (photo, target) pairs
     (Kaggle, CSIRO - Image2Biomass Prediction)."""
-    y, p = as_grams(measured, "measured"), as_grams(predicted, "predicted")
+    y, p = as_labels(measured, "measured"), as_grams(predicted, "predicted")
     if y.shape != p.shape: raise BiomassError(f"{len(y)} measured rows but {len(p)} predicted rows")
     w = np.broadcast_to(np.asarray(weights, dtype=np.float64), y.shape)
+    known = ~np.isnan(y)
+    if not known.any(): return float("nan")
+    if not known.all(): y, w = np.where(known, y, 0.0), np.where(known, w, 0.0)
     mean = (w * y).sum() / w.sum()
     spread = (w * (y - mean) ** 2).sum()
     return float(1 - (w * (y - p) ** 2).sum() / spread) if spread > 0 else float("nan")
 
 # %% ../../nbs/1_data/1_targets.ipynb #c890e54e
+def _known_sums(y, p) -> tuple:  # squared errors [5], squared deviations [5], labels [5]
+    "Sums over the known labels alone."
+    known = ~np.isnan(y)
+    if known.all(): return ((y - p) ** 2).sum(0), ((y - y.mean(0)) ** 2).sum(0), len(y)
+    count = np.maximum(known.sum(0), 1)
+    mean = np.nansum(y, 0) / count
+    return np.nansum((y - p) ** 2, 0), np.nansum((y - mean) ** 2, 0), np.where(known.any(0), count, np.nan)
+
+
 def per_target_scores(
-    measured,  # `[N, 5]` grams
+    measured,  # `[N, 5]` grams, NaN where unknown
     predicted,  # `[N, 5]` grams
-) -> dict:  # target -> {"r2": ..., "rmse_g": ...}; r2 is nan where the measured column is constant
+) -> dict:  # target -> {"r2": ..., "rmse_g": ...}; nan where the measured column is constant or has no label
     "Each target's own R² (around its own mean) and root mean squared error in grams."
-    y, p = as_grams(measured, "measured"), as_grams(predicted, "predicted")
-    error, spread = ((y - p) ** 2).sum(0), ((y - y.mean(0)) ** 2).sum(0)
+    error, spread, count = _known_sums(as_labels(measured, "measured"), as_grams(predicted, "predicted"))
     r2 = 1 - np.divide(error, spread, out=np.full(len(TARGETS), np.nan), where=spread > 0)
-    rmse = np.sqrt(error / len(y))
+    rmse = np.sqrt(error / count)
     return {t: {"r2": float(r2[i]), "rmse_g": float(rmse[i])} for i, t in enumerate(TARGETS)}
 
 # %% ../../nbs/1_data/1_targets.ipynb #e2c63061

@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 
 from ..data.files import write_csv
 from ..data.folds import EVERY_FOLD, HELD_OUT, read_table
-from ..data.table import read_train
 from ..data.targets import TARGETS, WEIGHED, BiomassError, combine
-from .splits import Split, floor_scores, score_row, splits
+from ..data.wide import read_labels
+from .splits import Split, floor_scores, refuse_gaps, score_row, splits
 from .stacking import crossfit_stack, stack_weights
 from ..features.device import pick_device, pick_precision
 from ..features.tta import parse_view
@@ -104,7 +104,8 @@ class Trainer:
         self.accelerator = make_accelerator(self.device, self.precision)
         self.built = {}  # starting backbones
         self.stored = {}  # what a feature spec is known by -> StoredFeatures
-        self.table = read_train(first.data)
+        self.table = read_labels(first.data, first, first.quadrat_cm)
+        refuse_gaps(self.table)
         self.splits = splits(self.table, study.seeds, study.share)  # refused here, before anything slow
         for c in configs: self.run(c, np.zeros(len(self.table), bool), progress, log)
 

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ..data.folds import strategy
 from ..data.photos import crop_lines, photo_crops
-from ..data.targets import TARGETS, BiomassError, weighted_r2
+from ..data.targets import TARGETS, BiomassError, label_masks, weighted_r2
 from ..features.store import feature_batches
 from ..features.tta import View
 from ..inference.bundle import read_bundle
@@ -27,13 +27,18 @@ from ..inference.ensemble import Ensemble
 PROBE_ALPHAS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
-def _fit_probe(x, y, alpha):
-    return make_pipeline(StandardScaler(), Ridge(alpha)).fit(x, y)
+def _probe(x, y, alpha, new):
+    "What ridge says of `new` photos: each target learned from its labelled photos, 0 where there are none."
+    out = np.zeros((len(new), y.shape[1]), y.dtype)
+    for rows, columns in label_masks(~np.isnan(y)):
+        fitted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(x[rows], y[rows][:, columns])
+        out[:, columns] = fitted.predict(new).reshape(len(new), -1)
+    return out.clip(0)
 
 
 def choose_alpha(
     x: np.ndarray,  # [n, F] features of the training part
-    y: np.ndarray,  # [n, 5] grams
+    y: np.ndarray,  # [n, 5] grams, NaN where unknown
     groups,  # [n] what stays together: sampling dates, or what `--cv` groups by
     alphas=PROBE_ALPHAS,
 ) -> float:
@@ -44,7 +49,7 @@ def choose_alpha(
 
     def score(alpha):
         out = np.empty_like(y)
-        for fit, held in splits: out[held] = _fit_probe(x[fit], y[fit], alpha).predict(x[held]).clip(0)
+        for fit, held in splits: out[held] = _probe(x[fit], y[fit], alpha, x[held])
         return weighted_r2(y, out)
 
     return max(alphas, key=score)
@@ -63,7 +68,7 @@ def linear_probe(
     for k in np.unique(fold):
         train = fold != k
         alpha = choose_alpha(x[train], y[train], groups[train])
-        out[~train] = _fit_probe(x[train], y[train], alpha).predict(x[~train]).clip(0)
+        out[~train] = _probe(x[train], y[train], alpha, x[~train])
     return out
 
 # %% ../../nbs/6_evidence/1_probe.ipynb #52f83249

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.folds import units_of
 from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.progress import counted
-from ..data.table import read_train
 from ..data.targets import TARGETS
-from .splits import Split, holdout_table, score_row, splits
+from ..data.wide import read_labels
+from .splits import Split, holdout_table, refuse_gaps, score_row, splits
 from ..features.backbone import Backbone, block_index, patch_size
 from ..features.device import pick_device, pick_precision
 from ..features.options import STATISTICS
@@ -124,7 +125,7 @@ def held_out_grams(
     "What a head in closed form predicts of a split's held-out photos, learned from the others in all views."
     held, views = torch.from_numpy(split.held_out), len(rows)
     grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)[~held]
-    dates = table["Sampling_Date"].to_numpy()[~split.held_out]
+    dates = units_of(table).to_numpy()[~split.held_out]
     head = head_class(config.head)([rows.shape[-1]], **closed_options(config))
     head.fit(rows[:, ~held].flatten(0, 1), grams.repeat(views, 1), np.tile(dates, views))
     return head(rows[0, held, None, None]).numpy()
@@ -193,7 +194,9 @@ def run_screen(
     log: Callable = print,
 ) -> pd.DataFrame:  # as from `screen_table`
     "Read every backbone once, fit and score every cell on every split."
-    table = read_train(configs[0].data)
+    first = configs[0]
+    table = read_labels(first.data, first, first.quadrat_cm)
+    refuse_gaps(table)
     chosen = splits(table, seeds)
     scores, facts = [], {}
     for i, (source, c) in enumerate(zip(start_sources(configs, blocks, table), configs)):

@@ -25,9 +25,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import TrialState
 
 from ..data.files import read_json, write_csv, write_json
-from ..data.folds import FLOORS, LEAVE_ONE, make_folds, read_table
-from ..data.table import read_train
+from ..data.folds import FLOORS, LEAVE_ONE, make_folds, read_table, units_of
 from ..data.targets import TARGETS, BiomassError
+from ..data.wide import read_labels
 from .compare import difference_text, paired_difference
 from biomass_kit.evidence.space import (
     Search,
@@ -220,7 +220,7 @@ def other_fold_seed(config: TrainConfig):  # a fold seed, or None where there is
     """The next seed with another fold assignment;
     None where each group is a fold, or a teacher is bound to its folds."""
     if config.teacher or config.cv in LEAVE_ONE: return None
-    table = read_train(config.data)
+    table = read_labels(config.data, config, config.quadrat_cm)
 
     def parts(seed):
         fold = make_folds(table, config.cv, config.n_folds, seed)
@@ -240,7 +240,7 @@ def _predictions(
     "The out-of-fold tables of a recipe's runs."
     tables = [read_table(c.out / "oof.csv") for c in expand(config, (), seeds)]
     predicted = [t[[name + "_pred" for name in TARGETS]].to_numpy() for t in tables]
-    return tables[0][list(TARGETS)].to_numpy(), predicted, tables[0]["Sampling_Date"]
+    return tables[0][list(TARGETS)].to_numpy(), predicted, units_of(tables[0])
 
 
 def compare(

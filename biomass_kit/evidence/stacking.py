@@ -9,7 +9,7 @@ __all__ = ['stack_weights', 'crossfit_stack']
 import numpy as np
 from scipy.optimize import nnls
 
-from ..data.targets import WEIGHTS, BiomassError, as_grams, mixture
+from ..data.targets import WEIGHTS, BiomassError, as_grams, as_labels, mixture
 
 # %% ../../nbs/6_evidence/4_stacking.ipynb #b45c82e2
 def _least_squares(
@@ -23,15 +23,17 @@ def _least_squares(
 
 def stack_weights(
     predictions,  # [M, N, 5] grams, out of fold, one slice a member
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     per_target: bool = False,  # weights for each target by itself
 ) -> np.ndarray:  # [M], none negative, sum 1; or [M, 5], a column per target, each as that
     "The mixture of members with the least weighted squared error (stacking; Breiman 1996)."
-    y, members = as_grams(measured, "measured"), len(predictions)
-    errors = np.stack([(as_grams(p) - y) * np.sqrt(WEIGHTS) for p in predictions])
-    if not per_target: return _least_squares(errors.reshape(members, -1).T)
+    y, members = as_labels(measured, "measured"), len(predictions)
+    errors, known = np.stack([(as_grams(p) - y) * np.sqrt(WEIGHTS) for p in predictions]), ~np.isnan(y)
+    if not per_target: return _least_squares(errors.reshape(members, -1).T[known.ravel()])
     weights = np.full((members, y.shape[1]), 1 / members)
-    for t in np.flatnonzero(np.ptp(y, axis=0)): weights[:, t] = _least_squares(errors[:, :, t].T)
+    for t in range(y.shape[1]):
+        rows = known[:, t]
+        if rows.any() and np.ptp(y[rows, t]): weights[:, t] = _least_squares(errors[:, rows, t].T)
     return weights
 
 # %% ../../nbs/6_evidence/4_stacking.ipynb #6647ea28
@@ -42,7 +44,7 @@ def crossfit_stack(
     per_target: bool = False,  # weights for each target by itself
 ) -> np.ndarray:  # [N, 5] grams
     "Out-of-fold predictions of the weighted mean, cross-fitted: each fold with weights from the other folds."
-    p, y, fold = np.asarray(predictions, dtype=np.float64), as_grams(measured, "measured"), np.asarray(fold)
+    p, y, fold = np.asarray(predictions, dtype=np.float64), as_labels(measured, "measured"), np.asarray(fold)
     if len(np.unique(fold)) < 2:
         raise BiomassError(
             f"{'stacked' if per_target else 'weighted'}: one fold has no other folds to find weights on; "

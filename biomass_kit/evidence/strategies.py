@@ -9,7 +9,7 @@ __all__ = ['DIFFERENCE', 'strategy_table', 'strategy_text']
 import numpy as np
 import pandas as pd
 
-from ..data.folds import LEAVE_ONE, make_folds, score_beside_floors, shared_dates
+from ..data.folds import LEAVE_ONE, make_folds, score_beside_floors, shared_dates, units_of
 from ..data.options import CV_STRATEGIES
 from ..data.targets import TARGETS
 from .compare import paired_difference
@@ -29,7 +29,7 @@ def strategy_table(
     **options,  # n_draws of `bootstrap_scores`
 ) -> pd.DataFrame:  # one row per strategy: folds, shared_dates, weighted R2 of probe and floors, difference
     "The linear probe's score under each CV strategy, beside the floors."
-    y, dates = table[list(TARGETS)], table["Sampling_Date"]
+    y, dates = table[list(TARGETS)], units_of(table)
     folds = {
         cv: make_folds(table, cv, *((None, 0) if cv in LEAVE_ONE else (n_folds, seed)))
         for cv in dict.fromkeys([against, *strategies])}
@@ -57,7 +57,7 @@ def strategy_text(
         return [
             f"{v:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" for v, low, high in ends(name)]
 
-    shared = found["shared_dates"].map("{:.0%}".format)
+    shared = found["shared_dates"].astype(float).map("{:.0%}".format)
     columns = {"folds": found["folds"], "shared dates": shared, "linear probe": with_ends("probe", ""),
                "constant": found["floor_constant"].map("{:.3f}".format),
                "by state": found["floor_state"].map("{:.3f}".format),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'MANIFEST', 'SINCE_LATER', 'ALWAYS', 'FIELDS', 'UNSIGNED', 'PICKLES', 'tensor_bytes', 'write_tensors',
-           'save_backbone', 'save_lora', 'save_reference', 'merge_lora', 'save_spec', 'save_member', 'manifest_digest',
-           'sign_manifest', 'write_manifest', 'Bundle', 'version_key', 'is_pickle', 'refuse_pickles', 'read_bundle',
-           'copy_members']
+           'save_by_content', 'save_backbone', 'save_lora', 'save_reference', 'merge_lora', 'save_spec', 'save_member',
+           'manifest_digest', 'sign_manifest', 'write_manifest', 'Bundle', 'version_key', 'is_pickle', 'refuse_pickles',
+           'read_bundle', 'copy_members']
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #bb54bc9f
 import hashlib
@@ -28,6 +28,7 @@ from ..data.targets import TARGETS, BiomassError, combine as join_members, in_on
 from ..features.backbone import Backbone, build_backbone, read_columns, take_lora
 from ..features.tiles import TileSpec
 from ..features.tta import parse_view
+from .card import CARD, card_text
 from biomass_kit.inference.members import (
     HEADER,
     SPEC_FIELDS,
@@ -35,6 +36,8 @@ from biomass_kit.inference.members import (
     check_lora,
     check_quadrats,
     check_specs,
+    check_trust,
+    check_unlabelled,
     file_shapes,
     head_class,
     head_kind,
@@ -45,6 +48,7 @@ from biomass_kit.inference.members import (
     member_schema,
     member_specs,
     read_member_info,
+    trust_files,
 )
 from .physics import METHODS
 from ..model.model import member_state
@@ -72,7 +76,7 @@ def write_tensors(path, tensors: dict, metadata: dict = None) -> Path:
     return Path(path)
 
 
-def _save_by_content(folder, kind: str, tensors: dict) -> str:
+def save_by_content(folder, kind: str, tensors: dict) -> str:
     "Write tensors as `<kind>-<digest>.safetensors` unless they are there already; the file's name."
     data = tensor_bytes(tensors)
     path = Path(folder) / f"{kind}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
@@ -86,7 +90,7 @@ def save_backbone(
     backbone: Backbone,
 ) -> dict:  # {"file", "name", "pooling", "blocks"}: what a member says of its backbone
     "Write a backbone's weights, named by their content; weights that are there already are not written again."
-    file = _save_by_content(folder, "backbone", backbone.model.state_dict())
+    file = save_by_content(folder, "backbone", backbone.model.state_dict())
     return {"file": file, "name": backbone.name, "pooling": backbone.pooling, "blocks": list(backbone.blocks)}
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #656044f6
@@ -96,7 +100,7 @@ def save_lora(
     scale: float,
 ) -> dict:  # {"lora": {"file", "scale"}}, to be added to what a member says of its backbone
     "Write a member's LoRA factors, named by their content."
-    return {"lora": {"file": _save_by_content(folder, "lora", factors), "scale": scale}}
+    return {"lora": {"file": save_by_content(folder, "lora", factors), "scale": scale}}
 
 
 def save_reference(
@@ -104,7 +108,7 @@ def save_reference(
     tensors: dict,  # "features" and "own" of an `uncertainty.Reference`
 ) -> str:  # the file's name
     "Write what a bundle remembers of the training photos, named by its content."
-    return _save_by_content(folder, "reference", tensors)
+    return save_by_content(folder, "reference", tensors)
 
 
 def merge_lora(
@@ -180,22 +184,22 @@ def write_manifest(
     scores: dict,  # out-of-fold scores, as `folds.score_table` gives them
     # {"how", "weights" ([M], or [M][5]), "trim"} of `targets.combine`; the plain mean by default
     combine: dict = None,
-    trust: dict = None,  # "intervals" (their margins) and "reference" {"file", "member"}, whichever is known
+    trust: dict = None,  # what is known of "intervals", "reference", "pooled", "photos", "versions", "adapted"
 ) -> Path:
     "Describe a finished bundle; from now on every byte of it is accounted for."
     folder = Path(folder)
-    files = sorted(
-        {f for m in members for f in member_files(m)} | ({trust["reference"]["file"]} if "reference" in (trust or {}) else set()))
+    files = sorted({f for m in members for f in member_files(m)} | trust_files(trust or {}))
     bounds = np.array([m["bounds"] for m in members])
     manifest = {
         "schema": _manifest_schema(members, combine),
-        "library": biomass_kit.__version__, "targets": list(TARGETS),
-        "physics": physics, "views": list(views), "combine": combine or {"how": "mean"},
+        "library": biomass_kit.__version__, "targets": list(TARGETS), "physics": physics,
+        "views": list(views), "combine": combine or {"how": "mean"},
         "bounds": [bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()],
         "means": np.mean([m["means"] for m in members], 0).tolist(), "scores": scores,
         "files": {f: {"sha256": file_digest(folder / f), "bytes": (folder / f).stat().st_size} for f in files},
         "members": members, **({"trust": trust} if trust else {}),
     }
+    write_text(folder / CARD, card_text(manifest))
     return sign_manifest(folder, manifest)
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #de7e99d4
@@ -214,6 +218,9 @@ class Bundle(NamedTuple):
     def trust(self) -> dict:
         "Margins of intervals, and where the training photos are remembered; empty in bundles that an earlier library wrote."
         return self.manifest.get("trust", {})
+
+    @property  # targets of which no training photo had a label: nothing is predicted of them
+    def unlabelled(self) -> list: return self.trust.get("unlabelled", [])
 
     @property
     def margins(self) -> dict:
@@ -341,6 +348,7 @@ def _check_settings(path, manifest: dict):
         shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
         raise BiomassError(
             f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")
+    check_unlabelled(path, manifest.get("trust", {}).get("unlabelled", []))
     if physics["method"] not in METHODS or not 0 <= physics["threshold"] < np.inf:
         raise BiomassError(
             f"{path}: physics {physics['method']} with threshold {physics['threshold']}: no method of this "
@@ -431,11 +439,7 @@ def _check_whole(folder: Path, data: bytes, manifest):
                 "copy the bundle again")
         file_shapes(folder / name)
     for member in manifest["members"]: _check_member(folder, manifest, member)
-    reference = manifest.get("trust", {}).get("reference")
-    if reference and (reference["file"] not in manifest["files"] or reference["member"] not in [m["name"] for m in manifest["members"]]):
-        raise BiomassError(
-            f"{folder / MANIFEST}: its reference of training photos names a file or a member that it does "
-            "not list; copy the bundle again")
+    check_trust(folder / MANIFEST, manifest)
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #45f75f98
 def _refuse_twice(bundles: list):

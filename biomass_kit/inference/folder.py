@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDER_PHYSICS', 'ROWS', 'TIME_FORMAT', 'parts_of', 'intervals_from_heads', 'folder_intervals', 'grams_table',
-           'flags', 'FolderTable', 'written_lines']
+           'target_columns', 'flags', 'FolderTable', 'written_lines']
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260004
 import sys
@@ -23,8 +23,10 @@ from ..data.xlsx import write_sheets
 from .bundle import Bundle
 from .issues import Outcome
 from biomass_kit.inference.paddocks import (
+    COUNTS,
     Paddocks,
     Sums,
+    drop_earlier,
     knows_means,
     paddock_values,
     paddocks_path,
@@ -83,6 +85,15 @@ def grams_table(
     return pd.DataFrame(columns)
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #a987c3c1
+def target_columns(
+    table: pd.DataFrame,  # from `grams_table`
+    targets: list,  # of TARGETS
+) -> list:
+    "The columns of some targets, in both units and with the ends of intervals."
+    names = {unit for t, k in zip(TARGETS, KG_HA) if t in targets for unit in (t, k)}
+    return [c for c in table if c.removesuffix(ENDS[0]).removesuffix(ENDS[1]) in names]
+
+
 def flags(
     outcome: Outcome,
     alike: np.ndarray,  # [N], or None
@@ -116,8 +127,10 @@ class FolderTable(NamedTuple):
         return [final, *folder_intervals(self.bundle, final, ends, nothing, self.method)], nothing
 
     def in_units(self, names: list, values: list) -> pd.DataFrame:
-        "`grams_table` in the quadrats of this table."
-        return grams_table(names, values, self.bundle.quadrat_cm, self.quadrat_cm)
+        "`grams_table` in the quadrats of this table; NaN for targets of which nothing was learned."
+        table = grams_table(names, values, self.bundle.quadrat_cm, self.quadrat_cm)
+        table[target_columns(table, self.bundle.unlabelled)] = np.nan
+        return table
 
     def labels(self, part: slice = slice(None)) -> dict:  # name -> values
         "The last columns: the paddock, time and place of some photos, as far as any has them."
@@ -146,8 +159,7 @@ class FolderTable(NamedTuple):
             flagged = np.array([flag != "" for flag in flags(self.outcome, alike, self.rows(part))])
             sums.add(self.paddocks.of[part], values, read, flagged)
         table = self.in_units(self.paddocks.names, paddock_values(sums, self.bundle, self.method))
-        counts = {"photos": sums.photos, "not_read": sums.not_read, "flagged": sums.flagged}
-        for place, (name, count) in enumerate(counts.items(), 1): table.insert(place, name, count)
+        for place, name in enumerate(COUNTS, 1): table.insert(place, name, getattr(sums, name))
         return table.rename(columns={"photo": "paddock"})
 
     def write(self, grams: np.ndarray, alike: np.ndarray = None):
@@ -157,6 +169,7 @@ class FolderTable(NamedTuple):
         write_csv_parts(self.out, self.parts(grams, alike), float_format="%.4f", date_format=TIME_FORMAT)
         self.outcome.paddocks = self.means(grams, alike)
         if self.paddocks: write_csv(paddocks_path(self.out), self.outcome.paddocks, float_format="%.4f")
+        else: drop_earlier(self.out)
 
     def note_widths(self):
         "Say where intervals are not what was measured for such predictions."

@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'SUBSETS', 'photo_sets', 'mean_margin', 'mean_margins', 'mea
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170004
 import numpy as np
 
-from ..data.targets import as_grams
+from ..data.targets import TARGETS, as_grams, as_labels, label_masks
 from .uncertainty import conformal_margin, widen
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170005
@@ -33,25 +33,30 @@ def photo_sets(
     return sets
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea170015
-def _means(values, sets: list) -> np.ndarray:  # [sets, 5] grams
-    "The mean of each set of photos."
-    return np.concatenate([as_grams(values)[rows].mean(1) for rows in sets])
+def _set_margin(y, p, dates, visits, size, level):  # [5], or None
+    "The margin where every photo has every label."
+    sets = photo_sets(visits, size)
+    first = np.concatenate([rows[:, 0] for rows in sets])
+    y, p = (np.concatenate([grams[rows].mean(1) for rows in sets]) for grams in (y, p))
+    return conformal_margin(y, p, p, dates[first], level)
 
 
 def mean_margin(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     predicted,  # [N, 5] grams of photos that were not trained on
     dates,  # [N]
     visits,  # [N] a visit is of one date
     size: int,  # photos whose mean is predicted
     level: float,  # share of means that the widened intervals should hold
-) -> np.ndarray:  # [5] in roots of grams; None where there are too few dates
+) -> np.ndarray:  # [5] in roots of grams, 0 for a target without labels; None where there are too few dates
     "By how much the interval of a mean must grow on both sides, starting from the predicted mean."
-    sets = photo_sets(visits, size)
-    y = _means(measured, sets)
-    p = _means(predicted, sets)
-    first = np.concatenate([rows[:, 0] for rows in sets])
-    return conformal_margin(y, p, p, np.asarray(dates)[first], level)
+    y, p, dates, visits = as_labels(measured), as_grams(predicted), np.asarray(dates), np.asarray(visits)
+    filled, margin = np.where(np.isnan(y), p, y), np.zeros(len(TARGETS))
+    for rows, columns in label_masks(~np.isnan(y)):
+        found = _set_margin(filled[rows], p[rows], dates[rows], visits[rows], size, level)
+        if found is None: return None
+        margin[columns] = found[columns]
+    return margin
 
 # %% ../../nbs/4_inference/3b_means.ipynb #ea17000c
 def mean_margins(
@@ -68,7 +73,7 @@ def mean_margins(
                for method, p in corrected.items()}
     return {"sizes": sizes, "margins": margins}
 
-
+# %% ../../nbs/4_inference/3b_means.ipynb #mi000001
 def mean_intervals(
     known: dict,  # from `mean_margins`
     method: str,  # of physics; one whose errors were not measured takes those of `own`

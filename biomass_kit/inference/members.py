@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPEC_FIELDS', 'FIRST_POOLINGS', 'HEADER', 'member_specs', 'member_head', 'member_dims', 'member_files',
            'member_quadrat', 'read_member_info', 'head_class', 'head_kind', 'member_schema', 'check_quadrats',
-           'check_specs', 'check_alike', 'file_shapes', 'check_lora']
+           'check_unlabelled', 'check_specs', 'check_alike', 'trust_files', 'check_trust', 'file_shapes', 'check_lora']
 
 # %% ../../nbs/4_inference/1b_members.ipynb #1b000004
 import json
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import biomass_kit
-from ..data.targets import QUADRAT_CM, BiomassError, quadrat_area, quadrat_text
+from ..data.targets import QUADRAT_CM, TARGETS, BiomassError, quadrat_area, quadrat_text
 from ..features.backbone import tensor_shapes
 from ..features.options import pooled_statistics
 from ..model.options import HEADS
@@ -99,6 +99,12 @@ def check_quadrats(path, member: dict, others: list):
         raise BiomassError(f"{path}: members {names} predict grams in quadrats of {sides}; "
                            "train one of them again with the other's --quadrat-cm")
 
+# %% ../../nbs/4_inference/1b_members.ipynb #1ab00202
+def check_unlabelled(path, names):
+    "Refuse what names no targets as those of which nothing was learned."
+    if isinstance(names, list) and all(name in TARGETS for name in names): return
+    raise BiomassError(f"{path}: names {names} as unlabelled targets; pack the bundle again")
+
 # %% ../../nbs/4_inference/1b_members.ipynb #b0de1006
 def _check_pooled(path, name: str, ref: dict):
     "Refuse statistics that this library does not know, and blocks that have no index."
@@ -145,6 +151,25 @@ def check_alike(path, member: dict, other: dict):
                            f"{a['name']} "
                            f"with {mine} channels and as {b['name']} with {theirs}; train or download them "
                            "again")
+
+# %% ../../nbs/4_inference/1b_members.ipynb #b0de1009
+def trust_files(trust: dict) -> set:
+    "Names of the files that a manifest's `trust` tells of."
+    held = [trust["reference"]] if "reference" in trust else []
+    return {entry["file"] for entry in (*held, *trust.get("pooled", ()))}
+
+
+def check_trust(path, manifest: dict):
+    "Refuse what is remembered of the training photos where its file or its members are not in the manifest."
+    trust = manifest.get("trust", {})
+    names = [m["name"] for m in manifest["members"]]
+    told = [("reference of training photos", trust["reference"], [trust["reference"]["member"]])
+            ] if trust.get("reference") else []
+    told += [("pooled features", entry, entry["members"]) for entry in trust.get("pooled", ())]
+    for what, entry, members in told:
+        if entry["file"] in manifest["files"] and set(members) <= set(names): continue
+        raise BiomassError(
+            f"{path}: its {what} names a file or a member that it does not list; copy the bundle again")
 
 # %% ../../nbs/4_inference/1b_members.ipynb #b877684e
 def file_shapes(path) -> dict:

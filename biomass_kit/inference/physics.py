@@ -11,14 +11,24 @@ import itertools
 
 import numpy as np
 
-from ..data.targets import CLOVER, DEAD, GDM, GREEN, TARGETS, TOTAL, BiomassError, as_grams
+from biomass_kit.data.targets import (
+    CLOVER,
+    DEAD,
+    GDM,
+    GREEN,
+    TARGETS,
+    TOTAL,
+    BiomassError,
+    as_grams,
+    as_labels,
+)
 
 # %% ../../nbs/4_inference/1_physics.ipynb #4cef5e28
 def training_bounds(
-    measured,  # [N, 5] grams, labels of the training part
+    measured,  # [N, 5] grams, labels of the training part, NaN where unknown
 ) -> np.ndarray:  # [2, 5] grams: lower bounds (zeros), upper bounds
     "The range to which predictions are clamped: from zero to each target's largest training label."
-    upper = as_grams(measured, "training labels").max(0)
+    upper = np.nan_to_num(as_labels(measured, "training labels")).max(0)
     return np.stack([np.zeros_like(upper), upper])
 
 # %% ../../nbs/4_inference/1_physics.ipynb #36267d6c
@@ -117,16 +127,20 @@ def _shrinkage(x):
 
 
 def error_covariance(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     predicted,  # [N, 5] grams, out of fold, clamped as they will be
 ) -> np.ndarray:  # [5, 5] grams squared, positive definite
-    "Second moments of the errors, their correlations shrunk (MinT-shrink)."
-    e = as_grams(predicted) - as_grams(measured, "measured")
+    "Second moments of the errors, correlations of photos with all five labels and shrunk (MinT-shrink)."
+    e = as_grams(predicted) - as_labels(measured, "measured")
     if not len(e): raise BiomassError("error covariance: no out-of-fold predictions to estimate it from")
+    whole = ~np.isnan(e).any(1)
     scale = np.sqrt((e**2).mean(0))
+    if not whole.all():
+        scale = np.sqrt(np.nansum(e**2, 0) / np.maximum((~np.isnan(e)).sum(0), 1))
+        e = e[whole]
     x = np.divide(e, scale, out=np.zeros_like(e), where=scale > 0)
     keep = 1 - _shrinkage(x)
-    correlation = keep * x.T @ x / len(e)
+    correlation = keep * x.T @ x / max(1, len(e))
     np.fill_diagonal(correlation, 1)
     scale = np.maximum(scale, max(0.01, 0.01 * scale.max()))
     return scale[:, None] * correlation * scale
@@ -175,7 +189,7 @@ def clamp_folds(
 # %% ../../nbs/4_inference/1_physics.ipynb #0bed791a
 def crossfit_physics(
     raw,  # [N, 5] grams, out of fold
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     fold: np.ndarray,  # [N]
     bounds_by_fold,  # fold -> [2, 5], a dict or a list
     method: str = "derive_dead",  # a key of METHODS
@@ -185,7 +199,7 @@ def crossfit_physics(
 
     The models behind those errors trained on this fold, so a score of it is no nested one."""
     fold, out = np.asarray(fold), np.empty((len(raw), len(TARGETS)), np.float32)
-    clamped, measured, covariance = clamp_folds(raw, fold, bounds_by_fold), as_grams(measured, "measured"), None
+    clamped, measured, covariance = clamp_folds(raw, fold, bounds_by_fold), as_labels(measured, "measured"), None
     for k in np.unique(fold):
         at = fold == k
         if method in NEEDS_COVARIANCE:

@@ -152,6 +152,9 @@ def _chosen_physics(bundle: Bundle, physics, threshold) -> tuple:  # (method, th
     "What the caller chose, or else the bundle."
     chosen = bundle.manifest["physics"]
     method = physics or chosen["method"]
+    if bundle.unlabelled and method != "none":
+        raise BiomassError(f"--physics {method}: {bundle.folder} has learned nothing of "
+                           f"{', '.join(bundle.unlabelled)}, and identities bind all five targets; drop it")
     if threshold is not None and method != "derive_dead":
         raise BiomassError("--correction-threshold is read by --physics derive_dead alone, "
                            f"and this is {method}; give that or drop it")
@@ -294,6 +297,10 @@ def predict_competition(
     "Predict every photo of test.csv and write a submission that the checker accepts."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     rows, photos = read_test(data)
+    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    if bundle.unlabelled:
+        raise BiomassError(f"{bundle.folder}: has learned nothing of {', '.join(bundle.unlabelled)}, and a "
+                           "submission needs all five targets; predict a folder with --photos")
     outcome = Outcome(list(photos))
 
     def save(grams):
@@ -304,7 +311,7 @@ def predict_competition(
 
     with _left_well(out, outcome, keep_means):
         own = dict(deadline=deadline, outcome=outcome, keep_means=keep_means, save=is_main_process() and save)
-        grams = predict_photos(weights, list(photos.values()), **own, **options)
+        grams = predict_photos(bundle, list(photos.values()), **own, **options)
         if not is_main_process(): return None
         table = save(grams)
         outcome.see_crops(photos.values())
@@ -437,7 +444,8 @@ def predict_folder(
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, others = walk_photos(folder)
     bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
-    outcome, method = Outcome(paths.names, left_out=others), physics or FOLDER_PHYSICS
+    outcome = Outcome(paths.names, left_out=others)
+    method = physics or ("none" if bundle.unlabelled else FOLDER_PHYSICS)
     table = FolderTable(bundle, paths, outcome, Path(out), method, quadrat_cm or bundle.quadrat_cm,
                         find_paddocks(paths.names, groups, out, outcome.note), Places(len(paths)))
     quadrat_area(table.quadrat_cm)

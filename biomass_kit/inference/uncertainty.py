@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.targets import TARGETS, BiomassError, as_grams
+from ..data.targets import TARGETS, BiomassError, as_grams, as_labels, label_masks
 from .bundle import Bundle
 from .physics import clamp
 
@@ -26,22 +26,35 @@ def dates_needed(
     return int(np.ceil(level / (1 - level) - 1e-9))
 
 
+def _reached(excess: np.ndarray, dates: np.ndarray, level: float) -> np.ndarray:  # [K] from [n, K]; None
+    "The excess that a level asks for, each date of one weight; None where there are too few dates."
+    names, of = np.unique(dates, return_inverse=True)
+    if len(names) < dates_needed(level): return None
+    order, weight = np.argsort(excess, 0), (1 / np.bincount(of) / (len(names) + 1))[of]
+    reached = (np.cumsum(weight[order], 0) < level - 1e-9).sum(0)
+    return np.take_along_axis(excess, order, 0)[reached.clip(max=len(excess) - 1), np.arange(excess.shape[1])]
+
+# %% ../../nbs/4_inference/3_uncertainty.ipynb #1ab00105
 def conformal_margin(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     # [N, 5] grams, lower ends for photos that were not trained on; the prediction itself where nothing better
     # is known
     low,
     high,  # [N, 5] grams, upper ends, likewise
     dates,  # [N]
     level: float,  # share of photos that the widened intervals should hold
-) -> np.ndarray:  # [5] in roots of grams; None where there are too few dates
+) -> np.ndarray:  # [5] in roots of grams, 0 for a target without labels; None where there are too few dates
     "By how much intervals must grow on both sides to hold a share of a new date's photos, if no photo's date was trained on for it."
-    y, low, high = (np.sqrt(as_grams(v).clip(0)) for v in (measured, low, high))
-    excess, (names, of) = np.maximum(low - y, y - high), np.unique(np.asarray(dates), return_inverse=True)
-    if len(names) < dates_needed(level): return None
-    order, weight = np.argsort(excess, 0), (1 / np.bincount(of) / (len(names) + 1))[of]
-    reached = (np.cumsum(weight[order], 0) < level - 1e-9).sum(0)
-    return np.take_along_axis(excess, order, 0)[reached.clip(max=len(y) - 1), np.arange(len(TARGETS))]
+    y = np.sqrt(as_labels(measured).clip(0))
+    low, high = (np.sqrt(as_grams(v).clip(0)) for v in (low, high))
+    excess, dates = np.maximum(low - y, y - high), np.asarray(dates)
+    if not np.isnan(excess).any(): return _reached(excess, dates, level)
+    margin = np.zeros(len(TARGETS))
+    for rows, columns in label_masks(~np.isnan(excess)):
+        found = _reached(excess[rows][:, columns], dates[rows], level)
+        if found is None: return None
+        margin[columns] = found
+    return margin
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #9fcba492
 def widen(
@@ -77,13 +90,15 @@ def crossfit_intervals(
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #4e3c61e7
 def coverage(
-    measured,  # [N, 5] grams
+    measured,  # [N, 5] grams, NaN where unknown
     low,  # [N, 5] grams
     high,  # [N, 5] grams
-) -> dict:  # target -> share of the photos whose measured value lies inside
+) -> dict:  # target -> share of the measured values that lie inside; None where there are none
     "What share of the measured values the intervals hold."
-    y, low, high = map(as_grams, (measured, low, high))
-    return {t: float(share) for t, share in zip(TARGETS, ((low <= y) & (y <= high)).mean(0))}
+    y, low, high = as_labels(measured), as_grams(low), as_grams(high)
+    inside, known = (low <= y) & (y <= high), ~np.isnan(y)
+    shares = inside.mean(0) if known.all() else inside.sum(0) / np.maximum(known.sum(0), 1)
+    return {t: float(share) if some else None for t, share, some in zip(TARGETS, shares, known.any(0))}
 
 # %% ../../nbs/4_inference/3_uncertainty.ipynb #05664292
 UNLIKE = 0.05  # p-value (`likeness`) at or below which a photo is flagged as out of distribution

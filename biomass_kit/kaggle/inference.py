@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
-           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'NOTEBOOK_CELLS', 'find_inputs', 'predict_inputs',
-           'write_reference', 'check_reference', 'draw_predictions', 'show_predictions', 'inference_notebook']
+           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'ATTACH', 'SET_UP', 'NOTEBOOK_CELLS', 'input_files', 'only',
+           'by_input', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions',
+           'show_predictions', 'notebook_of', 'inference_notebook']
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #102860a6
 import io
@@ -31,12 +32,12 @@ from ..inference.predict import predict_competition, predict_folder, predict_pho
 PREDICT_REQUIREMENTS = ("torch", "timm", "numpy", "pandas", "pillow", "safetensors", "tqdm")
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #d215cc2d
-def _input_files(root, pattern: str) -> list:
+def input_files(root, pattern: str) -> list:
     "Files of this name at any depth, sorted, without hidden ones and what a Mac adds to an archive."
     return [p for p in sorted(Path(root).rglob(pattern)) if p.is_file() and not is_hidden(p, root)]
 
 
-def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
+def only(found: dict, what: str, root) -> Path:  # found: folder -> what tells its content from another's
     "The one folder found, or an error that says what to add or remove."
     distinct = {content: folder for folder, content in sorted(found.items(), reverse=True)}
     if len(distinct) == 1: return distinct.popitem()[1]
@@ -46,32 +47,47 @@ def _only(found: dict, what: str, root) -> Path:  # found: folder -> what tells 
         "under Input of the notebook")
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #e0d50061
-MOUNTED_BELOW = {"datasets": 3, "competitions": 2}  # folder of `root` -> folders down to one input; else one
+# folder of `root` -> folders down to one input; else one
+MOUNTED_BELOW = {"datasets": 3, "notebooks": 3, "competitions": 2}
+
+
+def by_input(
+    root,  # where Kaggle mounts inputs
+    files: list,  # below it
+) -> dict:  # lowest folder that holds all that one input has of them -> these files
+    "Files sorted by the inputs that they belong to."
+    inputs = defaultdict(list)
+    for file in files:
+        *folders, _ = file.relative_to(root).parts
+        depth = MOUNTED_BELOW.get(folders[0], 1) if folders else 0
+        inputs[tuple(folders[:depth])].append(file)
+    return {Path(os.path.commonpath([f.parent for f in found])): found for found in inputs.values()}
 
 
 def _photo_folders(root, weights: Path) -> dict:
     "For each input the folder that holds all its photos, and what is in it; the packed reference is none."
-    root, inputs = Path(root), defaultdict(list)
-    for photo in photo_files(root):
-        if weights in photo.parents: continue
-        *folders, _ = photo.relative_to(root).parts
-        depth = MOUNTED_BELOW.get(folders[0], 1) if folders else 0
-        inputs[tuple(folders[:depth])].append(photo)
-    tops = {Path(os.path.commonpath([p.parent for p in photos])): photos for photos in inputs.values()}
+    tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
     size = lambda photo: photo.stat().st_size if photo.exists() else None
     return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #a13d0161
+def _without_parts(manifests: list) -> list:
+    "Bundles, without those of runs inside the folder of the run that joined them."
+    tops = [m.parent.parent for m in manifests if m.parent.name == "bundle"]
+    return [m for m in manifests if not {*m.parent.parent.parents} & {*tops}]
+
+
 def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)
     "Find what shall be predicted and the packed weights, by content; a competition goes before photos."
-    manifests = _input_files(root, MANIFEST)
+    manifests = input_files(root, MANIFEST)
     manifests = [p for p in manifests if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
-    weights = _only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
-    tests = [p.with_name("test.csv") for p in _input_files(root, "sample_submission.csv")]
+    manifests = _without_parts(manifests)
+    weights = only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
+    tests = [p.with_name("test.csv") for p in input_files(root, "sample_submission.csv")]
     found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
-    return _only(found, "competition (test.csv beside sample_submission.csv) or folder of photos", root), weights
+    return only(found, "competition (test.csv beside sample_submission.csv) or folder of photos", root), weights
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #455b6a92
 SUBMISSION, GRAMS = "submission.csv", "grams.csv"
@@ -124,7 +140,7 @@ def _afterwards(run, seconds: float) -> tuple:  # (what it returns or None, why 
 
 def _reference_again(weights, options: dict):
     "The table of `check_reference`; None where there is no reference."
-    found = _input_files(weights, REFERENCE_TABLE)
+    found = input_files(weights, REFERENCE_TABLE)
     if not found: return None
     saved = pd.read_csv(found[0])
     now = predict_photos(weights, [found[0].parent / p for p in saved["photo"]], physics="none", **options)
@@ -211,6 +227,21 @@ def show_predictions(
     return picture
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7bf
+ATTACH = "the dataset with the library, the one with the weights, and the photos"
+SET_UP = (
+    "import os, subprocess, sys\nfrom pathlib import Path\n\n"
+    "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
+    "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
+    "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
+    "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
+    "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
+    "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
+    f"                 \"attach {ATTACH}\")\n"
+    "wheels = [p for p in wheels if p.parent == library]\n"
+    "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
+    "subprocess.run([*pip, *wheels], check=True)")
+
+# %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7b2
 NOTEBOOK_CELLS = (
     ("markdown", "# Pasture biomass from photographs\n\n"
      "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for "
@@ -223,17 +254,7 @@ NOTEBOOK_CELLS = (
      "and the photos. Everything that happens below lives in that library, whose own notebooks explain and "
      "test each step.\n\n"
      "## Set up\n\nThe library is installed from its dataset; the rest is what Kaggle provides."),
-    ("code", "import os, subprocess, sys\nfrom pathlib import Path\n\n"
-     "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
-     "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
-     "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
-     "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
-     "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
-     "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
-     "                 \"attach the dataset with the library, the one with the weights, and the photos\")\n"
-     "wheels = [p for p in wheels if p.parent == library]\n"
-     "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
-     "subprocess.run([*pip, *wheels], check=True)"),
+    ("code", SET_UP),
     ("markdown", "## Predict\n\n"
      "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into "
      "tiles at its full resolution; "
@@ -265,8 +286,10 @@ NOTEBOOK_CELLS = (
 )
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #b7184117
-def inference_notebook() -> dict:  # nbformat 4.5
-    "The Kaggle notebook as JSON."
+def notebook_of(
+    cells,  # (kind, text) each
+) -> dict:  # nbformat 4.5
+    "A Kaggle notebook as JSON."
     def cell(i, kind, text):
         made = {
             "cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(keepends=True)}
@@ -276,5 +299,10 @@ def inference_notebook() -> dict:  # nbformat 4.5
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"}}
     return {
-        "cells": [cell(i, *c) for i, c in enumerate(NOTEBOOK_CELLS)], "metadata": kernel, "nbformat": 4,
+        "cells": [cell(i, *c) for i, c in enumerate(cells)], "metadata": kernel, "nbformat": 4,
         "nbformat_minor": 5}
+
+
+def inference_notebook() -> dict:  # nbformat 4.5
+    "The notebook that predicts."
+    return notebook_of(NOTEBOOK_CELLS)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROBE', 'SOCKET_GUARD', 'LOOPBACK', 'KNOCK', 'FORMS', 'MY_PHOTOS', 'ROOM_BYTES', 'COUNTERS', 'OURS', 'RUNNER',
            'EXECUTED', 'KAGGLE_LIMITS', 'UNITS', 'network_cut', 'unrouted', 'own_address', 'knock', 'mounted',
-           'Sandbox', 'family_memory', 'folder_bytes', 'run_offline']
+           'library_and_photos', 'Sandbox', 'family_memory', 'folder_bytes', 'end_family', 'run_notebook',
+           'run_offline']
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #6b936904
 import importlib.util
@@ -19,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
 from ..data.targets import BiomassError
 from .environment import bare_python
 from .inference import GRAMS, SUBMISSION
-from .packing import COMPETITION, KERNEL, LIB, NOTEBOOK, WEIGHTS, check_packed
+from .packing import COMPETITION, KERNEL, LIB, NOTEBOOK, TRAINER, WEIGHTS, check_packed
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #7445e665
 # all that a run asks of mount
@@ -140,24 +142,32 @@ def knock(
     return "a forbidden connection failed, counted by the guard and by the kernel"
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #e322e496
-FORMS = ("slug", "kind")  # /kaggle/input/<slug>, and /kaggle/input/{competitions/<slug>,datasets/<owner>/<slug>}
+# /kaggle/input/<slug>, and /kaggle/input/{competitions/<slug>,{datasets,notebooks}/<owner>/<slug>}
+FORMS = ("slug", "kind")
 MY_PHOTOS = "my-photos"
 ROOM_BYTES = 64_000_000  # of the working folder; Kaggle gives 20 GB, and a table needs none of them
 
 
 def mounted(
+    inputs: list,  # (kind, slug, folder): "datasets", "competitions" or "notebooks", whose output it is
+    form: str,  # of FORMS
+    user: str,  # whose datasets and notebooks they are
+) -> dict:  # path under the input folder -> the folder that is seen there
+    "Where Kaggle would mount inputs."
+    def place(kind, slug):
+        if form == "slug": return slug
+        return f"{kind}/{slug}" if kind == "competitions" else f"{kind}/{user}/{slug}"
+    return {place(kind, slug): Path(folder).resolve() for kind, slug, folder in inputs}
+
+
+def library_and_photos(
     packed,  # kaggle_datasets/
     data,  # a competition's folder, or one with photos
-    form: str,  # of FORMS
-    user: str,  # whose datasets they are
-) -> dict:  # path under the input folder -> the folder that is seen there
-    "What Kaggle would mount, and where."
-    data, packed = Path(data).resolve(), Path(packed).resolve()
-    by_kind = form == "kind"
-    datasets = f"datasets/{user}/" if by_kind else ""
-    place = datasets + MY_PHOTOS
-    if (data / "test.csv").is_file(): place = ("competitions/" if by_kind else "") + COMPETITION
-    return {datasets + LIB: packed / LIB, datasets + WEIGHTS: packed / WEIGHTS, place: data}
+) -> list:  # for `mounted`
+    "Inputs of both notebooks."
+    is_competition = (Path(data) / "test.csv").is_file()
+    photos = ("competitions", COMPETITION) if is_competition else ("datasets", MY_PHOTOS)
+    return [("datasets", LIB, Path(packed) / LIB), (*photos, data)]
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #e75ad26a
 def _state(folder) -> dict:
@@ -175,6 +185,11 @@ OURS = ("PYTHON", "XDG_", "HF_", "TORCH_HOME", "MPL", "NO_ALBUMENTATIONS")
 
 
 def _quoted(path) -> str: return shlex.quote(str(path))
+
+
+def _no_files(folder, names: list) -> list:
+    "What is neither a file nor a folder, such as the sockets of a kernel that was killed."
+    return [n for n in names if not ((path := Path(folder) / n).is_file() or path.is_dir())]
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000006
 class Sandbox:
@@ -242,8 +257,8 @@ class Sandbox:
 
     def carry(self, keep: Path):
         "Copy what the run left in its working folder."
-        for path in (self.out if self.mounting else self.working).iterdir():
-            if path.is_file(): shutil.copy(path, keep / path.name)
+        left = self.out if self.mounting else self.working
+        shutil.copytree(left, keep, ignore=_no_files, dirs_exist_ok=True)
 
     def check_input(self):
         "Refuse a run that wrote to a copied input; a mounted one cannot be written to."
@@ -306,11 +321,20 @@ def folder_bytes(folder) -> int:
     except OSError: return 0
 
 
+def end_family(pid: int):
+    "Kill all descendants of a process, at once, while it goes on itself."
+    import psutil
+
+    for p in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error): p.kill()
+
+# %% ../../nbs/8_kaggle/4_sandbox.ipynb #f93c025c
 def _watch(
     process: subprocess.Popen,
     working: Path,  # as it is seen from outside
     told,  # its output, an open file
     say: Callable,
+    until: Callable = None,  # working -> whether all that the process started shall be killed now
 ) -> dict:  # peaks: {"seconds", "memory", "disk"}
     "Wait for a process, look at it and pass on what it prints; ends it when Kaggle would."
     start, rest = time.time(), ""
@@ -322,11 +346,16 @@ def _watch(
         if ended: return {"seconds": round(time.time() - start, 1), **peaks}
         peaks["memory"] = max(peaks["memory"], family_memory(process.pid))
         peaks["disk"] = max(peaks["disk"], folder_bytes(working))
+        if until and until(working):
+            end_family(process.pid)
+            until = None
         if time.time() - start > KAGGLE_LIMITS["seconds"]: os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.2)
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #c4d7cd55
-def _run_watched(box: Sandbox, script: str, say: Callable) -> tuple:  # (exit code, peaks from `_watch`, its errors' last words)
+def _run_watched(
+    box: Sandbox, script: str, say: Callable, until: Callable = None,
+) -> tuple:  # (exit code, peaks from `_watch`, its errors' last words)
     "Run a script behind the cut."
     told = box.root / "told"
     with open(box.root / "errors", "w+", encoding="utf-8") as errors, open(told, "w") as tells, \
@@ -334,7 +363,7 @@ def _run_watched(box: Sandbox, script: str, say: Callable) -> tuple:  # (exit co
         process = subprocess.Popen([*box.cut, "sh", "-c", script], cwd=box.working, env=box.variables(),
                                    stdout=tells, stderr=errors, start_new_session=True)
         seen = Path(f"/proc/{process.pid}/root{box.working}") if box.mounting else box.working
-        try: peaks = _watch(process, seen, heard, say)
+        try: peaks = _watch(process, seen, heard, say, until)
         except BaseException:  # Ctrl-C does not reach it, in a session of its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -357,30 +386,47 @@ def _check_end(box: Sandbox, code: int, peaks: dict, said: str, executed: Path, 
     box.check_silence()
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000003
+def run_notebook(
+    notebook: Path,  # as it was packed
+    mounts: dict,  # from `mounted`
+    keep,  # takes what the notebook leaves in /kaggle/working, and the executed notebook
+    python=None,  # a Python without this library; None makes one that shares this one's packages
+    room_bytes: int = ROOM_BYTES,
+    say: Callable = lambda line: None,  # takes what the notebook prints, a line at a time
+    until: Callable = None,  # working folder -> whether the session shall be killed now; never by default
+) -> dict:  # {"notebook", "network", "input", "attempts", "knock", "seconds", "memory", "disk"}
+    "Run a notebook, offline, over a `/kaggle/input`-like folder; raises `BiomassError` if it fails."
+    if python is None and not importlib.util.find_spec("nbclient"):
+        raise BiomassError("running a notebook needs nbclient and ipykernel: pip install nbclient ipykernel")
+    keep, cut = Path(keep).resolve(), network_cut()
+    keep.mkdir(parents=True, exist_ok=True)
+    executed = f"{notebook.stem}-executed.ipynb"
+    with tempfile.TemporaryDirectory() as folder:
+        box = Sandbox(folder, mounts, cut)
+        python = python or bare_python(box.root / "venv")
+        seen = {"knock": knock(box.root, cut), **box.facts()}
+        command = [str(python), "-c", RUNNER, str(notebook.resolve()), executed]
+        code, peaks, said = _run_watched(box, box.script(command, room_bytes, python), say, until)
+        box.carry(keep)
+        _check_end(box, 0 if until else code, peaks, said, keep / executed, room_bytes)
+    return seen | peaks | {"attempts": 0, "notebook": keep / executed}
+
+# %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa00003b
 def run_offline(
     packed,  # kaggle_datasets/ from `pack`
     data,  # a competition's folder with test.csv and sample_submission.csv, or a folder of photos
     keep,  # takes what the notebook leaves in /kaggle/working, and the executed notebook
-    python=None,  # a Python without this library; None makes one that shares this one's packages
+    python=None,  # as `run_notebook` takes it
     form: str = "kind",  # of FORMS
     room_bytes: int = ROOM_BYTES,
     say: Callable = lambda line: None,  # takes what the notebook prints, a line at a time
-) -> dict:  # {"submission", "notebook", "network", "input", "attempts", "knock", "seconds", "memory", "disk"}
-    "Run the packed notebook whole, offline, over a `/kaggle/input`-like folder; raises `BiomassError` if it fails."
-    if python is None and not importlib.util.find_spec("nbclient"):
-        raise BiomassError("running a notebook needs nbclient and ipykernel: pip install nbclient ipykernel")
+    trained=None,  # folder that the training notebook left, in place of the packed weights
+) -> dict:  # of `run_notebook`, with "submission" and "form"
+    "Run the packed inference notebook whole."
     packed, keep = Path(packed).resolve(), Path(keep).resolve()
-    cut = network_cut()
     user = check_packed(packed)["user"]
-    keep.mkdir(parents=True, exist_ok=True)
     for old in (SUBMISSION, GRAMS, EXECUTED): (keep / old).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        box = Sandbox(folder, mounted(packed, data, form, user), cut)
-        python = python or bare_python(box.root / "venv")
-        seen = {"knock": knock(box.root, cut), **box.facts()}
-        command = [str(python), "-c", RUNNER, str(packed / KERNEL / NOTEBOOK), EXECUTED]
-        code, peaks, said = _run_watched(box, box.script(command, room_bytes, python), say)
-        box.carry(keep)
-        _check_end(box, code, peaks, said, keep / EXECUTED, room_bytes)
-    return seen | peaks | {
-        "attempts": 0, "submission": keep / SUBMISSION, "notebook": keep / EXECUTED, "form": form}
+    weights = ("notebooks", TRAINER, trained) if trained else ("datasets", WEIGHTS, packed / WEIGHTS)
+    mounts = mounted([*library_and_photos(packed, data), weights], form, user)
+    done = run_notebook(packed / KERNEL / NOTEBOOK, mounts, keep, python, room_bytes, say)
+    return done | {"submission": keep / SUBMISSION, "form": form}

@@ -21,10 +21,12 @@ from ..data.progress import counted
 from ..data.synthetic import write_dataset
 from ..data.table import check_submission, read_test
 from ..data.targets import TARGETS, BiomassError
-from .environment import bare_python, kaggle_python, versions
+from .environment import bare_python, kaggle_python, pip_install, versions
 from .inference import GRAMS, SAME
 from .packing import KAGGLE_IMAGE, LIB, check_packed
 from .sandbox import FORMS, KAGGLE_LIMITS, ROOM_BYTES, UNITS, run_offline
+from .sessions import run_sessions
+from .training import TRAIN_EXTRAS
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #c6d86b6e
 def _outputs(notebook) -> list:
@@ -117,6 +119,16 @@ def _build_python(folder: Path, share: bool, say: Callable, progress: Callable) 
     say("  " + ", ".join(f"{n} {asked or 'any'} -> {got or 'absent'}" for n, (asked, got) in found.items()))
     return python, found
 
+# %% ../../nbs/8_kaggle/5_verify.ipynb #ve00000b
+def _proved(done: dict, data, room_bytes: int, say: Callable) -> dict:
+    "A finished run that is worth submitting, and said so."
+    done |= check_run(done, data)
+    n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
+    say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; "
+        f"working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
+    say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
+    return done
+
 # %% ../../nbs/8_kaggle/5_verify.ipynb #ve000001
 def verify(
     packed,  # kaggle_datasets/ from `pack`
@@ -127,6 +139,7 @@ def verify(
     room_bytes: int = ROOM_BYTES,
     say: Callable = print,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
+    training: bool = False,  # also the training notebook, and inference with the bundle that it leaves
 ) -> dict:  # {"versions", "runs"}
     """Prove what was packed in an environment like Kaggle's; raises `BiomassError` with the reason at the first failure.
 
@@ -134,22 +147,25 @@ def verify(
     /kaggle/working). Time is this machine's, for the photos given here: hidden ones are many more, on another machine.
     """
     packed = Path(packed)
-    check_packed(packed)
+    bundle = check_packed(packed)["bundle"]
+    if not bundle and not training:
+        raise BiomassError(f"{packed}: holds no weights, so its training must be proved; drop --no-training")
     _check_wheels(packed)
     with tempfile.TemporaryDirectory() as folder:
-        if data is None:
-            data = write_dataset(Path(folder) / "drawn", n_photos=2, n_test=4, seed=0, height=400)
-        n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
-        python, found = _build_python(Path(folder) / "venv", share, say, progress)
+        room = Path(folder)
+        if data is None: data = write_dataset(room / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        python, found = _build_python(room / "venv", share, say, progress)
         runs = []
-        for form in forms:
+        for form in forms if bundle else ():
             say(f"running the packed notebook, inputs mounted by {form}; it says:")
             done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes, say)
-            done |= check_run(done, data)
-            if not runs:
-                say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; "
-                    f"working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
-            say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
-            runs.append(done)
+            runs.append(_proved(done, data, room_bytes, say))
+        if training:
+            if not share: pip_install(python, TRAIN_EXTRAS, progress)
+            kept = Path(keep) / "training"
+            trained, drawn = run_sessions(packed, room / "round", kept, python, room_bytes, say)
+            say("running the packed notebook with the bundle that was trained; it says:")
+            done = run_offline(packed, drawn, kept / "inference", python, "kind", room_bytes, say, trained)
+            runs.append(_proved(done, drawn, room_bytes, say))
     say(f"verified: submission and executed notebook are under {keep}")
     return {"versions": found, "runs": runs}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'ROUNDING', 'STRENGTHS', 'WIDTHS', 'INNER_PARTS', 'photo_rows', 'wide', 'fit_scaler', 'scale_rows',
-           'compare', 'kernel_of', 'predict_grid', 'check_closed', 'ClosedForm', 'dual_coefficients', 'Ridge',
-           'KernelRidge', 'GaussianProcess']
+           'compare', 'kernel_of', 'known_of', 'known_means', 'predict_grid', 'predict_known', 'check_closed',
+           'ClosedForm', 'dual_coefficients', 'known_duals', 'Ridge', 'KernelRidge', 'invert_factor', 'place_factors',
+           'check_factors', 'GaussianProcess']
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed04
 import math
@@ -14,7 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.targets import LINKS, LOG_TARGETS, TARGETS, BiomassError, to_link, weighted_r2
+from biomass_kit.data.targets import (
+    LINKS,
+    LOG_TARGETS,
+    TARGETS,
+    BiomassError,
+    label_masks,
+    to_link,
+    weighted_r2,
+)
 from .model import LOG_CEILING, to_grams
 from .options import KERNELS, SCALERS
 
@@ -82,6 +91,22 @@ WIDTHS = {"linear": (1.0,), "rbf": (0.1, 0.3, 1.0, 3.0)}  # kernel -> widths tha
 INNER_PARTS = 5  # at most, of the cross-validation that chooses
 
 
+def known_of(space: torch.Tensor) -> np.ndarray:
+    "Which of `[n, 5]` are no NaN."
+    return ~space.isnan().cpu().numpy()
+
+
+def known_means(
+    space: torch.Tensor,  # [n, 5], NaN where unknown
+    weight=1.0,  # of each photo, [n, 1]; or the same for all
+) -> torch.Tensor:  # [5]; 0 for a target without any label
+    "Mean of each target over the photos whose label is known."
+    if isinstance(weight, float):
+        return space.nanmean(0).nan_to_num() if space.isnan().any() else space.mean(0)
+    counted = weight * ~space.isnan()
+    return (counted * space.nan_to_num()).sum(0) / counted.sum(0).clamp_min(1e-12)
+
+# %% ../../nbs/3_model/4_closed.ipynb #1ab00101
 def predict_grid(
     x: torch.Tensor,  # float64 [n, F] scaled training rows
     labels: torch.Tensor,  # float64 [n, 5], less their mean
@@ -97,6 +122,17 @@ def predict_grid(
         turned = (vectors.T @ labels) / (values[:, None] + strengths)
         found.append(kernel_of(across, kernel, width) @ vectors @ turned)
     return torch.stack(found)
+
+
+def predict_known(x: torch.Tensor, labels: torch.Tensor, new: torch.Tensor, kernel: str) -> torch.Tensor:
+    "`predict_grid` of labels with gaps: each target from the photos that have one; 0 where none has."
+    parts = label_masks(known_of(labels))
+    if len(parts) == 1 and labels.isfinite().all(): return predict_grid(x, labels, new, kernel)
+    shape = len(WIDTHS[kernel]), len(STRENGTHS[kernel]), len(new), labels.shape[1]
+    out = torch.zeros(shape, dtype=labels.dtype)
+    for rows, columns in parts:
+        out[..., columns] = predict_grid(x[rows], labels[rows][:, columns], new, kernel)
+    return out
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed18
 def check_closed(dims, link: str, log_targets: str, scaler: str, kernel: str):
@@ -146,9 +182,9 @@ class ClosedForm(nn.Module):
         found = torch.zeros(*shape, *space.shape, dtype=space.dtype)
         parts = GroupKFold(min(INNER_PARTS, len(np.unique(groups)))).split(rows, groups=groups)
         for fit, held in (map(torch.from_numpy, part) for part in parts):
-            scales, mean = fit_scaler(rows[fit], self.scaler), space[fit].mean(0)
+            scales, mean = fit_scaler(rows[fit], self.scaler), known_means(space[fit])
             x, new = (scale_rows(rows[part], *scales) for part in (fit, held))
-            found[:, :, held] = predict_grid(x, space[fit] - mean, new, self.kernel) + mean
+            found[:, :, held] = predict_known(x, space[fit] - mean, new, self.kernel) + mean
         measured, predicted = grams.cpu().numpy(), self.to_grams(found).flatten(0, 1).numpy()
         return np.reshape([weighted_r2(measured, p) for p in predicted], shape)
 
@@ -167,7 +203,7 @@ class ClosedForm(nn.Module):
     def fit(
         self,
         rows: torch.Tensor,  # float [n, F] from `photo_rows`; stored views of a photo are further rows
-        grams: torch.Tensor,  # float [n, 5]
+        grams: torch.Tensor,  # float [n, 5], NaN where unknown
         groups,  # [n], what stays together: sampling dates
         log=None,  # called with a line on what was chosen
     ) -> dict:  # {"alpha", "width", "inner_r2"}; inner_r2 is None where nothing could be left out
@@ -182,9 +218,20 @@ class ClosedForm(nn.Module):
         "Learn from all rows at a given strength and width."
         rows, space = rows.detach().cpu().double(), self.to_space(grams)
         centre, gain = fit_scaler(rows, self.scaler)
-        mean = space.mean(0)
+        mean = known_means(space)
         learned = self.learn(scale_rows(rows, centre, gain), space - mean, alpha, width)
         for name, tensor in dict(centre=centre, gain=gain, label_mean=mean, **learned).items():
+            setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
+
+    @torch.no_grad()
+    def refit(self, rows: torch.Tensor, grams: torch.Tensor, weight, alpha: float, width: float = 1.0):
+        "Learn again from other rows, each counting `weight` `[n]` times; channels keep their gain."
+        rows, space = rows.detach().cpu().double(), self.to_space(grams)
+        weight = torch.as_tensor(weight, dtype=torch.float64)[:, None]
+        centre, mean = known_means(rows, weight).float(), known_means(space, weight)
+        x = scale_rows(rows, centre, self.gain.cpu())
+        learned = self.learn(x, space - mean, alpha, width, weight)
+        for name, tensor in dict(centre=centre, label_mean=mean, **learned).items():
             setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
 
     def scaled(self, features: tuple) -> torch.Tensor:
@@ -200,12 +247,28 @@ class ClosedForm(nn.Module):
         return self.to_grams(self.predict(self.scaled(features))).float()
 
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed21
-def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple:
-    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor `[n, n]`)."
+def dual_coefficients(matrix: torch.Tensor, labels: torch.Tensor, alpha) -> tuple:
+    "Solve `(K + alpha I) c = labels`: (c `[n, 5]`, the Cholesky factor); alpha may be `[n]`."
     factor = torch.linalg.cholesky(matrix + alpha * torch.eye(len(matrix), dtype=matrix.dtype))
     return torch.cholesky_solve(labels, factor), factor
 
 
+def known_duals(matrix: torch.Tensor, labels: torch.Tensor, alpha) -> tuple:
+    "The same of labels with gaps, 0 where one is unknown: (c `[n, 5]`, [(rows, columns, factor)])."
+    if not isinstance(alpha, float): alpha = alpha.flatten()
+    parts = label_masks(known_of(labels))
+    if labels.isfinite().all():
+        dual, factor = dual_coefficients(matrix, labels, alpha)
+        return dual, [(*parts[0], factor)]
+    out, factors = torch.zeros_like(labels), []
+    for rows, columns in parts:
+        each = alpha if isinstance(alpha, float) else alpha[rows]
+        dual, factor = dual_coefficients(matrix[rows][:, rows], labels[rows][:, columns], each)
+        out[np.ix_(rows, columns)] = dual
+        factors.append((rows, columns, factor))
+    return out, factors
+
+# %% ../../nbs/3_model/4_closed.ipynb #1ab00102
 class Ridge(ClosedForm):
     "Ridge regression (Hoerl & Kennard 1970); scikit-learn's alpha is `alpha` times the number of channels."
 
@@ -213,9 +276,10 @@ class Ridge(ClosedForm):
         super().__init__(dims, link, log_targets, scaler)
         self.register_buffer("coefficients", torch.zeros(sum(dims), len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "Coefficients `[F, 5]` from scaled rows `[n, F]` and labels `[n, 5]` less their mean."
-        dual, _ = dual_coefficients(kernel_of(compare(x, x, "linear"), "linear", width), labels, alpha)
+        matrix = kernel_of(compare(x, x, "linear"), "linear", width)
+        dual, _ = known_duals(matrix, labels, alpha / weight)
         return {"coefficients": width * x.T @ dual / x.shape[1]}
 
     def from_mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,15 +305,15 @@ class KernelRidge(ClosedForm):
         self.register_buffer("rows", torch.zeros(rows, sum(dims)))
         self.register_buffer("dual", torch.zeros(rows, len(TARGETS)))
 
-    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float) -> dict:
+    def learn(self, x: torch.Tensor, labels: torch.Tensor, alpha: float, width: float, weight=1.0) -> dict:
         "What is kept of scaled rows `[n, F]` and labels `[n, 5]` less their mean."
         self.args["rows"] = len(x)
         matrix = kernel_of(compare(x, x, self.kernel), self.kernel, width)
-        dual, factor = dual_coefficients(matrix, labels, alpha)
-        beside = self.spread(labels, dual, factor, alpha)
+        dual, factors = known_duals(matrix, labels, alpha / weight)
+        beside = self.spread(labels, dual, factors, alpha, weight)
         return {"rows": x, "dual": dual, "width": torch.tensor(width), **beside}
 
-    def spread(self, labels, dual, factor, alpha) -> dict:
+    def spread(self, labels, dual, factors, alpha, weight) -> dict:
         "What is kept beside, to tell how far off a prediction may be: nothing."
         return {}
 
@@ -261,6 +325,31 @@ class KernelRidge(ClosedForm):
         "How far predictions lie from the label mean, `[B, 5]` in the link's space."
         return self.alike(x) @ wide(self.dual)
 
+# %% ../../nbs/3_model/4_closed.ipynb #1ab00020
+def invert_factor(factor: torch.Tensor) -> torch.Tensor:
+    "Inverse of a Cholesky factor `[n, n]`."
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+
+
+def place_factors(
+    factors: list,  # from `known_duals`
+    inverse: list,  # their inverses
+    photos: int,  # n
+) -> tuple:  # (for each target the place of its factor, [P, n, n])
+    "Inverse factors among all photos: a photo without a label has a column of zeros, so it tells nothing."
+    of, out = [0] * len(TARGETS), torch.zeros(len(factors), photos, photos, dtype=inverse[0].dtype)
+    for place, ((rows, columns, _), each) in enumerate(zip(factors, inverse)):
+        out[place][np.ix_(rows, rows)] = each
+        for target in columns: of[target] = place
+    return of, out
+
+
+def check_factors(factor_of):
+    "Refuse what names no factor for each target."
+    if isinstance(factor_of, list) and len(factor_of) == len(TARGETS):
+        if all(type(place) is int and 0 <= place < len(TARGETS) for place in factor_of): return
+    raise TypeError(f"factor_of {factor_of!r:.60}: expected a place from 0 to 4 for each target")
+
 # %% ../../nbs/3_model/4_closed.ipynb #c105ed33
 class GaussianProcess(KernelRidge):
     "Kernel ridge that knows how far off it may be (Rasmussen & Williams 2006)."
@@ -270,27 +359,35 @@ class GaussianProcess(KernelRidge):
         dims: list,  # channels of each feature spec
         rows: int = 0,  # training rows that it holds; `fit` sets it
         uncertainty: bool = True,  # says to readers of `args` that there are intervals; never False
+        # where labels have gaps: for each target the place of its factor among those of `inverse_factor`
+        factor_of: list = None,
         **options,  # of `KernelRidge`
     ):
         if uncertainty is not True: raise TypeError("uncertainty: a Gaussian process always has it")
         super().__init__(dims, rows, **options)
-        self.args |= dict(uncertainty=True)
+        if factor_of is not None: check_factors(factor_of)
+        self.args |= dict(uncertainty=True) | ({} if factor_of is None else dict(factor_of=factor_of))
         self.register_buffer("alpha", torch.ones(()))
         self.register_buffer("deviation", torch.zeros(len(TARGETS)))
-        self.register_buffer("inverse_factor", torch.zeros(rows, rows))
+        several = [] if factor_of is None else [max(factor_of) + 1]
+        self.register_buffer("inverse_factor", torch.zeros(*several, rows, rows))
 
-    def spread(self, labels, dual, factor, alpha) -> dict:
-        "Each target's signal deviation, the strength and the inverse Cholesky factor."
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        variance = (labels * dual).mean(0).clamp_min(0)
+    def spread(self, labels, dual, factors, alpha, weight) -> dict:
+        "Each target's signal deviation, the strength and the inverse Cholesky factor (several for gaps)."
+        variance = known_means(labels * dual / weight, weight).clamp_min(0)
+        inverse = [invert_factor(factor) for _, _, factor in factors]
+        self.args.pop("factor_of", None)
+        if labels.isfinite().all(): inverse = inverse[0]
+        else: self.args["factor_of"], inverse = place_factors(factors, inverse, len(labels))
         return {"alpha": torch.tensor(alpha), "deviation": variance.sqrt(), "inverse_factor": inverse}
 
     def deviations(self, x: torch.Tensor) -> torch.Tensor:
         "Standard deviation of a label at scaled rows `[B, F]`: `[B, 5]` in the link's space."
         # k(x, x), of one photo with itself
-        own = wide(self.width) * (x * x).mean(-1) if self.kernel == "linear" else 1.0
-        known = (self.alike(x) @ wide(self.inverse_factor).T).square().sum(-1)
-        return ((own - known).clamp_min(0) + wide(self.alpha)).sqrt()[:, None] * wide(self.deviation)
+        own = wide(self.width) * (x * x).mean(-1, keepdim=True) if self.kernel == "linear" else 1.0
+        known = (self.alike(x) @ wide(self.inverse_factor).mT).square().sum(-1)
+        known = known[self.args["factor_of"]].T if "factor_of" in self.args else known[:, None]
+        return ((own - known).clamp_min(0) + wide(self.alpha)).sqrt() * wide(self.deviation)
 
     @torch.no_grad()
     def intervals(

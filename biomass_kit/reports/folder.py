@@ -203,7 +203,7 @@ def _gallery(predicted, facts, photos) -> Markup:  # None where photos were left
     "The shown photos with bars and maps."
     if not photos: return None
     grams, ends = predicted[list(TARGETS)].to_numpy(), ends_of(predicted, TARGETS)
-    full = max((ends[1] if ends else grams).max(), 1.0)
+    full = max(np.nan_to_num(ends[1] if ends else grams).max(), 1.0)
     made = []
     for i, (name, flag, total) in enumerate(predicted[["photo", "flag", KG_HA[TOTAL]]].to_numpy()):
         seen = photos.get(name, Seen(fault="not looked up"))
@@ -301,8 +301,10 @@ def folder_facts(bundle, table, weights, photos, quadrat_cm=None, physics=None) 
     "What `page` is told beside the table; arguments as of `report_folder`."
     outcome, shared = table.attrs["outcome"], bundle.trust.get("shared_dates")
     level = bundle.trust.get("intervals", {}).get("level") or INTERVAL_LEVEL
+    config = bundle.members[0]["config"]
+    units = "groups" if config.get("group_column") else "dates"
     return run_facts() | {
-        "held_out": held_out_text(bundle.members[0]["config"].get("cv"), shared), "shared_dates": shared,
+        "held_out": held_out_text(config.get("cv"), shared, units), "shared_dates": shared,
         "weights": str(weights), "photos": str(photos), "predicted on": outcome.devices,
         "seconds": round(outcome.seconds, 1), "notes": outcome.notes,
         "said of photos": outcome.said_of_photos(), "paddocks": outcome.paddocks,

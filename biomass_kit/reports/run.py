@@ -25,6 +25,7 @@ from biomass_kit.reports.figures import (
     identity_gaps,
     interval_table,
     label,
+    mean_known,
     oof_grams,
     plot_identities,
     plot_intervals,
@@ -47,6 +48,7 @@ from biomass_kit.reports.html import (
     write_document,
 )
 from .photos import Seen, bars, card, gallery, look_at, map_kinds
+from ..training.scores import gap_lines
 
 # %% ../../nbs/7_reports/4_run.ipynb #a000ec60
 def headline(
@@ -58,7 +60,7 @@ def headline(
     floors = {label(k).removeprefix("Floor: "): scores[k].get("weighted_r2")
               for k in ("floor_constant", "floor_state") if k in scores}
     text = "No out-of-fold score" if number(score) == "–" else f"Out-of-fold weighted R² {number(score)}"
-    if bounds != "–": text += f" (90 % interval {bounds} over dates)"
+    if bounds != "–": text += f" (90 % interval {bounds} over {results.get('units', 'dates')})"
     said = [f"{name} {'' if i else 'score '}{number(v)}" for i, (name, v) in enumerate(floors.items())]
     text += f"; {', '.join(said)} on the same folds." if said else "."
     lost = [name for name, v in floors.items() if beaten(score, v)]
@@ -76,13 +78,13 @@ def beaten(
 def score_words(results, oof) -> list:  # of paragraphs
     "The sentences needed to read the score table."
     folds, made = results.get("train_folds") or [], results.get("n_folds")
-    held_out = held_out_text(results.get("cv"), results.get("shared_dates"))
+    held_out = held_out_text(results.get("cv"), results.get("shared_dates"), results.get("units", "dates"))
     scored = number(results.get("photos", len(oof)))
     text = f"{scored} photos scored, {number(made)} folds ({results.get('cv', '–')}): {held_out}."
     if folds and made and len(folds) < made:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
         text += f" Only {which} trained: the scores cover no other photos."
-    return [text, *(results.get("photos_cropped") or [])]
+    return [text, *gap_lines(results), *(results.get("photos_cropped") or [])]
 
 
 def predicted_figure(oof) -> Markup:
@@ -98,8 +100,9 @@ def residuals_figure(oof) -> Markup:
     "Who is misjudged in the same direction."
     wrong = (oof_grams(oof, "_pred") - oof_grams(oof))[:, TOTAL]
     means = [
-        (f"{name} {key}", wrong[at].mean()) for name, of in residual_groups(oof).items() for key, at in of]
-    group, most = max(means, key=lambda m: abs(m[1]))
+        (f"{name} {key}", mean_known(wrong[at, None])[0])
+        for name, of in residual_groups(oof).items() for key, at in of]
+    group, most = max(means, key=lambda m: np.nan_to_num(abs(m[1]), nan=-1))
     return figure(plot_residuals(oof),
                   "Box plots of predicted minus measured total by state, month, species and measured amount. "
                   f"The largest mean residual is {number(most, 1)} g, of {group}.",
@@ -110,7 +113,7 @@ def residuals_figure(oof) -> Markup:
 def _what_intervals_are(results) -> str:
     "Where the intervals come from, in words."
     given, shared = results["intervals"], results.get("shared_dates")
-    held_out = held_out_text(results.get("cv"), shared)
+    held_out = held_out_text(results.get("cv"), shared, results.get("units", "dates"))
     around = "added to what the uncertainty heads say" if given["of"] == "heads" else "around each prediction"
     text = (f"Intervals come from the errors on {held_out} ({number(given['dates'])} dates), {around}. "
             "The margin for each fold comes from the other folds, whose models trained on it (cross-fitted).")
@@ -133,7 +136,8 @@ def intervals_section(results, oof) -> dict:  # table, figure, text and flagged;
     given = results.get("intervals")
     if not (given or results.get("coverage")): return None
     if not given: return {"table": interval_table(results), "figure": None}
-    share = number(100 * given["coverage"][TARGETS[TOTAL]], 0)
+    held = given["coverage"][TARGETS[TOTAL]]
+    share = number(None if held is None else 100 * held, 0)
     plot = figure(
         plot_intervals(oof),
         f"Intervals of the total for every photo; {share} % of the measured totals lie inside.",
@@ -146,7 +150,7 @@ def _photo_cards(oof, photos, shown) -> dict:  # row number -> card
     "Each photo with its bars, its facts and its share of the error."
     y, p, share = oof_grams(oof), oof_grams(oof, "_pred"), error_shares(oof)
     facts = oof[list(CARD_FACTS)].astype(object).where(oof[list(CARD_FACTS)].notna(), "–").astype(str)
-    full = max(y[shown].max(), p[shown].max(), 1)
+    full = max(np.nan_to_num(y[shown]).max(), p[shown].max(), 1)
     found = {}
     for i in shown:
         row, known = oof.iloc[i], facts.iloc[i].str.removesuffix(" 00:00:00")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from ..data.options import CV_STRATEGIES
+from ..data.options import CV_STRATEGIES, LabelsConfig
 from ..data.targets import LINKS, LOG_TARGETS, QUADRAT_CM, BiomassError, quadrat_area
 from biomass_kit.features.options import (
     CACHE_DTYPES,
@@ -42,9 +42,9 @@ LOGGED_LINKS = tuple(name for name in LINKS if name != "identity")
 class DataConfig:
     "Where the photos are, what was weighed on them, and where the run goes."
 
-    data: Path  # folder with train.csv and its photos
+    data: Path  # folder with train.csv, or a table of your own, and its photos
     out: Path  # folder of this run; the same command on it goes on where it stopped
-    # sides in cm of the quadrat whose grams train.csv holds; kg DM/ha are made from its area
+    # sides in cm of the quadrat whose grams the labels are; kg DM/ha are made from its area
     quadrat_cm: tuple[float, float] = QUADRAT_CM
 
 
@@ -215,7 +215,7 @@ class PhysicsConfig:
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16006
 @dataclass(frozen=True)
-class TrainConfig(PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig, FeaturesConfig, FoldsConfig, DataConfig):
+class TrainConfig(PhysicsConfig, RunConfig, LoopConfig, LossConfig, ModelConfig, AugmentConfig, StoreConfig, FeaturesConfig, FoldsConfig, LabelsConfig, DataConfig):
     "Train a head on every fold of a competition folder and leave a bundle behind."
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16008

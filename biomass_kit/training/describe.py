@@ -8,6 +8,7 @@ __all__ = ['describe']
 # %% ../../nbs/5_training/7b_describe.ipynb #ds000004
 import math
 
+from ..data.folds import unit_kind, units_of
 from .config import TrainConfig
 
 # %% ../../nbs/5_training/7b_describe.ipynb #14ad089b
@@ -41,6 +42,12 @@ def _spec_text(c: TrainConfig) -> str:
     return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half"
 
 # %% ../../nbs/5_training/7b_describe.ipynb #ru000004
+def _units(table) -> str:
+    "How many dates or groups there are."
+    units = unit_kind(table)
+    return "no dates" if units == "photos" else f"{units_of(table).nunique()} {units}"
+
+
 def describe(
     run,  # a Run of `training.run`
     todo: int,  # folds that this process will train
@@ -55,7 +62,7 @@ def describe(
         if c.shard == "members": what = "the members, each trained as a single process would"
         shared = f"\n{processes} processes share {what}"
     return (
-        f"{c.out}: {len(table)} photos, {table['Sampling_Date'].nunique()} dates; "
+        f"{c.out}: {len(table)} photos, {_units(table)}; "
         f"--cv {c.cv}, folds "
         f"{', '.join(map(str, run.folds))}{', and all photos' * (c.learn_from == 'all')}{done}\n"
         f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"

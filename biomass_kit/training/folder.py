@@ -7,6 +7,7 @@ __all__ = ['FREE_FIELDS', 'BY_CONTENT', 'member_config', 'member_name', 'arithme
            'open_run', 'is_finished', 'held_by_me', 'deterministic']
 
 # %% ../../nbs/5_training/6_folder.ipynb #2ef53c15
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,9 @@ from filelock import FileLock, Timeout
 import biomass_kit
 from ..data.files import file_digest, read_json, remove_abandoned, write_json
 from ..data.folds import EVERY_FOLD, write_folds
+from ..data.options import LabelsConfig
 from ..data.targets import BiomassError
+from ..data.wide import labels_digest
 from ..features.backbone import backbone_digest
 from ..inference.bundle import MANIFEST, read_bundle
 from ..inference.members import member_files
@@ -34,7 +37,9 @@ from .config import TrainConfig, config_record
 # fields that cannot change a member, so may differ when a run is resumed
 FREE_FIELDS = ("out", "train_folds", "num_workers", "cache_dir", "cache_gb", "trackers")
 # fields known by the digests and by the device that they led to
-BY_CONTENT = ("data", "backbone_weights", "also", "teacher", "device_type", "precision")
+BY_CONTENT = (
+    "data", "backbone_weights", "also", "teacher", "device_type", "precision",
+    *(f.name for f in dataclasses.fields(LabelsConfig)))
 
 
 def member_config(c: TrainConfig) -> dict:
@@ -73,7 +78,7 @@ def run_identity(
     identity = {k: v for k, v in member_config(c).items() if k not in BY_CONTENT}
     photos = hashlib.sha256("".join(map(file_digest, table["path"])).encode()).hexdigest()
     digests = {
-        "train_csv": file_digest(c.data / "train.csv"), "photos": photos,
+        **labels_digest(c.data, c, table), "photos": photos,
         "starting_weights": backbone_digest(sources[0].backbone)}
     for place, source in enumerate(sources[1:], 1):
         digests[f"also {place}, {source.spec}"] = backbone_digest(source.backbone)

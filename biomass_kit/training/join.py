@@ -26,6 +26,8 @@ from biomass_kit.data.targets import (
     quadrat_text,
 )
 from ..inference.bundle import copy_members, read_bundle, save_reference, write_manifest
+from ..inference.card import photo_facts
+from ..inference.pooled import copy_pooled
 from .scores import manifest_physics, manifest_trust, run_facts, write_results
 
 # %% ../../nbs/5_training/9_join.ipynb #fdfd8487
@@ -59,8 +61,8 @@ def _check_pair(a: dict, b: dict):
                            f"{quadrat_text(other)}; "
                            "train one of them again with the other's --quadrat-cm")
     targets = list(TARGETS)
-    difference = np.abs(a["oof"][targets] - b["oof"].loc[a["oof"].index, targets]).to_numpy().max()
-    if not difference < 1e-6:
+    mine, other = (r["oof"].loc[a["oof"].index, targets].fillna(-1) for r in (a, b))  # no label is negative
+    if not (mine - other).abs().to_numpy().max() < 1e-6:
         raise BiomassError(f"{pair} have different targets for the same photos; train both on one train.csv")
     for what, key in (("physics", "method"), ("physics", "threshold"), ("views", slice(None))):
         mine, other = (r["bundle"].manifest[what][key] for r in (a, b))
@@ -155,6 +157,12 @@ def _joint_combine(
     return {"how": "weighted" if weights is None else how, "weights": shares, "trim": trim}
 
 # %% ../../nbs/5_training/9_join.ipynb #jo000002
+def _joint_trust(results: dict, bundles: list, table: pd.DataFrame, out) -> dict:
+    "What the joint bundle says of its intervals and photos."
+    facts = {"photos": photo_facts(table), "pooled": copy_pooled(bundles, out)}
+    return manifest_trust(results, copy_reference(bundles[0], out), **facts)
+
+
 def _joint_facts(runs: list, how: str, weights: list) -> dict:
     "What results.json says of the runs."
     members = [{"run": str(r["folder"]), "weighted_r2": _score(r["results"])} for r in runs]
@@ -191,5 +199,5 @@ def join_runs(
         pd.concat([r["history"] for r in runs]), _joint_facts(runs, how, weights))
     write_manifest(
         out, copy_members(bundles, out), manifest_physics(results, physics), first.manifest["views"], results["scores"],
-        _joint_combine(how, weights, trim, bundles), manifest_trust(results, copy_reference(first, out)))
+        _joint_combine(how, weights, trim, bundles), _joint_trust(results, bundles, table, out))
     return results

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.folds import HELD_OUT, fold_name, inner_split
+from ..data.folds import HELD_OUT, fold_name, inner_split, units_of
 from ..data.photos import read_pair
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
@@ -129,6 +129,8 @@ class MemberTrainer:
         self.name = fold_name(k)
         self.teacher = None  # [N, 5] grams to which predictions are pulled
         self.checkpoint = None  # file in which a killed run finds the last finished epoch
+        self.parts = 1  # in which a batch goes through the network, more where memory is short
+        self.watch = None  # a `training.deadline.Watch`, where the run has a deadline
         self._take_photos(table, fold)
         self._build_head([source.backbone.dim for source in sources])
 
@@ -136,12 +138,14 @@ class MemberTrainer:
         "Which photos are scored, trained on and watched, and what is known of them."
         c = self.config
         self.paths = list(table["path"])
-        self.dates = table["Sampling_Date"].to_numpy()
+        self.dates = units_of(table).to_numpy()  # or what else stays together
         self.scored = np.flatnonzero(fold == self.k)
         self.train = np.flatnonzero((fold != self.k) & (fold != HELD_OUT))
         best = c.checkpoint == "best"
         self.fit, self.watched = inner_split(table, self.train, c.seed) if best else (self.train, self.scored)
         self.grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
+        known = ~self.grams.isnan()
+        self.known = None if known.all() else known  # which labels are known, where some are not
         labels = class_labels(table) if c.use_aux_heads else {}
         self.labels = {name: torch.tensor(v) for name, v in labels.items()}
         if c.use_aux_values: self.labels |= value_labels(table, self.fit)
