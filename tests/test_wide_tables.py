@@ -195,7 +195,7 @@ def test_tables_of_cells(folder, name, package):
     assert [d.date() for d in table["Sampling_Date"]] == list(DAYS)
     frame.loc[1, "Dry_Dead_g"] = -1
     row = 3 if name.endswith("xlsx") else 2
-    said = rf"{name} row {row}: Dry_Dead_g '-1' of fotos/IMG_2.jpg is negative"
+    said = rf"{name} row {row}: Dry_Dead_g '-1(\.0)?' of fotos/IMG_2.jpg is negative"
     with pytest.raises(BiomassError, match=said):
         read(folder, write, name)
 

@@ -10,7 +10,7 @@ __all__ = ['CARD', 'FILL_IN', 'WEAK', 'NOT_FOR', 'photo_facts', 'card_settings',
 import json
 
 from ..data.progress import counted
-from ..data.targets import TARGETS
+from ..data.targets import TARGETS, BiomassError, in_one_line
 from .members import member_head, member_quadrat, member_specs
 
 # %% ../../nbs/4_inference/1c_card.ipynb #ca4d0006
@@ -32,16 +32,21 @@ CARD = "README.md"
 FILL_IN = "FILL IN"  # in the place of what only the user knows
 
 
+def _exists(value) -> bool:
+    "Whether a score is one: of labels that do not vary it is NaN, or null once it was written."
+    return value is not None and value == value
+
+
 def _score_metrics(score: dict) -> list:  # of {"type", "name", "value"}
     "One score of a manifest as metrics of a model hub; what does not exist is left out."
     found = [("r_squared", "weighted R2 of five targets", score.get("weighted_r2"))]
     for target, own in score.get("per_target", {}).items():
         found.append(("r_squared", f"{target} R2", own.get("r2")))
         found.append(("rmse", f"{target} RMSE, grams", own.get("rmse_g")))
-    known = [row for row in found if row[-1] is not None]
+    known = [row for row in found if _exists(row[-1])]
     return [{"type": kind, "name": name, "value": round(value, 4)} for kind, name, value in known]
 
-
+# %% ../../nbs/4_inference/1c_card.ipynb #ca4d0009a
 def card_settings(manifest: dict) -> dict:
     "The settings on top of a card."
     settings = {
@@ -85,7 +90,7 @@ def _scored_on(manifest: dict) -> str:
 WEAK = 0.3  # own R2 out of fold below which a target is named as hardly read
 
 
-def _number(value, digits: int) -> str: return "" if value is None else f"{value:.{digits}f}"
+def _number(value, digits: int) -> str: return f"{value:.{digits}f}" if _exists(value) else ""
 
 
 def score_rows(manifest: dict) -> list:  # lines of Markdown
@@ -108,7 +113,7 @@ def weak_targets(manifest: dict) -> list:
     "Targets that the bundle hardly reads, by its own scores."
     own = manifest["scores"].get("model", {}).get("per_target", {})
     found = {t: score.get("r2") for t, score in own.items()}
-    return [t for t, r2 in found.items() if r2 is not None and r2 < WEAK]
+    return [t for t, r2 in found.items() if _exists(r2) and r2 < WEAK]
 
 # %% ../../nbs/4_inference/1c_card.ipynb #ca4d000d
 def interval_text(manifest: dict) -> str:
@@ -166,25 +171,21 @@ def _about(manifest: dict) -> list:
     "The opening: what the weights predict, from what."
     quadrat = " x ".join(f"{side:g}" for side in member_quadrat(manifest["members"][0]))
     trust = _trust(manifest)
-    own = trust.get("adapted")
     lines = [
         "# Pasture biomass from photographs", "",
         f"From one top-view photo of pasture: {', '.join(TARGETS)}, in grams of dry matter in a quadrat of "
         f"{quadrat} cm, or kg DM/ha. {_heads_text(manifest)}.", "",
         "```sh", "biomass_predict --weights THIS_FOLDER --photos MY_PHOTOS --out grams.csv", "```", "",
         "## Photos", "", f"Trained on {_photo_text(trust.get('photos', {}))}."]
-    if own:
-        lines[-1] += (f" Then adapted to {_photo_text(own.get('photos', {}))}, "
-                      f"each of which counts as {own['weight']:g} of the others.")
+    for own in trust.get("adapted", ()):
+        lines[-1] += (f" Then adapted to {_photo_text(own['photos'])}, "
+                      f"each of which counts as {own['weight']:g} of the first.")
     return lines
 
 # %% ../../nbs/4_inference/1c_card.ipynb #ca4d0010a
-def card_text(
-    manifest: dict,  # of a finished bundle, of any library version
-) -> str:
-    "The README.md of a bundle."
+def _card(manifest: dict) -> str:
     own = "adapted" in _trust(manifest)
-    scored = "photos it was adapted to, each date held out" if own else _scored_on(manifest)
+    scored = "photos it was last adapted to, each date held out" if own else _scored_on(manifest)
     return "\n".join([
         *_settings_lines(card_settings(manifest)), "", *_about(manifest), "",
         "## Scores", "", f"Out of fold, on {scored}. Floors know no photo.", "", *score_rows(manifest), "",
@@ -197,3 +198,13 @@ def card_text(
         "## Versions", "",
         f"{versions_text(manifest)}. Written by biomass_kit from `manifest.json`, again whenever "
         "the bundle is made again; loading ignores this file.", ""])
+
+
+def card_text(
+    manifest: dict,  # of a finished bundle, of any library version
+) -> str:
+    "The README.md of a bundle; raises `BiomassError` for what no library wrote."
+    try: return _card(manifest)
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise BiomassError(f"a manifest's facts are not as biomass_kit writes them ({in_one_line(e)}); "
+                           "copy the bundle again") from None

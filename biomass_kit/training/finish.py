@@ -70,17 +70,17 @@ def remember_pooled(
     members: list,  # descriptions of its members
     history: pd.DataFrame,  # of all members, with the strength and width that were chosen
 ) -> list:  # "pooled" of the manifest, or None
-    "Store what heads in closed form learned from, so that `biomass_adapt` can fit them again."
+    "Store what heads in closed form learned from: photos whose five targets are all known."
     c = run.config
-    if c.head == "neural" or run.table[list(TARGETS)].isna().any(axis=None): return None
+    whole = np.flatnonzero(run.table[list(TARGETS)].notna().all(axis=1))
+    if c.head == "neural" or not len(whole): return None
     views = kept_views(c.fit_views, c.tta)
-    everybody = range(len(run.table))
     with run.threads():
-        rows = [photo_rows(*(source.stored.gather(everybody, v) for source in run.sources)) for v in views]
-    table = run.table
+        rows = [photo_rows(*(source.stored.gather(whole, v) for source in run.sources)) for v in views]
+    table = run.table.iloc[whole]
     grams = torch.tensor(table[list(TARGETS)].to_numpy(), dtype=torch.float32)
     kept = Pooled(
-        torch.stack(rows), grams, photo_groups(table), torch.tensor(run.fold, dtype=torch.int64),
+        torch.stack(rows), grams, photo_groups(table), torch.tensor(run.fold[whole], dtype=torch.int64),
         torch.ones(len(table)), photo_digests(table["path"]))
     chosen = history.set_index("fold")[["alpha", "width"]].to_dict("index")
     return [save_pooled_rows(c.out / "bundle", kept, views, {m["name"]: chosen[m["fold"]] for m in members})]

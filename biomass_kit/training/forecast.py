@@ -122,7 +122,7 @@ def member_seconds(
     share = (run.fold != HELD_OUT).mean()
     with run.threads():
         f = run.new_trainer(run.members[0], c)
-        if c.teacher or c.distill_aux: f.teacher = f.grams
+        if c.teacher or c.distill_aux: f.teacher = f.grams.nan_to_num()
         start = time.perf_counter()
         if c.head != "neural":
             fit_closed(f)

@@ -117,8 +117,8 @@ def heard_heads(bundle: Bundle) -> list:  # of (index of the member, its entry i
     if missing:
         raise BiomassError(
             f"--weights {bundle.folder}: the features that {missing[0]} learned from are not in it: it was "
-            "packed with --no-training-features, trained on labels with gaps or by an earlier biomass_kit; "
-            "give the bundle of the run itself, or train one whose photos have all five targets")
+            "packed with --no-training-features, trained on photos that all lack a target, or by an earlier "
+            "biomass_kit; give the bundle of the run itself, or train one whose photos have all five targets")
     return [(i, held[name]) for i, name in zip(heard, names)]
 
 # %% ../../nbs/5_training/11_own.ipynb #ada9700ba
