@@ -81,7 +81,7 @@ def test_it_writes_what_is_tracked(unpacked, tmp_path):
     user = json.loads(metadata.read_text(encoding="utf-8"))["id"].split("/")[0]
     notebook = json.loads(from_wheel(unpacked, WRITE, tmp_path, user))
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(made) == 5
+    assert len(made) == 7
     assert made == {path: (TRACKED / path).read_bytes() for path in made}
     assert notebook == json.loads((TRACKED / KERNEL / NOTEBOOK).read_text(encoding="utf-8"))
 
