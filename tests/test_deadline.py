@@ -11,10 +11,14 @@ from commands import Started, command, run_command, share
 from safetensors.torch import save_file
 from test_kills import left
 
+from biomass_kit.data.files import write_json
+from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.plan import Deadline
+from biomass_kit.kaggle.sessions import bundle_digests, write_backbone
+from biomass_kit.kaggle.training import train_attached
 from biomass_kit.training import loop
 from biomass_kit.training.deadline import MISSING, UNFINISHED, OutOfTime
 from biomass_kit.training.run import train, train_runs
@@ -166,3 +170,17 @@ def test_a_damaged_checkpoint_is_named(base, tmp_path):
     (mine.out / "folds").mkdir(parents=True)
     (mine.out / f"folds/0{loop.CHECKPOINT}").write_bytes(b"half")
     with pytest.raises(BiomassError, match="not a checkpoint"): session(mine, "0.01s")
+
+
+def test_the_training_notebook_shares_members_among_processes(tmp_path):
+    "As it does among GPUs, by torchrun; the bundle is that of one process."
+    data = write_dataset(tmp_path / "in/csiro", n_photos=14, n_test=2, height=64)
+    write_backbone(data.parent / "backbone")
+    tiny = {"tile_size": 32, "n_folds": 2, "epochs": 2, "device_type": "cpu"}
+    write_json(data.parent / "backbone/training.json", tiny)
+    said = []
+    for processes in (1, 2):
+        working = tmp_path / f"working{processes}"
+        train_attached(data.parent, working, processes=processes, say=said.append)
+    assert "2 processes share the members, each trained as a single process would" in said
+    assert bundle_digests(tmp_path / "working1") == bundle_digests(tmp_path / "working2") != {}

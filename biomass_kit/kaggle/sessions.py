@@ -6,6 +6,7 @@
 __all__ = ['BACKBONE', 'TINY', 'write_backbone', 'one_finished', 'bundle_digests', 'run_sessions']
 
 # %% ../../nbs/8_kaggle/4b_sessions.ipynb #ks000004
+import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -68,6 +69,7 @@ def run_sessions(
 
     def session(name, form, *more, until=None):
         say(f"running the training notebook, {name}, inputs mounted by {form}; it says:")
+        shutil.rmtree(keep / name, ignore_errors=True)  # an earlier proof's
         mounts = mounted([*inputs, *more], form, user)
         run_notebook(packed / TRAINER / TRAINING, mounts, keep / name, python, room_bytes, say, until)
         return keep / name

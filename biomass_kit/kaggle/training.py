@@ -205,7 +205,7 @@ def train_attached(
     say(f"competition: {found.data}")
     say(f"backbone's weights: {found.weights or 'from the hub of timm'}")
     if found.run:
-        say(f"goes on with {found.run}, copied to {out}")
+        say(f"goes on with {found.run} in {out}")
         copy_run(found.run, out)
     configs = attached_runs(found, out, name, options)
     processes = processes or max(1, torch.cuda.device_count())

@@ -116,7 +116,7 @@ def gradient_in_memory(f: MemberTrainer, batch: dict, optimizer, stage: Stage) -
                       f"{f.parts} parts from here on, with the gradient of the whole")
         if f.accelerator.device.type == "cuda": torch.cuda.empty_cache()
 
-# %% ../../nbs/5_training/4_loop.ipynb #gp00001a
+# %% ../../nbs/5_training/4_loop.ipynb #gp00000b
 def train_step(
     f: MemberTrainer,
     batch: dict,  # "photo" [B] and "features" or "tiles"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'stored_features', 'soft_targets', 'fit_in_order', 'train_member', 'trim_photos', 'class_teacher', 'train_runs',
-           'named_progress', 'member_epochs', 'train', 'expand']
+           'named_progress', 'train', 'expand']
 
 # %% ../../nbs/5_training/8_run.ipynb #59d6405a
 import dataclasses
@@ -31,7 +31,14 @@ from ..inference.plan import Deadline
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
 from .config import TrainConfig, check_config, stores_first_stage
-from .deadline import MISSING, OutOfTime, stop_if_missing, stops_together, watch_runs
+from biomass_kit.training.deadline import (
+    MISSING,
+    OutOfTime,
+    member_epochs,
+    stop_if_missing,
+    stops_together,
+    watch_runs,
+)
 from .describe import describe
 from .finish import finish_fold, finish_run
 from biomass_kit.training.folder import (
@@ -281,11 +288,6 @@ def named_progress(progress: Callable, name: str) -> Callable:
     return lambda x, desc="", **options: progress(x, desc=f"{name} {desc}", **options)
 
 # %% ../../nbs/5_training/8_run.ipynb #7adcb47e
-def member_epochs(c: TrainConfig) -> int:
-    "Epochs of a member; a class teacher learns as many before."
-    return c.epochs * (2 if c.distill_aux else 1)
-
-
 def _share_members(runs: list, accelerator: Accelerator) -> list:  # (Run, fold) of those not finished yet
     "This process's members; each run notes those that another process will train."
     configs, count = [run.config for run in runs], accelerator.num_processes
