@@ -55,7 +55,6 @@ LONGER = {
     "a list or a text that is read as one": {
         "training.recipes": ["RECIPES = {"],
         "training.config": ["READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)"],
-        "reports.html": ['STYLE = """'],
         "kaggle.inference": ["NOTEBOOK_CELLS = ("],
         "kaggle.packing": ['UPLOAD = """# Upload to Kaggle'],
     },

@@ -135,3 +135,10 @@ def test_library_needs_no_notebook_tools_and_loads_no_pickle():
         assert not strange, f"{inside(path)} imports {strange}"
         pickled = re.search(r"torch\.load|pickle\.load|allow_pickle=True", path.read_text(encoding="utf-8"))
         assert not pickled, f"{inside(path)} loads a pickle"
+
+
+def test_markup_stands_in_templates():
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        tags = re.findall(r"</?(?:p|h\d|a|div|span|section|table|t[dhr]|img|pre)[\s>]", text)
+        assert not tags, f"{inside(path)} holds {tags[0]!r}: put it into a file of reports/templates"

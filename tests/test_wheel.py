@@ -1,11 +1,13 @@
 """The wheel that is uploaded to Kaggle: it holds the whole library, and works where no checkout is."""
 import json
 import os
+import shutil
+import tarfile
 import zipfile
 
 import pytest
 from conftest import python
-from sources import CODE, LIBRARY, ROOT, inside, known_to_git
+from sources import CODE, LIBRARY, ROOT, TEMPLATES, inside, known_to_git
 
 from biomass_kit.kaggle.packing import KERNEL, NOTEBOOK, build_wheel
 
@@ -50,18 +52,28 @@ def from_wheel(folder, code, *words):
     return done.stdout
 
 
-def test_it_holds_every_module_and_package(wheel):
+def test_it_holds_every_module_package_and_template(wheel):
     "Also those that git knows and no list of the tests."
     with zipfile.ZipFile(wheel) as packed:
         held = {name: packed.read(name) for name in packed.namelist() if name.startswith(f"{LIBRARY}/")}
-    due = {inside(path): path.read_bytes() for path in [*CODE, ROOT / LIBRARY / "_modidx.py"]}
-    assert sorted(held) == sorted(due), "setup.py packs what is in a package, a folder with an __init__.py"
+    due = {inside(path): path.read_bytes() for path in [*CODE, *TEMPLATES, ROOT / LIBRARY / "_modidx.py"]}
+    assert sorted(held) == sorted(due), "setup.py packs packages, folders with an __init__.py, and templates"
     assert held == due
     try:
-        known = known_to_git(LIBRARY, ".py")
+        known = {path for suffix in (".py", ".html", ".css") for path in known_to_git(LIBRARY, suffix)}
     except LookupError as reason:
         pytest.skip(f"not compared with git: {reason}")
     assert {*map(inside, known)} <= {*held}
+
+
+def test_a_source_distribution_holds_what_a_wheel_is_built_of(tmp_path):
+    for name in ("setup.py", "settings.ini", "README.md", "MANIFEST.in"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / LIBRARY, tmp_path / LIBRARY, ignore=shutil.ignore_patterns("__pycache__"))
+    done = python("setup.py", "--quiet", "sdist", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("dist/*.tar.gz"))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"setup.py", "settings.ini", "README.md", *map(inside, [*CODE, *TEMPLATES])} <= held
 
 
 def test_it_writes_what_is_tracked(unpacked, tmp_path):
@@ -69,10 +81,22 @@ def test_it_writes_what_is_tracked(unpacked, tmp_path):
     user = json.loads(metadata.read_text(encoding="utf-8"))["id"].split("/")[0]
     notebook = json.loads(from_wheel(unpacked, WRITE, tmp_path, user))
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(made) == 5
+    assert len(made) == 7
     assert made == {path: (TRACKED / path).read_bytes() for path in made}
     assert notebook == json.loads((TRACKED / KERNEL / NOTEBOOK).read_text(encoding="utf-8"))
 
 
 def test_earlier_notebooks_find_what_they_import(unpacked):
     from_wheel(unpacked, "".join(f"from biomass_kit.kaggle import {names}\n" for names in IMPORTS))
+
+
+PAGES = """
+from biomass_kit.reports.html import TEMPLATES
+for name in TEMPLATES.list_templates(): print(name, len(TEMPLATES.loader.get_source(TEMPLATES, name)[0]))
+"""
+
+
+def test_its_reports_find_their_templates(unpacked):
+    sizes = {path.name: len(path.read_text(encoding="utf-8")) for path in TEMPLATES}
+    assert {"page.html", "page.css", "run.html", "folder.html"} <= {*sizes}
+    assert from_wheel(unpacked, PAGES).split("\n")[:-1] == [f"{n} {sizes[n]}" for n in sorted(sizes)]

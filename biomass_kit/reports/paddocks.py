@@ -8,11 +8,12 @@ __all__ = ['PLOTTED', 'PADDOCKS_LISTED', 'by_total', 'plot_paddocks', 'paddock_t
 # %% ../../nbs/7_reports/4b_paddocks.ipynb #ec170003
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..data.progress import counted
 from ..data.targets import ENDS, KG_HA, TARGETS, TOTAL
-from .html import COLORS, figure, interval, number, paragraph, table
+from .html import COLORS, figure, interval, number, render, table
 from .photos import SHORT
 
 # %% ../../nbs/7_reports/4b_paddocks.ipynb #ec170005
@@ -52,8 +53,8 @@ def plot_paddocks(
 # %% ../../nbs/7_reports/4b_paddocks.ipynb #ec170006
 def paddock_table(
     means: pd.DataFrame,  # the table of paddocks
-) -> str:
-    "One row per paddock, as HTML."
+) -> Markup:
+    "One row per paddock."
     listed = by_total(means, PADDOCKS_LISTED)
     low, high = (KG_HA[TOTAL] + end for end in ENDS)
     rows = []
@@ -71,19 +72,15 @@ def paddock_table(
 def paddocks_section(
     means: pd.DataFrame,  # the table of paddocks, or None
     level: float,  # of intervals; None where there are none
-) -> str:  # HTML, empty without paddocks
+) -> Markup:  # None without paddocks
     "Means of paddocks: what they are of, picture and table."
-    if means is None: return ""
+    if means is None: return None
     known = means[means["photos"] > 0]
-    if known.empty: return paragraph(f"{counted(len(means), 'paddock')}, and no photo of any was read.")
-    text = "Means over the photographed quadrats of each paddock"
-    if level is not None:
-        text += (f", each with its {level * 100:.0f} % prediction interval, which knows that photos of one "
-                 "visit share a part of their error. It does not know how well the quadrats stand for the "
-                 "whole paddock")
+    if known.empty: return render("paddocks.html", paddocks=counted(len(means), "paddock"), picture=None)
     total = known[KG_HA[TOTAL]]
     alt = (f"Mean totals of {counted(len(known), 'paddock')}, from {number(total.min(), 0)} to "
            f"{number(total.max(), 0)} kg DM/ha.")
     some = f"The {PLOTTED} paddocks with the most and the least" if len(known) > PLOTTED else "All paddocks"
     picture = figure(plot_paddocks(means), alt, f"{some}: means, and how sure they are.")
-    return paragraph(f"{text}.") + picture + paddock_table(means)
+    said = None if level is None else f"{level * 100:.0f} %"
+    return render("paddocks.html", level=said, picture=picture, table=paddock_table(means))
