@@ -23,7 +23,8 @@ from torch import nn
 
 import biomass_kit
 from ..data.files import atomic_path, copy_file, file_digest, json_text, write_text
-from ..data.targets import TARGETS, BiomassError, combine as join_members, in_one_line
+from ..data.targets import TARGETS, BiomassError, in_one_line
+from ..data.targets import combine as join_members
 from ..features.backbone import Backbone, build_backbone, read_columns, take_lora
 from ..features.tiles import TileSpec
 from ..features.tta import parse_view
