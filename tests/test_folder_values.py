@@ -38,8 +38,9 @@ def contrary_bundle(folder, quadrat_cm=None, intervals=None, method="derive_dead
         model = BiomassModel(body.dim)
         model.fit_output(torch.rand(20, 5) * torch.tensor([150.0, 5, 90, 120, 200]))
         config = {} if quadrat_cm is None else {"quadrat_cm": list(quadrat_cm)}
-        info = dict(name=f"1x1-{fold}", fold=fold, backbone=save_backbone(folder, body), grid=[1, 1], tile_size=size,
-                    bounds=[[0.0] * 5, UPPER], means=MEANS, config=config)
+        info = dict(
+            name=f"1x1-{fold}", fold=fold, backbone=save_backbone(folder, body), grid=[1, 1],
+            tile_size=size, bounds=[[0.0] * 5, UPPER], means=MEANS, config=config)
         infos.append(save_member(folder, model, info))
     trust = intervals and {"intervals": {"level": 0.9, "of": "figures", **intervals}}
     write_manifest(folder, infos, {"method": method, "threshold": 0.15}, ["plain"], {}, trust=trust)
@@ -58,8 +59,8 @@ def photos(tmp_path_factory):
 
 def told(weights, photos, out, *words):
     "The table that `biomass_predict --photos` writes."
-    biomass_predict(["--weights", str(weights), "--photos", str(photos), "--out", str(out), "--device-type", "cpu", "--no-cache",
-                 "--no-report-photos", *map(str, words)])
+    asked = ["--weights", weights, "--photos", photos, "--out", out, "--device-type", "cpu", "--no-cache"]
+    biomass_predict([*map(str, asked), "--no-report-photos", *map(str, words)])
     return pd.read_csv(out, keep_default_na=False)
 
 
@@ -151,7 +152,8 @@ def test_training_records_its_quadrat_and_none_is_mixed(finished, config, tmp_pa
         (biomass_train, words, "holds a run with other quadrat_cm ([50.0, 30.0] there, [70.0, 30.0] here)"),
         (biomass_bundle, [str(finished), str(run), "--out", str(tmp_path / "both")],
          "quadrats of 70 x 30 cm and 50 x 30 cm"),
-        (biomass_train, [*words, "--quadrat-cm", "0", "30"], "--quadrat-cm 0 30: both sides must be positive"),
+        (biomass_train, [*words, "--quadrat-cm", "0", "30"],
+         "--quadrat-cm 0 30: both sides must be positive"),
     ):
         with pytest.raises(SystemExit): command(said)
         assert what in capsys.readouterr().err

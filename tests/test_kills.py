@@ -43,7 +43,8 @@ def one(config, tmp_path_factory):
     save_file(
         build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
         room / "vit.safetensors")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit", backbone_weights=room / "vit.safetensors", tile_size=32,
+    return dataclasses.replace(config, out=room / "run", backbone="test_vit",
+                               backbone_weights=room / "vit.safetensors", tile_size=32,
                                use_aux_heads=False, train_folds=(0,))
 
 
@@ -117,7 +118,8 @@ def whole(one):
     return config, time.time() - began
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 25))])
+@pytest.mark.parametrize(
+    "number", [*range(3), *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 25))])
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(whole, number, tmp_path):
     config, seconds = whole
     cut = dataclasses.replace(config, out=tmp_path / "run")

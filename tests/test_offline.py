@@ -24,7 +24,8 @@ from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
 from biomass_kit.kaggle import inference, sessions
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
-from biomass_kit.kaggle.packing import LIB, WEIGHTS, pack, write_tracked
+from biomass_kit.kaggle.metadata import LIB, WEIGHTS
+from biomass_kit.kaggle.packing import pack, write_tracked
 from biomass_kit.kaggle.sandbox import SOCKET_GUARD, knock, network_cut, run_offline, unrouted
 from biomass_kit.kaggle.verify import verify
 from biomass_kit.pack import main as biomass_pack
@@ -79,7 +80,8 @@ def test_the_packed_notebook_offline(packed, finished, data, tmp_path):
         assert done["attempts"] == 0 and 1e8 < done["memory"] < 4e9 and 0 < done["disk"] < 1e6
         assert done["seconds"] < 200
     text = "\n".join(said)
-    for word in ("of 9 h", "of 30 GB", "of 20 GB", "to spare", "numpy 2.0.2 ->", "network attempts: 0", done["network"]):
+    limits = "of 9 h", "of 30 GB", "of 20 GB", "to spare"
+    for word in (*limits, "numpy 2.0.2 ->", "network attempts: 0", done["network"]):
         assert word in text, text
 
 
@@ -88,19 +90,20 @@ def small_wheel(folder):
     path = folder / "quadrat_ruler-1.0-py3-none-any.whl"
     info = "quadrat_ruler-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as z:
-        for name, text in (("quadrat_ruler.py", "length = 70"), (f"{info}/METADATA", "Metadata-Version: "
-                                                                                     "2.1\nName: quadrat-ruler\nVersion: 1.0\n"),
-                           (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: "
-                                             "true\nTag: py3-none-any\n"), (f"{info}/RECORD", "")):
-            z.writestr(name, text)
+        z.writestr("quadrat_ruler.py", "length = 70")
+        z.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: quadrat-ruler\nVersion: 1.0\n")
+        kind = "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        z.writestr(f"{info}/WHEEL", kind)
+        z.writestr(f"{info}/RECORD", "")
     return path
 
 
 def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path, monkeypatch, capsys):
     """A wheel named with --wheels travels, is listed with its reason and installed;
     photos without a test.csv become a table of grams."""
-    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent)), ("PIP_CONFIG_FILE", os.devnull)):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(small_wheel(tmp_path).parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     out = tmp_path / "kaggle_datasets"
     biomass_pack(["--weights", str(finished), "--out", str(out), "--user", "grass", "--no-verify",
                   "--wheels", "quadrat-ruler==1.0"])
@@ -139,7 +142,8 @@ def test_packing_again_gives_the_same_bytes(packed, finished, tmp_path, monkeypa
             str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
 
     assert digests(again) == digests(packed)
-    assert {f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv", f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
+    reference = {f"{WEIGHTS}/{REFERENCE}/0.png", f"{WEIGHTS}/{REFERENCE}/predictions.csv"}
+    assert reference | {f"{WEIGHTS}/manifest.json", "README.md"} <= set(digests(packed))
     assert any(n.endswith(".whl") for n in digests(packed))
 
 
@@ -157,8 +161,9 @@ def test_weights_that_may_run_code_or_do_not_fit_are_refused(packed, wheel, fini
     for name in ("old.pt", "old.pth", "scaler.pkl", "head.bin", "last.ckpt", "model.joblib"):
         assert all(
             name in said and "remove it" in said for said in each(lambda f: (f / name).write_bytes(b"")))
-    assert all("notes.md" in said for said in each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))), (
-        "a pickle under another name")
+    renamed = each(lambda f: (f / "notes.md").write_bytes(pickle.dumps(print)))
+    assert all("notes.md" in said for said in renamed), "a pickle under another name"
+
     def manifest(**changes):
         return lambda f: (f / "manifest.json").write_text(
             json.dumps(json.loads((f / "manifest.json").read_text()) | changes))
@@ -178,18 +183,19 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
 
     hide = "try: {}\nexcept OSError: print('hidden')"
     cells = inference.NOTEBOOK_CELLS
-    said = refused(
-        run_offline,
-        packed_with("import socket\n" + hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")), data, tmp_path / "kept")
+    tries = hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")
+    said = refused(run_offline, packed_with("import socket\n" + tries), data, tmp_path / "kept")
     assert "tried to reach the network" in said and "192.0.2.1" in said
     if network_cut():  # a process that the guard does not see, counted by the kernel
         monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
-        quiet = "subprocess.run([sys.executable, '-I', '-c', 'import socket; socket.create_connection((\"192.0.2.1\", 80), timeout=2)'], capture_output=True)"
+        program = "import socket; socket.create_connection((\"192.0.2.1\", 80), timeout=2)"
+        quiet = f"subprocess.run([sys.executable, '-I', '-c', '{program}'], capture_output=True)"
         assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
     monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
     if "--mount" in network_cut():
-        assert "Read-only file system" in refused(run_offline, writes, data, tmp_path / "kept") + printed_errors(tmp_path / "kept")
+        said = refused(run_offline, writes, data, tmp_path / "kept")
+        assert "Read-only file system" in said + printed_errors(tmp_path / "kept")
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     assert "wrote to its input" in refused(run_offline, writes, data, tmp_path / "kept")
     assert not (data / "notes.txt").exists()
@@ -253,8 +259,11 @@ def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
     for attempts in (1, 2):
         done = run(sys.executable, "-c", SOCKET_GUARD + ATTEMPT, env={**os.environ, "NETWORK_LOG": str(log)})
         assert "no network here" in done.stderr and len(log.read_text().splitlines()) == attempts
-    loopback = "import socket, threading; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname(), timeout=2); print('reached')"
-    assert "reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env={**os.environ, "NETWORK_LOG": str(log)}).stdout
+    loopback = (
+        "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(s.getsockname(), timeout=2)\nprint('reached')")
+    there = {**os.environ, "NETWORK_LOG": str(log)}
+    assert "reached" in run(sys.executable, "-c", SOCKET_GUARD + loopback, env=there).stdout
     assert len(log.read_text().splitlines()) == 2
     if network_cut():
         def count(code):
@@ -285,7 +294,8 @@ def test_the_packed_notebook_in_an_environment_of_its_own(finished, data, tmp_pa
         "without matplotlib there is no picture, and nothing else is lost")
 
 
-@pytest.mark.parametrize("size, learns", [(64, False), (64, True), pytest.param(1024, False, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "size, learns", [(64, False), (64, True), pytest.param(1024, False, marks=pytest.mark.long)])
 def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     """Of the class of vit_large_patch16_dinov3, on one tile a half: trained on random weights, packed, run
     offline.
@@ -337,7 +347,8 @@ def test_a_feature_set_offline(name, config, wheel, data, tmp_path):
 @pytest.mark.skipif(not (SHARED / "csiro").is_dir(), reason="needs the real photos in ../shared/csiro")
 def test_real_photos_end_to_end(tmp_path):
     "A one-fold run on the real photos, packed, run offline over the public test photo."
-    config = TrainConfig(data=SHARED / "csiro", out=tmp_path / "run", backbone="vit_small_patch14_dinov2", tile_size=112, freeze_backbone=True, epochs=20,
+    config = TrainConfig(data=SHARED / "csiro", out=tmp_path / "run", backbone="vit_small_patch14_dinov2",
+                         tile_size=112, freeze_backbone=True, epochs=20,
                          backbone_weights=SHARED / "weights/vit_small_patch14_dinov2.safetensors",
                          train_folds=(0,), device_type="cpu")
     results = train(config, log=lambda line: None)

@@ -24,7 +24,8 @@ from sources import (
     walk,
 )
 
-from biomass_kit.kaggle.packing import KERNEL, write_tracked
+from biomass_kit.kaggle.metadata import KERNEL
+from biomass_kit.kaggle.packing import write_tracked
 
 HANDS_ON = "kaggle"  # its `__init__` hands on what notebooks that were uploaded long ago import
 

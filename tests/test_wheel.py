@@ -9,7 +9,8 @@ import pytest
 from conftest import python
 from sources import CODE, LIBRARY, ROOT, TEMPLATES, inside, known_to_git
 
-from biomass_kit.kaggle.packing import KERNEL, NOTEBOOK, build_wheel
+from biomass_kit.kaggle.metadata import KERNEL, NOTEBOOK
+from biomass_kit.kaggle.packing import build_wheel
 
 TRACKED = ROOT / "kaggle_datasets"
 IMPORTS = (  # what notebooks import from biomass_kit.kaggle that were uploaded with earlier releases

@@ -380,12 +380,18 @@ def _begin_all(devices: list, make: Callable, run: Callable, queue: WorkQueue, r
         except RuntimeError as e: results.put((i, None, e))
 
 
-def _note_failures(outcome: Outcome, devices: list, failed: dict, others: list):
+def _note_failures(outcome: Outcome, devices: list, failed: dict, others: list) -> list:  # the others
     "Say which devices failed, why, and who goes on with their photos."
     went = f"its photos went to {' and '.join(map(str, others))}" if others else "no other device is left"
     for i in sorted(failed): outcome.note(f"{devices[i]} failed ({in_one_line(failed[i])}); {went}")
+    return others
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #635014d1
+def _photos_to_come(queue: WorkQueue, working: set, batch_size: int) -> float:
+    "How many photos a device will still be given, behind its next batch."
+    return max(0, queue.left - batch_size) / max(1, len(working))
+
+
 def serve_all(
     devices: list,  # torch.devices
     make: Callable,  # device -> Ensemble
@@ -404,9 +410,7 @@ def serve_all(
     while left and devices:
         queue, results = WorkQueue(sorted(left), batch_size), SimpleQueue()
         working, failed = set(range(len(devices))), {}
-
-        def later(): return max(0, queue.left - batch_size) / max(1, len(working))
-
+        later = partial(_photos_to_come, queue, working, batch_size)
         _begin_all(devices, make, partial(run, queue=queue, later=later), queue, results)
         try:
             while working and left and deadline.left() > 0:
@@ -424,8 +428,7 @@ def serve_all(
         others = [d for i, d in enumerate(devices) if i not in failed]
         if not others and spare is not None: others, spare = [spare], None
         if left and not others and not lenient(): raise failed[min(failed)]
-        _note_failures(outcome, devices, failed, others)
-        devices = others
+        devices = _note_failures(outcome, devices, failed, others)
     outcome.issues.update(dict.fromkeys(left, Issue("all devices failed", MEANS)))
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #b62f8218

@@ -40,7 +40,8 @@ def bare_python(
     return python
 
 # %% ../../nbs/8_kaggle/3_environment.ipynb #91d7c5cf
-ASKED = ("numpy", "pandas", "timm", "albumentations")  # in Kaggle's versions; torch and torchvision are another matter
+# in Kaggle's versions; torch and torchvision are another matter
+ASKED = ("numpy", "pandas", "timm", "albumentations")
 RUNS_NOTEBOOKS = ("nbclient", "ipykernel")
 
 

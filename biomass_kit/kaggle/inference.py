@@ -89,7 +89,8 @@ def find_inputs(
     weights = only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
     tests = [p.with_name("test.csv") for p in input_files(root, "sample_submission.csv")]
     found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
-    return only(found, "competition (test.csv beside sample_submission.csv) or folder of photos", root), weights
+    what = "competition (test.csv beside sample_submission.csv) or folder of photos"
+    return only(found, what, root), weights
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #455b6a92
 SUBMISSION, GRAMS = "submission.csv", "grams.csv"
@@ -125,9 +126,11 @@ def write_reference(
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_photos):
-        Image.fromarray(draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)).save(folder / f"{i}.png")
-    table = pd.DataFrame(
-        predict_photos(weights, list_photos(folder), physics="none", device_type="cpu", batch_size=1, **options), columns=list(TARGETS))
+        photo = draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)
+        Image.fromarray(photo).save(folder / f"{i}.png")
+    how = dict(physics="none", device_type="cpu", batch_size=1)
+    grams = predict_photos(weights, list_photos(folder), **how, **options)
+    table = pd.DataFrame(grams, columns=list(TARGETS))
     table.insert(0, "photo", [p.name for p in list_photos(folder)])
     # the last bits depend on how many threads added them up
     write_csv(folder / REFERENCE_TABLE, table, float_format="%.3f")

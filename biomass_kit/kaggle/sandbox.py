@@ -27,7 +27,8 @@ from typing import Callable
 from ..data.targets import BiomassError
 from .environment import bare_python
 from .inference import GRAMS, SUBMISSION
-from .packing import COMPETITION, KERNEL, LIB, NOTEBOOK, TRAINER, WEIGHTS, check_packed
+from .metadata import COMPETITION, KERNEL, LIB, NOTEBOOK, TRAINER, WEIGHTS
+from .packing import check_packed
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #7445e665
 # all that a run asks of mount
@@ -241,7 +242,8 @@ class Sandbox:
         folders = {".": self.inputs, **self.mounts}
         return "\n".join([
             "set -e",
-            *(f"mount --bind {_quoted(folder)} {_quoted(self.inputs / place)}" for place, folder in folders.items()),
+            *(f"mount --bind {_quoted(folder)} {_quoted(self.inputs / place)}"
+              for place, folder in folders.items()),
             *(f"mount -o remount,bind,ro {_quoted(self.inputs / place)}" for place in (*self.mounts, ".")),
             f"mount -t tmpfs -o size={size} tmpfs {_quoted(self.working)}",
             f"cd {_quoted(self.working)}",

@@ -17,7 +17,8 @@ from ..data.files import file_digest, write_json
 from ..data.synthetic import write_dataset
 from ..data.targets import BiomassError
 from ..features.backbone import build_backbone
-from .packing import TRAINER, TRAINING, check_packed
+from .metadata import TRAINER, TRAINING
+from .packing import check_packed
 from .sandbox import ROOM_BYTES, library_and_photos, mounted, run_notebook
 from .training import OPTIONS, RUN
 

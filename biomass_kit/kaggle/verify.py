@@ -23,7 +23,8 @@ from ..data.table import check_submission, read_test
 from ..data.targets import TARGETS, BiomassError
 from .environment import bare_python, kaggle_python, pip_install, versions
 from .inference import GRAMS, SAME
-from .packing import KAGGLE_IMAGE, LIB, check_packed
+from .metadata import LIB
+from .packing import KAGGLE_IMAGE, check_packed
 from .sandbox import FORMS, KAGGLE_LIMITS, ROOM_BYTES, UNITS, run_offline
 from .sessions import run_sessions
 from .training import TRAIN_EXTRAS
@@ -81,7 +82,8 @@ def describe_run(
     def spare(kind): return f"{1 - done[kind] / KAGGLE_LIMITS[kind]:.1%} to spare"
 
     def gigabytes(kind, digits):
-        return f"  {kind:7s} {done[kind] / 1e9:9.{digits}f} GB of {KAGGLE_LIMITS[kind] / 1e9:g} GB  {spare(kind)}"
+        limit = KAGGLE_LIMITS[kind] / 1e9
+        return f"  {kind:7s} {done[kind] / 1e9:9.{digits}f} GB of {limit:g} GB  {spare(kind)}"
 
     return "\n".join([
         f"inputs mounted by {done['form']}: {counted(done['rows'], 'row')}, valid; {done['reference']}",
