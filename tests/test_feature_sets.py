@@ -369,12 +369,12 @@ class Killed(Exception): pass
 @pytest.mark.parametrize("of, head", [("two backbones", "neural"), ("two grids", "gaussian_process")])
 def test_killed_it_goes_on_and_ends_with_the_same_bits(base, of, head, tmp_path, monkeypatch):
     "After an epoch, between two members, while features are stored; a second run gives the same bits too."
-    from biomass_kit.training import loop
+    from biomass_kit.training import finish, loop
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     config = with_set(base, of, head)
     whole, cut = (dataclasses.replace(config, out=tmp_path / name / "run") for name in ("whole", "cut"))
     train(whole, **quiet)
-    places = [(running, "store_features", 2), (running, "save_member", 1), (running, "write_csv", 1),
+    places = [(running, "store_shared", 2), (finish, "save_member", 1), (finish, "write_csv", 1),
               (running, "finish_fold", 1)]
     if head == "neural": places.insert(1, (loop.Loop, "write", 2))
     for place, name, times in places:
