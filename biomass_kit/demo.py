@@ -96,7 +96,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
     results["drawn_test"] = submission_score(submission, data / "test_labels.csv")
     results["offline"] = {"network": done["network"], "seconds": done["seconds"]}
     write_json(a.out / "results.json", results)
-    write_run_report(joint, results, out=a.out / "report.html", title="biomass_kit demo on drawn photos")
+    write_run_report(joint, results, out=a.out / "report.html", title="biomass_kit demo on synthetic photos")
     return results
 
 # %% ../nbs/9_commands/8_demo.ipynb #c0a08008
@@ -108,8 +108,8 @@ def main(args=None):
     from biomass_kit.training.scores import score_lines
 
     score, floor = (results["scores"][k]["weighted_r2"] for k in ("model", "floor_constant"))
-    print(f"\nout-of-fold scores on {results['photos']} drawn photos:", *score_lines(results), sep="\n")
-    print(f"drawn test photos, predicted by the packed notebook behind {results['offline']['network']}: "
+    print(f"\nout-of-fold scores on {results['photos']} synthetic photos:", *score_lines(results), sep="\n")
+    print(f"synthetic test photos, predicted by the packed notebook behind {results['offline']['network']}: "
           f"weighted R2 {results['drawn_test']['weighted_r2']:.3f}")
     for name in ("submission.csv", "results.json", "report.html"): print(f"  {a.out / name}")
     if score < floor + DEMO_MARGIN:

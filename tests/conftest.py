@@ -89,7 +89,7 @@ def launch(processes, module, *arguments, **options):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    "Thirty drawn photos in the competition's layout."
+    "Thirty synthetic photos in the competition's layout."
     return write_dataset(tmp_path_factory.mktemp("drawn") / "data", n_photos=30, n_test=4, seed=3, height=96)
 
 

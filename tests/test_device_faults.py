@@ -195,7 +195,7 @@ def test_no_number_in_half_precision_is_computed_again(room, whole, monkeypatch)
         room / "frozen", room / "data", room / "p.csv", device_type="cpu", precision="bf16")
     outcome = table.attrs["outcome"]
     assert sorted(outcome.issues) == [0, 4, 8, 12] and {tuple(i) for i in outcome.issues.values()} == {
-        ("no number in bf16", "the whole in fp32")}
+        ("NaN or infinite values in bf16", "the whole in fp32")}
     assert_close(by_photo(table)[::4], by_photo(whole)[::4])
     assert calls.count(False) == 4 * 6
     assert np.abs(by_photo(table) - by_photo(whole)).max() < 2
@@ -217,10 +217,10 @@ def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, val
     table = predict_competition(bundle, room / "data", room / "q.csv", device_type="cpu", precision="bf16")
     issues = pd.read_csv(room / "q_issues.csv")
     if broken == 10:
-        assert is_means(table).all() and set(issues.reason) == {"no member gave a number"}
+        assert is_means(table).all() and set(issues.reason) == {"no member gave finite values"}
         assert set(issues.fallback) == {MEANS}
     else:
-        assert set(issues.reason) == {"no number from 2x2-0"}
+        assert set(issues.reason) == {"NaN or infinite values from 2x2-0"}
         assert set(issues.fallback) == {"the other 9 members"}
         assert not is_means(table).any()
         monkeypatch.undo()
@@ -239,5 +239,5 @@ def test_weights_of_the_members_that_are_left():
 
 def test_without_an_outcome_nothing_is_made_up(room, monkeypatch):
     overflow(monkeypatch, slice(None), everywhere=True)
-    with pytest.raises(BiomassError, match="no member gave a number; 16 of 16"):
+    with pytest.raises(BiomassError, match="no member gave finite values; 16 of 16"):
         predict_photos(room / "frozen", list_photos(room / "data/test"), device_type="cpu")

@@ -28,7 +28,7 @@ THOROUGH = dict(
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """Four drawn photos, the tables of which are written anew for every case; links that lead out;
+    """Four synthetic photos, the tables of which are written anew for every case; links that lead out;
     what the tables say."""
     folder = write_dataset(
         tmp_path_factory.mktemp("tables") / "data", n_photos=4, n_test=3, seed=4, height=32)

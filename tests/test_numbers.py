@@ -33,7 +33,7 @@ RAW = [t + "_raw" for t in TARGETS]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    "Twelve drawn photos and a tiny transformer that is read in the loop."
+    "Twelve synthetic photos and a tiny transformer that is read in the loop."
     room = tmp_path_factory.mktemp("numbers")
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
     torch.manual_seed(0)

@@ -208,7 +208,7 @@ def printed_errors(folder):
 
 
 def test_without_a_namespace_the_guard_is_enough(packed, finished, tmp_path, monkeypatch, capsys):
-    "As biomass_pack verifies: over drawn photos."
+    "As biomass_pack verifies: over synthetic photos."
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
     done = verify(packed, keep=tmp_path / "kept", share=True, forms=("kind",))["runs"][0]
     assert done["rows"] == 20 and done["network"].startswith("a guard") and done["attempts"] == 0

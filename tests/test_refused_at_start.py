@@ -20,7 +20,7 @@ from biomass_kit.training.run import train
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    "Twelve drawn photos of 128x64 pixels; weights of a tiny transformer with patches of 16."
+    "Twelve synthetic photos of 128x64 pixels; weights of a tiny transformer with patches of 16."
     room = tmp_path_factory.mktemp("start")
     write_dataset(room / "data", n_photos=12, n_test=1, seed=2, height=64)
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def searching(out, processes, hangs_at, *words):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "Twelve drawn photos and a tiny frozen backbone."
+    "Twelve synthetic photos and a tiny frozen backbone."
     room = tmp_path_factory.mktemp("search")
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=2, height=64)
     torch.manual_seed(0)

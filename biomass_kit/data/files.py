@@ -39,7 +39,7 @@ def atomic_path(
         os.replace(temporary, path)
     except OSError as e:
         raise BiomassError(
-            f"{path}: cannot be written ({e.strerror or e}); free some room or choose another folder, then "
+            f"{path}: cannot be written ({e.strerror or e}); free disk space or choose another folder, then "
             "give the same command again") from e
     finally:
         with suppress(OSError): temporary.unlink(missing_ok=True)

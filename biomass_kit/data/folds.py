@@ -148,7 +148,7 @@ def _count_folds(cv, n_folds, n_groups, seed):
             f"--n-folds {n_groups} or drop it")
     if seed:
         raise BiomassError(
-            f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to deal; drop "
+            f"--fold-seed {seed} with --cv {cv}: each group is a fold, there is nothing to assign; drop "
             "--fold-seed")
     return n_groups
 

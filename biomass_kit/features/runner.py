@@ -125,7 +125,7 @@ class TileRunner:
         backbone: Backbone,  # in fp32, on its device, in eval mode
         size: int,  # pixels of a tile
         precision: str = "fp32",
-        say: Callable = warnings.warn,  # takes notes of what befalls the device
+        say: Callable = warnings.warn,  # takes notes of what goes wrong on the device
     ):
         self.size, self.precision, self.say = size, precision, say
         self.backbone = in_half(backbone, size, precision, say)

@@ -221,7 +221,7 @@ class FeatureRequest(NamedTuple):
     spec: TileSpec
     variants: tuple  # Views (without swap) and Draws
     cache: FeatureCache = None  # or a SharedCache
-    runner: TileRunner = None  # of the backbone; None is a backbone that learns, under autocast
+    runner: TileRunner = None  # of the backbone; None is a fine-tuned one, under autocast
 
 
 class LoadedPhoto(NamedTuple):

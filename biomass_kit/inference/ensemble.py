@@ -131,20 +131,20 @@ class Members(Passes):
 
     # (grams [E, 5], Issue)
     def _mended(self, path, found: np.ndarray, level: Level, intervals: bool) -> tuple:
-        """One photo again for which a member gave no number:
+        """One photo again for which a member gave NaN or infinite values:
         in fp32, then without that member, then the training means."""
         again, why = (None, "") if self.precision == "fp32" else self._in_fp32(path, level, intervals)
         if again is not None: found = again
         good = np.isfinite(found).all((0, 2))
         if good.all():
-            issue = Issue(f"no number in {self.precision}", "the whole in fp32")
+            issue = Issue(f"NaN or infinite values in {self.precision}", "the whole in fp32")
             return self.combine(found[:, :, None], level.members)[0], issue
         names = ", ".join(self.bundle.members[m]["name"] for m, ok in zip(level.members, good) if not ok)
         if not good.any():
             means = fallback_grams(self.bundle, intervals).reshape(-1, len(TARGETS))
-            return means, Issue("no member gave a number" + why, MEANS)
+            return means, Issue("no member gave finite values" + why, MEANS)
         kept = tuple(np.array(level.members)[good])
-        issue = Issue(f"no number from {names}{why}", f"the other {len(kept)} members")
+        issue = Issue(f"NaN or infinite values from {names}{why}", f"the other {len(kept)} members")
         return self.combine(found[:, good][:, :, None], kept)[0], issue
 
     def _in_fp32(self, path, level: Level, intervals: bool) -> tuple:  # ([E, M, 5] or None, why)

@@ -100,7 +100,7 @@ def summary_lines(
     o = outcome if isinstance(outcome, Outcome) else outcome.attrs["outcome"]
     lines = [f"{counted(len(o.names), 'photo')} in {o.seconds:.0f} s on "
              f"{' and '.join(o.devices) or 'no device'}: "
-             f"{len(o.names) - len(o.issues)} got the whole ensemble's figures"]
+             f"{len(o.names) - len(o.issues)} got the whole ensemble's prediction"]
     for fallback, n in Counter(i.fallback for i in o.issues.values()).most_common():
         rows = sorted(r for r, i in o.issues.items() if i.fallback == fallback)
         named = "; ".join(f"{o.names[r]} ({o.issues[r].reason})" for r in rows[:SHOWN])

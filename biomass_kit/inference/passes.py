@@ -101,7 +101,7 @@ class Passes:
         precision: str = "auto",  # "fp32", "fp16", "bf16" or "auto", of the backbone
         # where features are kept; True is the default folder, if it can be used; None keeps none
         cache_dir=None,
-        say: Callable = warnings.warn,  # takes notes of what befalls the device
+        say: Callable = warnings.warn,  # takes notes of what goes wrong on the device
         compile: str = "auto",  # one of COMPILE
     ):
         self.bundle, self.say = bundle, say

@@ -219,7 +219,7 @@ def predict_photos(
     nothing = [row for row, issue in outcome.issues.items() if issue.fallback == MEANS]
     if strict and nothing:
         why = f"{paths[nothing[0]]}: {outcome.issues[nothing[0]].reason}"
-        raise BiomassError(f"{why}; {len(nothing)} of {len(paths)} photos got no figure of their own")
+        raise BiomassError(f"{why}; {len(nothing)} of {len(paths)} photos got no prediction of their own")
     outcome.seconds, outcome.predicted = deadline.spent(), len(paths) - len(nothing)
     return finished(raw)
 

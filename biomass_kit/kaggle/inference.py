@@ -265,7 +265,7 @@ NOTEBOOK_CELLS = (
      "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into "
      "tiles at its full resolution; "
      "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored "
-     "views) each give their five figures, "
+     "views) each give their five values, "
      "which are averaged, kept within what was measured in training, and mended where they contradict each "
      "other.\n\n"
      "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a "
@@ -284,7 +284,7 @@ NOTEBOOK_CELLS = (
     ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. "
      "A bare quadrat beside a long bar would be a reason to stop."),
     ("code", "show_predictions(data, table)"),
-    ("markdown", "## The same answer as at home?\n\nThree drawn photos travel with the weights, with the "
+    ("markdown", "## The same answer as at home?\n\nThree synthetic photos travel with the weights, with the "
                  "predictions that were made when they were packed. "
      "`difference` is in grams and should be near zero; a large one means that this machine computes "
      "something else."),

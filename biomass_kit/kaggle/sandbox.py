@@ -291,7 +291,7 @@ class Told(NotebookClient):
 
 command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 kernel = AsyncKernelManager(transport="ipc")
-kernel._kernel_spec = KernelSpec(argv=command, display_name="room", language="python")
+kernel._kernel_spec = KernelSpec(argv=command, display_name="environment", language="python")
 notebook = nbformat.read(source, 4)
 try: Told(notebook, km=kernel, timeout=None).execute()
 finally: nbformat.write(notebook, target)
@@ -386,7 +386,7 @@ def _check_end(box: Sandbox, code: int, peaks: dict, said: str, executed: Path, 
     box.check_input()
     if peaks["disk"] > most:
         raise BiomassError(f"the notebook wrote {peaks['disk'] / 1e6:.0f} MB to its working folder, "
-                           f"more than the {most / 1e6:.0f} MB of this room")
+                           f"more than the {most / 1e6:.0f} MB of this environment")
     box.check_silence()
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000003

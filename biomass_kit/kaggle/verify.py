@@ -66,7 +66,8 @@ def check_run(
     said = found[0] if found else "reference photos: nothing was said"
     if not said.endswith(f"g, {SAME}"):
         raise BiomassError(
-            f"{said}; the room's versions compute something else than packing did, see {done['notebook']}")
+            f"{said}; the environment's versions compute something else than packing did, see "
+            f"{done['notebook']}")
     if not any("image/png" in o.get("data", {}) for o in outputs):
         raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
     over = [_in_units(kind, done[kind]) for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]

@@ -296,7 +296,7 @@ def residual_table(
 def plot_intervals(
     oof,  # the out-of-fold table, with _low and _high
 ) -> Figure:
-    "Intervals of the total, photos in the order of the prediction; measured figures outside stand out."
+    "Intervals of the total, photos in the order of the prediction; measured values outside stand out."
     y, p, low, high = (oof_grams(oof, s)[:, TOTAL] for s in ("", "_pred", *ENDS))
     order, inside = np.argsort(p, kind="stable"), (low <= y) & (y <= high)
     fig = Figure(figsize=(5, 3.6), layout="constrained", facecolor="white")

@@ -179,7 +179,7 @@ def _care(predicted, facts) -> list:  # of paragraphs
     count = int((predicted["flag"] != "").sum())
     said = ["No photo is flagged."]
     if count:
-        said = [f"{count} of {len(predicted)} photos are flagged. A figure for a photo unlike the training "
+        said = [f"{count} of {len(predicted)} photos are flagged. A value for a photo unlike the training "
                 "photos may be anything; training means say nothing of the photo at all."]
     if "likeness" not in predicted:
         said.append("The bundle remembers no training photos, so unlike ones cannot be told.")

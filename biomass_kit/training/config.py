@@ -50,7 +50,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FoldsConfig:
-    "How photos are dealt to folds."
+    "How photos are assigned to folds."
 
     cv: Literal[tuple(CV_STRATEGIES)] = "group_date"  # how photos are grouped into folds
     # folds of the assignment, trained or not; 5 by default, or one for each group of a leave_one strategy
@@ -131,9 +131,9 @@ class ModelConfig:
     dropout: float = 0.3  # in the exchange between the halves and around the shared projection
     fusion: Literal[FUSIONS] = "cross_attention"  # how the halves inform each other
     symmetric: bool = False  # a head that is blind to which half is left
-    density: bool = False  # a figure a tile, summed over the photo, instead of pooling
+    density: bool = False  # a value per tile, summed over the photo, instead of pooling
     two_part: bool = False  # dead and clover as probability of any times amount if any
-    uncertainty: bool = False  # a variance beside each figure, and intervals from it
+    uncertainty: bool = False  # a variance beside each prediction, and intervals from it
     interval_head: bool = False  # also classify each target's quantile interval, in training only
     use_aux_heads: bool = False  # state, month and species heads, in training only
     # NDVI and height heads, in training only, from the columns Pre_GSHH_NDVI and Height_Ave_cm of train.csv
@@ -151,7 +151,7 @@ class LossConfig:
     loss_kind: Literal[tuple(LOSS_KINDS)] = "smooth_l1"  # of the regression
     # of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
     target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"
-    constraint_weight: float = 0.1  # of the identities' break in the loss
+    constraint_weight: float = 0.1  # of violating GDM = green + clover and total = GDM + dead, in the loss
     interval_weight: float = 0.3  # of the interval head in the loss
     aux_state_weight: float = 0.1  # of the state head's cross-entropy in the loss
     aux_month_weight: float = 0.1  # of the month head's cross-entropy in the loss
@@ -257,7 +257,7 @@ def feature_configs(c: TrainConfig) -> list:  # TrainConfigs, the first without 
     return [first, *(dataclasses.replace(first, **_also_values(text)) for text in c.also)]
 
 # %% ../../nbs/5_training/1_config.ipynb #0531ebde
-FINE_TUNED = "a backbone that learns (no --freeze-backbone)"
+FINE_TUNED = "a fine-tuned backbone (no --freeze-backbone)"
 CLASS_HEADS = "--use-aux-heads or --distill-aux"
 KEPT = "--freeze-backbone and the cache"
 CLOSED = "a head in closed form, such as --head kernel_ridge"
@@ -302,7 +302,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_height_weight": (_has_value_heads, "--use-aux-values"),
     "lr": (
         lambda c: not (c.freeze_backbone and c.head_lr_stage1),
-        "a backbone that learns, or where --head-lr-stage1 is not given",
+        "a fine-tuned backbone, or where --head-lr-stage1 is not given",
     ),
     "mixup_prob": (lambda c: c.use_mixup, "--use-mixup"),
     "cutmix_prob": (lambda c: c.use_cutmix, "--use-cutmix"),
@@ -313,7 +313,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "fit_views": (_is_closed, CLOSED),
     "kernel": (
         lambda c: c.head in ("kernel_ridge", "gaussian_process"), "--head kernel_ridge or gaussian_process"),
-    "loss_kind": (lambda c: not c.uncertainty, "figures without a variance (no --uncertainty)"),
+    "loss_kind": (lambda c: not c.uncertainty, "predictions without a variance (no --uncertainty)"),
     "distill_weight": (lambda c: c.distill_aux or c.teacher, "--distill-aux or --teacher"),
     "head_lr_stage1": (lambda c: c.two_stage or c.freeze_backbone, "--two-stage or --freeze-backbone"),
     "ema_decay": (lambda c: c.average == "ema", "--average ema"),
@@ -392,7 +392,7 @@ def _about_pixels(c) -> list:
     pixels = c.augment_crop or c.augment_green
     return [
         (c.augment == "full" and stored and not c.stored_draws,
-         "--augment full with a frozen backbone needs --stored-draws K (K drawn variants a photo) "
+         "--augment full with a frozen backbone needs --stored-draws K (K augmented copies per photo) "
          "or --no-cache (fresh ones every epoch)"),
         (c.stored_draws and not (stored and c.augment in ("auto", "full")),
          "--stored-draws needs --freeze-backbone, the cache and --augment full"),

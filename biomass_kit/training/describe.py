@@ -25,13 +25,13 @@ def _how_photos_vary(c: TrainConfig) -> str:
     "Flips, pixel augmentation and mixtures, in words."
     if c.head != "neural": return f"flipped photos: {'further rows' if c.fit_views else 'not read'}"
     on = "features" if c.freeze_backbone and c.cache else "photos"
-    pixels = "drawn anew every epoch" if c.augment == "full" else "none"
-    if c.stored_draws: pixels = f"{c.stored_draws} stored draws a photo"
+    pixels = "resampled every epoch" if c.augment == "full" else "none"
+    if c.stored_draws: pixels = f"{c.stored_draws} augmented copies per photo"
     cuts = c.use_cutmix and not (on == "features" and math.prod(c.grid) == 1)
     cutmix = "none, of one tile" if c.use_cutmix else "off"
     if cuts: cutmix = f"of {'tiles' if on == 'features' else on}, {c.cutmix_prob:.0%} of batches"
     mixup = f"of {on}, {c.mixup_prob:.0%} of {'the others' if cuts else 'batches'}" if c.use_mixup else "off"
-    return (f"flips and swap: {'swap only' if c.augment == 'none' else 'drawn every epoch'}; "
+    return (f"flips and swap: {'swap only' if c.augment == 'none' else 'resampled every epoch'}; "
             f"pixel augmentation: {pixels}; CutMix: {cutmix}; MixUp: {mixup}")
 
 # %% ../../nbs/5_training/7b_describe.ipynb #ru00000a

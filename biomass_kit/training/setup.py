@@ -169,7 +169,7 @@ def check_teacher(folder, table: pd.DataFrame, fold: np.ndarray, quadrat_cm: tup
 
 # %% ../../nbs/5_training/7_setup.ipynb #12000001
 def photo_reader(c: TrainConfig, spec: TileSpec) -> Callable:
-    "What gives training a photo's halves: decoded once and kept, where a backbone that learns sees them."
+    "What gives training a photo's halves: decoded once and kept, where a fine-tuned backbone sees them."
     size = spec if c.augment_size == "tiles" else None
     if c.freeze_backbone or not c.cache: return partial(decode_pair, spec=size)
     return PairStore(c.cache_dir, size, c.cache_gb * 1e9)

@@ -39,7 +39,7 @@ class Args:
     backbone_weights: Optional[Path] = None  # random weights without it: the time is the same
     tile_size: int = 112
     photos: int = 8
-    height: int = 600  # pixels of the drawn photos
+    height: int = 600  # pixels of the synthetic photos
     batch_size: int = 4
     rounds: int = 3
 
