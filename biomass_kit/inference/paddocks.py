@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from ..data.cells import read_sheet
+from ..data.paths import place
 from ..data.progress import counted
-from ..data.table import read_rows
 from ..data.targets import TARGETS, BiomassError
-from ..data.xlsx import read_sheet
 from .bundle import Bundle
 from .means import mean_intervals
 
@@ -54,12 +55,16 @@ def from_subfolders(
 GROUP_COLUMNS = ("photo", "paddock")
 
 
-def _group_rows(path) -> tuple:  # (rows as text, what a row is called)
+def _group_rows(path) -> pd.DataFrame:  # text; index = each row's place in the file
     "A table of paddocks, whichever kind of file it is."
-    if Path(path).suffix.lower() == ".xlsx": return read_sheet(path, GROUP_COLUMNS), "row"
-    return read_rows(path, GROUP_COLUMNS)[list(GROUP_COLUMNS)], "line"
+    if not Path(path).is_file(): raise BiomassError(f"--groups {path}: no such file")
+    rows = read_sheet(path)
+    missing = [column for column in GROUP_COLUMNS if column not in rows]
+    if missing:
+        raise BiomassError(f"{path}: missing column {', '.join(missing)}; found {', '.join(rows)}")
+    return rows[list(GROUP_COLUMNS)]
 
-
+# %% ../../nbs/4_inference/5c_paddocks.ipynb #ms000001
 class _Finder:
     "Finds photos as people write their names."
 
@@ -85,17 +90,17 @@ class _Finder:
 
 # %% ../../nbs/4_inference/5c_paddocks.ipynb #eb170019
 def read_paddocks(
-    path,  # .csv or .xlsx with the columns photo and paddock
+    path,  # any table with the columns photo and paddock
     names: list,  # of photos, their paths in the folder
 ) -> tuple:  # (Paddocks, lines on what is missing here or there)
     "The paddocks of photos as a table has them."
-    rows, word = _group_rows(path)
+    rows = _group_rows(path)
     finder, labels, lost = _Finder(names), [None] * len(names), []
     for number, photo, paddock in rows.itertuples():
-        where = f"{path} {word} {number}"
+        where = place(path, number)
         if not paddock: raise BiomassError(f"{where}: paddock is empty; fill it in or drop the row")
         row = finder.find(photo, where)
-        if row is None: lost.append(f"{word} {number} '{photo}'")
+        if row is None: lost.append(f"{where.removeprefix(str(path)).strip()} '{photo}'")
         elif labels[row] is not None:
             raise BiomassError(f"{where}: photo '{photo}' appears a second time; keep one row")
         else: labels[row] = paddock
