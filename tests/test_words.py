@@ -7,16 +7,17 @@ from commands import command
 from sources import NOTEBOOKS, ROOT, commands, inside, source
 
 INSTEAD = {  # what is not said -> what is
-    r"\bfigures? (?:for|of) (?:a|each|every) photo|(?:five|ensemble's) figures?\b":
+    r"\bfigures? (?:for|of) (?:a|each|every) photo|(?:its|their|five|ensemble's) figures?\b":
         "prediction, value, grams",
-    r"\b(?:grams|seconds|ms|MB|bytes|passes|rows?|copies|tiles) an? (?:photo|fold|tile|member)\b":
+    r"\b(?:grams|seconds|ms|MB|bytes|passes|rows?|predictions?|copies|tiles) an? "
+    r"(?:photo|fold|tile|member)\b":
         "per photo, per fold, per tile, per member",
     r"\brooms?\b|\bhouse\b": "module, notebook, environment, disk space",
     r"\bdeals?\b|\bdealt\b": "split, fold assignment, work queue",
     r"\bdrawn (?:test )?photos?\b|\bdrawn (?:variant|cop)": "synthetic photo, augmented copy",
     r"\bno numbers?\b(?! of)|numbers? that (?:is|are) none": "NaN or infinite value",
-    r"(?<!column `)\b[Ll]ikeness of (?:a|the) photo": "p-value against the training photos",
-    r"cannot be told (?:yet|so far)": "inconclusive",
+    r"\b[Ll]ikeness of (?:a|the) photo": "p-value against the training photos",
+    r"cannot be told(?! from)": "inconclusive",
     r"\bflatter": "optimistically biased",
     r"identities' break": "penalty for violating GDM = green + clover and total = GDM + dead",
     r"backbone that learns": "fine-tuned backbone",
