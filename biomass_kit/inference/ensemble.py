@@ -320,8 +320,7 @@ def describe_plan(ensemble: Ensemble) -> str:
              for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
     return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run "
-                      f"{naive}), "
-                      f"on {ensemble.device.type} in {ensemble.precision}:", *lines])
+                      f"{naive}), on {ensemble.device.type} in {ensemble.precision}:", *lines])
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #e0e00001
 def peak_memory(device: torch.device) -> int:  # bytes

@@ -262,8 +262,7 @@ def _also_values(text: str) -> dict:
         except (KeyError, ValueError):
             words = ", ".join(f"{word}=" for word in ALSO)
             raise BiomassError(f"--also {text}: '{part}' is not one of {words}, each once, with a value, "
-                               "such as "
-                               "grid=3x3 or blocks=0.5/0.75") from None
+                               "such as grid=3x3 or blocks=0.5/0.75") from None
     if "backbone" in found: found = {"backbone_weights": None, "tile_size": None} | found
     return found
 
