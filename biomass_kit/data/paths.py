@@ -165,9 +165,6 @@ def photo_paths(
     return found
 
 # %% ../../nbs/1_data/5b_paths.ipynb #f738b80a
-#| export
-
-# %% ../../nbs/1_data/5b_paths.ipynb #a5d1da0h
 def _refuse_two_names(path, rows, found):
     "Refuse a photo that the table names in two ways."
     first, real = {}, {p: os.path.realpath(f) for p, f in found.items()}

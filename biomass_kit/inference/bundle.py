@@ -382,9 +382,10 @@ def _check_member(folder: Path, manifest: dict, member: dict):
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #6e047fb0
 def read_bundle(
-    folder,  # holds manifest.json, or is a run folder, whose `bundle` holds it
+    folder,  # holds manifest.json, or is a run folder, whose `bundle` holds it; or a Bundle, which is checked
 ) -> Bundle:
     "Check a bundle whole; raises `BiomassError` naming the file and the fix."
+    if isinstance(folder, Bundle): return folder
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and (folder / "bundle" / MANIFEST).is_file():
         folder = folder / "bundle"

@@ -297,8 +297,7 @@ class _Run:
         e, deadline = self.ensemble, self.deadline
         if deadline.text is None: return e.levels[0]
         if not self.pace.rates: self._measure(photos, paths)
-        work = partial(e.work, photos)
-        return choose_level(e.levels, self.pace, deadline.left(), work, len(photos), self.left())
+        return choose_level(e.levels, self.pace, deadline.left(), partial(e.work, photos), self.left())
 
     def _measure(self, photos: list, paths: list):
         "Send one photo through the cheapest level, to warm up, then to measure."

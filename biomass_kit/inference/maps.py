@@ -76,7 +76,7 @@ def photo_maps(
     **options,  # device_type, precision and cache_dir of `Ensemble`
 ) -> list:  # for each photo kind -> [R, C] in times an even share; empty where unread or mapped by no member
     "Where members look, on each photo."
-    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    bundle = read_bundle(weights)
     out = [{} for _ in paths]
     fold = [None] * len(out) if fold is None else list(fold)
     found = _photo_maps(bundle, list(paths), fold, num_workers, options)

@@ -227,7 +227,7 @@ def predict_photos(
     **options,  # PredictOptions
 ) -> np.ndarray:  # [N, 5] grams, or [3, N, 5] with the ends; training means where `outcome` says so
     "Mean over folds, grids and views, clamped to the training bounds and made consistent."
-    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    bundle = read_bundle(weights)
     paths = paths if isinstance(paths, FolderPhotos) else list(paths)
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     options = PredictOptions(**options)
@@ -321,7 +321,7 @@ def predict_competition(
     "Predict every photo of test.csv and write a submission that the checker accepts."
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     rows, photos = read_test(data)
-    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    bundle = read_bundle(weights)
     if bundle.unlabelled:
         raise BiomassError(f"{bundle.folder}: has learned nothing of {', '.join(bundle.unlabelled)}, and a "
                            "submission needs all five targets; predict a folder with --photos")
@@ -467,7 +467,7 @@ def predict_folder(
     """
     deadline = deadline if isinstance(deadline, Deadline) else Deadline(deadline)
     paths, others = walk_photos(folder)
-    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    bundle = read_bundle(weights)
     outcome = Outcome(paths.names, left_out=others)
     method = physics or ("none" if bundle.unlabelled else FOLDER_PHYSICS)
     table = FolderTable(bundle, paths, outcome, Path(out), method, quadrat_cm or bundle.quadrat_cm,
