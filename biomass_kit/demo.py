@@ -84,7 +84,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
         from biomass_kit.training.run import expand
 
     write_text(a.out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")
-    say(f"drawing {a.photos} photos")
+    say(f"painting {a.photos} photos")
     data = write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=progress)
     joint = a.out / "bundle"
     results = run_training(expand(_config(a, data), a.grids), joint, say)

@@ -155,7 +155,7 @@ def kg_per_ha(
     grams,  # of dry matter in the quadrat
     quadrat_cm=QUADRAT_CM,  # its sides in centimetres
 ):
-    "Grams in a quadrat as kilograms of dry matter a hectare."
+    "Grams in a quadrat as kilograms of dry matter per hectare."
     return grams * (1e5 / quadrat_area(quadrat_cm))
 
 # %% ../../nbs/1_data/1_targets.ipynb #033b9a12

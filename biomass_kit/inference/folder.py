@@ -32,7 +32,7 @@ from biomass_kit.inference.paddocks import (
     paddocks_path,
     xlsx_path,
 )
-from .uncertainty import UNLIKE, has_intervals, widen
+from .uncertainty import P_VALUE_LIMIT, has_intervals, widen
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260005
 FOLDER_PHYSICS = "project"  # in a folder's table values are read together, so they add up
@@ -107,7 +107,7 @@ def flags(
     def flag(i):
         said = []
         if i in outcome.issues: said.append(f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}")
-        if alike is not None and alike[i] <= UNLIKE: said.append("unlike the training photos")
+        if alike is not None and alike[i] <= P_VALUE_LIMIT: said.append("unlike the training photos")
         if i in outcome.crops: said.append(lost_words(outcome.crops[i]))
         return sys.intern("; ".join(filter(None, said)))  # many photos say the same
 
