@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
-           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'ATTACH', 'SET_UP', 'NOTEBOOK_CELLS', 'input_files', 'only',
-           'by_input', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions',
-           'show_predictions', 'notebook_of', 'inference_notebook']
+           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'NOTEBOOKS', 'input_files', 'only', 'by_input', 'find_inputs',
+           'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions', 'show_predictions']
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #102860a6
 import io
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+import biomass_kit
 from ..data.files import file_digest, is_hidden, write_csv
 from ..data.interrupts import in_time
 from ..data.photos import list_photos, photo_files, read_photo, split_pair
@@ -233,82 +233,4 @@ def show_predictions(
     return picture
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7bf
-ATTACH = "the dataset with the library, the one with the weights, and the photos"
-SET_UP = (
-    "import os, subprocess, sys\nfrom pathlib import Path\n\n"
-    "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
-    "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
-    "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
-    "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
-    "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
-    "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
-    f"                 \"attach {ATTACH}\")\n"
-    "wheels = [p for p in wheels if p.parent == library]\n"
-    "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
-    "subprocess.run([*pip, *wheels], check=True)")
-
-# %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7b2
-NOTEBOOK_CELLS = (
-    ("markdown", "# Pasture biomass from photographs\n\n"
-     "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for "
-     "each, how many grams of dry matter "
-     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - "
-     "Image2Biomass Prediction*; "
-     "with your own photos attached instead of the competition, it predicts those.\n\n"
-     "It needs no internet. Under *Input*, three things are attached: a dataset with the library "
-     "`biomass_kit`, one with the trained weights, "
-     "and the photos. Everything that happens below lives in that library, whose own notebooks explain and "
-     "test each step.\n\n"
-     "## Set up\n\nThe library is installed from its dataset; the rest is what Kaggle provides."),
-    ("code", SET_UP),
-    ("markdown", "## Predict\n\n"
-     "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into "
-     "tiles at its full resolution; "
-     "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored "
-     "views) each give their five values, "
-     "which are averaged, kept within what was measured in training, and mended where they contradict each "
-     "other.\n\n"
-     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a "
-     "plausible number of grams. "
-     "For your own photos it is `grams.csv`, one row a photo: grams in a quadrat like those trained on, and "
-     "kg DM/ha. "
-     "A photo that cannot be read is named in a table beside it.\n\n"
-     "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
-     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer "
-     "models, and the closing lines say how many."),
-    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, "
-             "show_predictions, summary_lines\n\n"
-     "data, weights = find_inputs(inputs)\n"
-     "table = predict_inputs(weights, data, working, deadline=\"8h30m\", "
-     "progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
-    ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. "
-     "A bare quadrat beside a long bar would be a reason to stop."),
-    ("code", "show_predictions(data, table)"),
-    ("markdown", "## The same answer as at home?\n\nThree synthetic photos travel with the weights, with the "
-                 "predictions that were made when they were packed. "
-     "`difference` is in grams and should be near zero; a large one means that this machine computes "
-     "something else."),
-    ("code", "check_reference(weights)"),
-)
-
-# %% ../../nbs/8_kaggle/1_inference.ipynb #b7184117
-def notebook_of(
-    cells,  # (kind, text) each
-) -> dict:  # nbformat 4.5
-    "A Kaggle notebook as JSON."
-    def cell(i, kind, text):
-        made = {
-            "cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(keepends=True)}
-        return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
-
-    kernel = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"}}
-    return {
-        "cells": [cell(i, *c) for i, c in enumerate(cells)], "metadata": kernel, "nbformat": 4,
-        "nbformat_minor": 5}
-
-
-def inference_notebook() -> dict:  # nbformat 4.5
-    "The notebook that predicts."
-    return notebook_of(NOTEBOOK_CELLS)
+NOTEBOOKS = Path(biomass_kit.__file__).parent / "kaggle" / "notebooks"  # the two that are uploaded
