@@ -198,7 +198,7 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
         quiet = f"subprocess.run([sys.executable, '-I', '-c', '{program}'], capture_output=True)"
         assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
-    if "--mount" in network_cut():
+    if network_cut():
         said = refused(run_offline, writes, data, tmp_path / "kept")
         assert "Read-only file system" in said + printed_errors(tmp_path / "kept")
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
@@ -257,7 +257,7 @@ ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)
 
 
 def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
-    """A connection that succeeds here fails behind the namespace and behind the guard;
+    """A forbidden connection fails behind the namespace and behind the guard;
     both counters count, the loopback does not."""
     assert "failed, counted by the guard" in knock(tmp_path, network_cut())
     log = tmp_path / "log"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
            'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'NOTEBOOKS', 'input_files', 'only', 'by_input', 'find_inputs',
-           'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions', 'show_predictions']
+           'is_competition', 'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions',
+           'show_predictions']
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #102860a6
 import io
@@ -66,15 +67,17 @@ def by_input(
 
 def _photo_folders(root, weights: Path) -> dict:
     "For each input the folder that holds all its photos, and what is in it; the packed reference is none."
-    tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
 
     def size(photo): return photo.stat().st_size if photo.exists() else None
 
+    tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
     return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #a13d0161
-def _without_parts(manifests: list) -> list:
+def _bundles(root) -> list:  # their manifests
     "Bundles, without those of runs inside the folder of the run that joined them."
+    found = input_files(root, MANIFEST)
+    manifests = [p for p in found if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
     tops = [m.parent.parent for m in manifests if m.parent.name == "bundle"]
     return [m for m in manifests if not {*m.parent.parent.parents} & {*tops}]
 
@@ -83,10 +86,7 @@ def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)
     "Find what shall be predicted and the packed weights, by content; a competition goes before photos."
-    manifests = input_files(root, MANIFEST)
-    manifests = [p for p in manifests if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
-    manifests = _without_parts(manifests)
-    weights = only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
+    weights = only({p.parent: file_digest(p) for p in _bundles(root)}, f"weights dataset ({MANIFEST})", root)
     tests = [p.with_name("test.csv") for p in input_files(root, "sample_submission.csv")]
     found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
     what = "competition (test.csv beside sample_submission.csv) or folder of photos"
@@ -96,6 +96,11 @@ def find_inputs(
 SUBMISSION, GRAMS = "submission.csv", "grams.csv"
 
 
+def is_competition(data) -> bool:
+    "Whether a folder asks for a submission, or holds photos alone."
+    return (Path(data) / "test.csv").is_file()
+
+
 def predict_inputs(
     weights,  # the packed weights
     data,  # the competition's folder, or one with photos, as `find_inputs` tells
@@ -103,8 +108,7 @@ def predict_inputs(
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission, or photo and the five targets in grams
     "Write `submission.csv` for a competition, `grams.csv` for photos."
-    is_competition = (Path(data) / "test.csv").is_file()
-    run, name = (predict_competition, SUBMISSION) if is_competition else (predict_folder, GRAMS)
+    run, name = (predict_competition, SUBMISSION) if is_competition(data) else (predict_folder, GRAMS)
     return run(weights, data, Path(working) / name, keep_means=True, **options)
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #99ad3d90
@@ -160,14 +164,15 @@ def check_reference(
 ) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest); None without an answer
     "Predict the reference photos again and compare with packing; prints the verdict, and raises nothing."
     table, why = _afterwards(partial(_reference_again, weights, options), seconds)
-    if why: return print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
+    if why:
+        print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
+        return None
     if table is None:
         print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
         return None
     worst = table["difference"].max()
-    print(
-        f"reference photos: largest difference {worst:.2g} g, "
-        f"{SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
+    verdict = SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT
+    print(f"reference photos: largest difference {worst:.2g} g, {verdict}")
     return table
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #5ca80ded
@@ -175,8 +180,9 @@ def _grams_by_photo(data, table: pd.DataFrame) -> tuple:
     "(paths, [N, 5] grams) of a submission or a table of grams."
     if "photo" in table: return [Path(data) / p for p in table["photo"]], table[list(TARGETS)].to_numpy()
     rows, photos = read_test(data)
-    grams = rows.assign(grams=table.set_index("sample_id")["target"].loc[rows["sample_id"]].to_numpy()).pivot(
-        index="image_path", columns="target_name", values="grams")
+    grams_of = table.set_index("sample_id")["target"]
+    rows = rows.assign(grams=grams_of.loc[rows["sample_id"]].to_numpy())
+    grams = rows.pivot(index="image_path", columns="target_name", values="grams")
     return list(photos.values()), grams.reindex(index=list(photos), columns=list(TARGETS)).to_numpy()
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #53a7bd22
@@ -210,8 +216,11 @@ def draw_predictions(
 def _picture(data, table: pd.DataFrame, n_photos: int) -> tuple:  # (the picture or None, what is to be said)
     "Some photos with their grams, from the lightest to the heaviest."
     paths, grams = _grams_by_photo(data, table)
-    order, shown, said = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable"), [], []
-    for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
+    order = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable")
+    ranks = np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))
+    shown = []
+    said = []
+    for i in order[ranks]:
         try: seen = np.concatenate(list(split_pair(read_photo(paths[i]))), 1)
         except BiomassError as e: said.append(f"not shown: {e}")
         else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))

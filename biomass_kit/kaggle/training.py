@@ -120,7 +120,7 @@ RUN = "run"  # folder in /kaggle/working
 
 def copy_run(source, out):
     "Copy a run from where nobody may write; a run that is there already is kept."
-    source, out = Path(source), Path(out)
+    out = Path(out)
     if out.exists(): return
     half = out.with_name(f".{out.name}-copied")
     shutil.rmtree(half, ignore_errors=True)
@@ -140,8 +140,8 @@ def work(
     "One of the processes of a session: train, report, and end in time."
     warnings.showwarning = _one_line
     job = read_json(job)
-    configs, out = [read_config(record) for record in job["configs"]], Path(job["out"])
-    joint = out / "bundle" if len(configs) > 1 else None
+    configs = [read_config(record) for record in job["configs"]]
+    joint = Path(job["out"]) / "bundle" if len(configs) > 1 else None
     try: run_training(configs, joint, how=job["how"], deadline=Deadline(job["deadline"]), bar=print_progress)
     except OutOfTime as e: print(e)
     except BiomassError as e: sys.exit(f"error: {e}")
@@ -158,12 +158,14 @@ def worker_command(
 
 def _linked(record: dict, found: Attached, folder: Path) -> dict:
     "A config's record with its inputs by links in a folder, relative to it."
-    links = {"data": ("competition", found.data)}
+    targets = {"competition": found.data}
+    linked = {"data": "competition"}
     if found.weights and record["backbone_weights"] == str(found.weights):
-        links["backbone_weights"] = (found.weights.name, found.weights)
-    for name, target in links.values():
+        targets[found.weights.name] = found.weights
+        linked["backbone_weights"] = found.weights.name
+    for name, target in targets.items():
         if not (folder / name).exists(): (folder / name).symlink_to(Path(target).resolve())
-    return record | {field: name for field, (name, _) in links.items()}
+    return record | linked
 
 # %% ../../nbs/8_kaggle/1b_training.ipynb #kt00011a
 def _pass_on(command: list, processes: int, folder, say: Callable):
@@ -191,7 +193,8 @@ def train_attached(
     **options,  # fields of TrainConfig
 ) -> Path:  # the run's folder
     "Train what is attached, or go on with it, until it is done or the deadline comes."
-    found, out = find_attached(inputs), Path(working).resolve() / RUN
+    found = find_attached(inputs)
+    out = Path(working).resolve() / RUN
     say(f"competition: {found.data}")
     say(f"backbone's weights: {found.weights or 'from the hub of timm'}")
     if found.run:
@@ -224,12 +227,12 @@ def trained_scores(
     run = Path(run)
     results = [p for p in (run / "bundle/results.json", run / "results.json") if p.is_file()]
     if results:
-        scores = read_json(results[0])["scores"]
         print(f"report: {results[0].with_name('report.html')}")
-        ends = {name: s["interval_90"] or (None, None) for name, s in scores.items()}
-        return pd.DataFrame([
-            {"what": name, "weighted R2": s["weighted_r2"], "from": ends[name][0], "to": ends[name][1]}
-            for name, s in scores.items()]).round(3)
+        rows = []
+        for name, score in read_json(results[0])["scores"].items():
+            low, high = score["interval_90"] or (None, None)
+            rows.append({"what": name, "weighted R2": score["weighted_r2"], "from": low, "to": high})
+        return pd.DataFrame(rows).round(3)
     noted = [(p.parent.name, read_json(p)) for p in sorted(run.rglob(MISSING))]
     return pd.DataFrame([{"run": folder, **member} for folder, found in noted for member in found["missing"]])
 
