@@ -31,7 +31,7 @@ def bare_python(
     import venv
 
     if not all(map(importlib.util.find_spec, RUNS_NOTEBOOKS)):
-        raise BiomassError(f"a notebook is run by packages that are not here: pip install {' '.join(RUNS_NOTEBOOKS)}")
+        raise BiomassError(f"running a notebook needs more packages: pip install {' '.join(RUNS_NOTEBOOKS)}")
     venv.create(folder, with_pip=False, symlinks=True)
     python = Path(folder) / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -89,8 +89,8 @@ def kaggle_python(
 
     venv.create(folder, with_pip=True, symlinks=True)
     python = Path(folder) / "bin" / "python"
-    others = {n: version for n, version in KAGGLE_IMAGE.items() if n not in ("python", "torch", "torchvision")}
-    pins = [f"{name}=={version}" if version else name for name, version in others.items()]
+    others = {*KAGGLE_IMAGE} - {"python", "torch", "torchvision"}
+    pins = [f"{name}=={KAGGLE_IMAGE[name]}" if KAGGLE_IMAGE[name] else name for name in sorted(others)]
     try: pip_install(python, [*_torch_pins(python), *pins, *RUNS_NOTEBOOKS], progress)
     except BiomassError as e:
         raise BiomassError("an environment like Kaggle's could not be built; is a package registry within "

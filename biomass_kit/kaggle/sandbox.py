@@ -79,7 +79,8 @@ def unrouted(snmp: str) -> int:  # text of /proc/net/snmp and snmp6
     return int(dict(zip(head.split(), values.split()))["OutNoRoutes"]) + (int(six[1]) if six else 0)
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #65bc4c08
-KNOCK = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=3)"  # of the range for documentation
+# an address that is nobody's, of the range for documentation
+KNOCK = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=3)"
 SNMP = "/proc/net/snmp /proc/net/snmp6"  # what `unrouted` reads
 NAMESPACE = "/proc/self/ns/net"
 
@@ -344,7 +345,8 @@ def run_notebook(
         words = [notebook.resolve(), executed.name, KAGGLE_LIMITS["seconds"]]
         code, peaks, said = _run_watched(box, [str(python), "-c", RUNNER, *map(str, words)], say, until)
         shutil.copytree(box.working, executed.parent, dirs_exist_ok=True)
-        if code and not until: raise BiomassError(f"the packed notebook failed offline; see {executed}\n{said}")
+        if code and not until:
+            raise BiomassError(f"the packed notebook failed offline; see {executed}\n{said}")
         box.check_input()
         return seen | peaks | {"attempts": box.check_silence()}
 

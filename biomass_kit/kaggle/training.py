@@ -168,12 +168,12 @@ def _linked(record: dict, found: Attached, folder: Path) -> dict:
     return record | linked
 
 # %% ../../nbs/8_kaggle/1b_training.ipynb #kt00011a
-def _pass_on(command: list, processes: int, folder, say: Callable):
-    "Run a command in a folder and pass on what it prints; it ends when this process is interrupted."
+def _pass_on(job: Path, processes: int, say: Callable):
+    "Run `work` in its file's folder and pass on what it prints; it ends when this process is interrupted."
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
     variables = {"PYTHONUNBUFFERED": "1"} | threads | os.environ
-    merged = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, cwd=folder)
-    with subprocess.Popen(command, **merged) as process:
+    merged = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, cwd=job.parent)
+    with subprocess.Popen(worker_command(job, processes), **merged) as process:
         try:
             for line in process.stdout: say(line.rstrip("\n"))
         except BaseException:
@@ -205,8 +205,7 @@ def train_attached(
     with tempfile.TemporaryDirectory() as folder:
         records = [_linked(config_record(c), found, Path(folder)) for c in configs]
         job = {"configs": records, "out": out, "how": recipe(name).combine, "deadline": deadline}
-        file = write_json(Path(folder) / "job.json", job)
-        _pass_on(worker_command(file, processes), processes, folder, say)
+        _pass_on(write_json(Path(folder) / "job.json", job), processes, say)
     say(_closing(out))
     return out
 
