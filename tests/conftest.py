@@ -111,10 +111,10 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="session")
 def config(data, weights, tmp_path_factory):
     "A frozen run of three folds on the tiny backbone."
-    room = tmp_path_factory.mktemp("run")
-    return TrainConfig(data=data, out=room / "run", n_folds=3, backbone="test_efficientnet",
+    work = tmp_path_factory.mktemp("run")
+    return TrainConfig(data=data, out=work / "run", n_folds=3, backbone="test_efficientnet",
                        backbone_weights=weights, tile_size=64, freeze_backbone=True,
-                       use_aux_heads=True, epochs=4, cache_dir=room / "cache", device_type="cpu")
+                       use_aux_heads=True, epochs=4, cache_dir=work / "cache", device_type="cpu")
 
 
 @pytest.fixture(scope="session")

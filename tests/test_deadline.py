@@ -30,12 +30,12 @@ LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=
 @pytest.fixture(scope="module")
 def base(config, tmp_path_factory):
     "Two folds of a tiny transformer, fine-tuned."
-    room = tmp_path_factory.mktemp("deadline")
+    work = tmp_path_factory.mktemp("deadline")
     torch.manual_seed(0)
     network, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(network.model.state_dict(), room / "vit.safetensors")
+    save_file(network.model.state_dict(), work / "vit.safetensors")
     return dataclasses.replace(
-        config, out=room / "whole/run", backbone="test_vit", backbone_weights=room / "vit.safetensors",
+        config, out=work / "whole/run", backbone="test_vit", backbone_weights=work / "vit.safetensors",
         tile_size=32, train_folds=(0, 1), **LIVE)
 
 

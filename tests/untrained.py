@@ -58,12 +58,12 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     return folder
 
 
-def runtime_room(room):
+def runtime_room(work):
     "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
-    write_dataset(room / "data", n_photos=4, n_test=16, seed=5, height=64)
-    untrained_bundle(room / "frozen")
-    untrained_bundle(room / "tuned", ((2, 2),), 3, fine_tuned=True)
-    return room
+    write_dataset(work / "data", n_photos=4, n_test=16, seed=5, height=64)
+    untrained_bundle(work / "frozen")
+    untrained_bundle(work / "tuned", ((2, 2),), 3, fine_tuned=True)
+    return work
 
 
 def by_photo(table):

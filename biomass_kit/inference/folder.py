@@ -32,7 +32,7 @@ from biomass_kit.inference.paddocks import (
     paddocks_path,
     xlsx_path,
 )
-from .uncertainty import UNLIKE, has_intervals, widen
+from .uncertainty import P_VALUE_LIMIT, has_intervals, widen
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260005
 FOLDER_PHYSICS = "project"  # in a folder's table values are read together, so they add up
@@ -107,7 +107,9 @@ def flags(
     def said(i):
         return [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
 
-    def strange(i): return ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
+    def strange(i):
+        odd = alike is not None and alike[i] <= P_VALUE_LIMIT
+        return ["unlike the training photos"] if odd else []
 
     def cut(i): return [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
 

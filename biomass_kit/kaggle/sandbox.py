@@ -112,14 +112,14 @@ def _knock_at_kernel(cut: list):
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000005
 def knock(
-    room,  # folder for what the trial needs; `guard/sitecustomize.py` appears in it
+    work,  # folder for what the trial needs; `guard/sitecustomize.py` appears in it
     cut: list,  # from `network_cut`
 ) -> str:  # what was seen
     "See a forbidden connection fail behind the cut and be counted; raises `BiomassError` if it is not."
-    room = Path(room)
-    (room / "guard").mkdir(exist_ok=True)
-    (room / "guard/sitecustomize.py").write_text(SOCKET_GUARD, encoding="utf-8")
-    _knock_at_guard(room, cut)
+    work = Path(work)
+    (work / "guard").mkdir(exist_ok=True)
+    (work / "guard/sitecustomize.py").write_text(SOCKET_GUARD, encoding="utf-8")
+    _knock_at_guard(work, cut)
     if not cut: return "a forbidden connection failed, counted by the guard"
     _knock_at_kernel(cut)
     return "a forbidden connection failed, counted by the guard and by the kernel"

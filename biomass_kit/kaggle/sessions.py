@@ -55,18 +55,18 @@ def bundle_digests(working: Path) -> dict:  # path in the run's folder -> digest
 # %% ../../nbs/8_kaggle/4b_sessions.ipynb #ks000006
 def run_sessions(
     packed,  # kaggle_datasets/ from `pack`
-    room,  # empty folder for photos and weights
+    work,  # empty folder for photos and weights
     keep,  # takes what each session leaves
     python=None,  # as `run_notebook` takes it
     say: Callable = print,
 ) -> tuple:  # (folder that the second session left, folder of the competition)
     "Train in two sessions and in one; raises `BiomassError` unless both end with the same bits."
     packed = Path(packed)
-    room = Path(room)
+    work = Path(work)
     keep = Path(keep)
     user = check_packed(packed)["user"]
-    data = write_dataset(room / "competition", n_photos=24, n_test=4, seed=0, height=96)
-    inputs = [*library_and_photos(packed, data), ("datasets", "backbone", write_backbone(room / "backbone"))]
+    data = write_dataset(work / "competition", n_photos=24, n_test=4, seed=0, height=96)
+    inputs = [*library_and_photos(packed, data), ("datasets", "backbone", write_backbone(work / "backbone"))]
 
     def session(name, form, *more, until=None):
         say(f"running the training notebook, {name}, inputs mounted by {form}; it says:")

@@ -140,9 +140,9 @@ def verify(
     if not bundle and not training:
         raise BiomassError(f"{packed}: holds no weights, so its training must be proved; drop --no-training")
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        if data is None: data = write_dataset(room / "drawn", n_photos=2, n_test=4, seed=0, height=400)
-        python, found = _build_python(room / "venv", share, say, progress)
+        work = Path(folder)
+        if data is None: data = write_dataset(work / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        python, found = _build_python(work / "venv", share, say, progress)
         runs = []
         for form in forms if bundle else ():
             say(f"running the packed notebook, inputs mounted by {form}; it says:")
@@ -151,7 +151,7 @@ def verify(
         if training:
             if not share: pip_install(python, TRAIN_EXTRAS, progress)
             kept = Path(keep) / "training"
-            trained, data = run_sessions(packed, room / "round", kept, python, say)
+            trained, data = run_sessions(packed, work / "round", kept, python, say)
             say("running the packed notebook with the bundle that was trained; it says:")
             done = run_offline(packed, data, kept / "inference", python, "kind", say, trained)
             runs.append(_proved(done, data, say))

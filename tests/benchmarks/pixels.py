@@ -45,11 +45,11 @@ def write_photos(folder: Path, count: int) -> list:
     "Synthetic photos, each at the JPEG quality that brings it nearest to the competition's size."
     from PIL import Image
 
-    from biomass_kit.data.synthetic import draw_photo
+    from biomass_kit.data.synthetic import paint_photo
 
     folder.mkdir()
     for i in range(count):
-        photo, encoded = Image.fromarray(draw_photo((3 * i % 60, 5, 8), seed=i, height=1000)), {}
+        photo, encoded = Image.fromarray(paint_photo((3 * i % 60, 5, 8), seed=i, height=1000)), {}
         for quality in range(80, 100, 3):
             buffer = io.BytesIO()
             photo.save(buffer, "JPEG", quality=quality)
@@ -154,13 +154,13 @@ def main(a: Args):
 
     print(f"{a.workers} workers, 2x2 tiles of {a.tile_size} px, {a.count} photos, {os.cpu_count()} cores, "
           f"{platform.machine()}, torch {torch.__version__}, {date.today()}", flush=True)
-    with tempfile.TemporaryDirectory() as room:
-        room = Path(room)
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
         if a.photos: photos = sorted(a.photos.rglob("*.jpg"))[: a.count]
-        else: photos = write_photos(room / "photos", a.count)
+        else: photos = write_photos(work / "photos", a.count)
         job = {"photos": list(map(str, photos)), "tile_size": a.tile_size, "workers": a.workers,
-               "cache": str(room / "cache")}
-        old = earlier_tree(a.before, room / "old")
+               "cache": str(work / "cache")}
+        old = earlier_tree(a.before, work / "old")
         sides = {name: Side(name, old if name == "old" else ROOT, job) for name in ("old", *BARS)}
         rounds = measure(sides, a.rounds)
         for side in sides.values(): side.close()
