@@ -6,7 +6,7 @@ from textwrap import dedent
 
 import pytest
 from conftest import SHARED
-from sources import EXPORTING, NOTEBOOKS, ROOT, cells, exported_as, inside, known_to_git, source
+from sources import EXPORTING, NOTEBOOKS, ROOT, UPLOADED, cells, exported_as, inside, known_to_git, source
 
 INDEX = ROOT / "nbs" / "index.ipynb"
 EXPLORE = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" / "explore"]
@@ -56,7 +56,6 @@ LONGER = {
     "a list or a text that is read as one": {
         "training.recipes": ["RECIPES = {"],
         "training.config": ["READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)"],
-        "kaggle.inference": ["NOTEBOOK_CELLS = ("],
         "kaggle.packing": ['UPLOAD = """# Upload to Kaggle'],
     },
     "an example whose steps need what came before them": {
@@ -130,7 +129,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
 }
 
 
-def title_of(path): return exported_as(path) or path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+def title_of(path): return exported_as(path) or inside(path.with_suffix("")).removeprefix("nbs/")
 
 
 def headings(path):
@@ -180,6 +179,7 @@ def test_every_notebook_that_git_knows_is_held_to_this():
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=title_of)
+also_uploaded = pytest.mark.parametrize("path", [*NOTEBOOKS, *UPLOADED], ids=title_of)
 
 
 @every_notebook
@@ -192,7 +192,7 @@ def test_opens_with_its_title_and_a_sentence(path):
     assert paragraph.rstrip().endswith("."), "the sentence has no end"
 
 
-@every_notebook
+@also_uploaded
 def test_headings_are_in_order(path):
     levels, texts = zip(*headings(path))
     assert levels[0] == 1 and levels.count(1) == 1, "one title"
@@ -200,7 +200,7 @@ def test_headings_are_in_order(path):
     assert len(set(texts)) == len(texts), "two headings share a name, so a link to one is a link to the other"
 
 
-@every_notebook
+@also_uploaded
 def test_cells_have_ids_of_their_own(path):
     ids = [c["id"] for c in cells(path)]
     assert len(set(ids)) == len(ids), "a merge by id would drop one of them"
@@ -239,7 +239,7 @@ def leads_somewhere(path, link):
     return target.exists() and (not anchor or anchor in anchors(target))
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=inside)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *UPLOADED, *PAGES], ids=inside)
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)", prose(path))
     dead = [link for link in links if ":" not in link.split("#")[0] and not leads_somewhere(path, link)]
@@ -255,7 +255,7 @@ def test_the_readme_has_a_row_for_every_notebook():
     assert in_order == EXPORTING, "rows are not in the order of the notebooks"
 
 
-@every_notebook
+@also_uploaded
 def test_cells_are_short(path):
     surplus = sorted(set(long_cells(path)) - set(excused(path)))
     assert not surplus, (
@@ -298,6 +298,15 @@ def test_outputs_are_stored_and_clean(path):
             pictures = any("image/png" in o.get("data", {}) for o in c["outputs"])
             assert pictures, f"run it: {source(c)[:60]}"
         if prints or body and shown(body[-1]): assert c["outputs"], f"run it: {source(c)[:60]}"
+
+
+@pytest.mark.parametrize("path", UPLOADED, ids=title_of)
+def test_uploaded_as_it_was_written(path):
+    "Without the outputs that Jupyter stores, and without logic, which is the library's."
+    ran = [c["id"] for c in cells(path, "code") if c["outputs"] or c["execution_count"]]
+    assert not ran, f"clear the outputs of {ran}"
+    codes = [ast.parse(source(c)) for c in cells(path, "code")]
+    assert not [n for code in codes for n in ast.walk(code) if isinstance(n, DEFINITIONS)]
 
 
 @pytest.mark.parametrize("path", EXPLORE, ids=title_of)
