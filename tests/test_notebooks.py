@@ -1,11 +1,13 @@
 """Every notebook reads well from top to bottom, and what the exploratory ones store was drawn."""
 import ast
 import csv
+import functools
 import re
 from textwrap import dedent
 
 import pytest
 from conftest import SHARED
+from render_names import PAGE as NAMES
 from sources import EXPORTING, NOTEBOOKS, ROOT, UPLOADED, cells, exported_as, inside, known_to_git, source
 
 INDEX = ROOT / "nbs" / "index.ipynb"
@@ -165,10 +167,10 @@ def excused(path): return [name for group in LONGER.values() for name in group.g
 
 
 def test_every_notebook_that_git_knows_is_held_to_this():
-    "Each exports a module, explores or is the index; and the tables above name no notebook that is gone."
-    of_a_kind = {*EXPORTING, *EXPLORE, INDEX}
+    "Each is of a kind that the tests below know; and the tables above name no notebook that is gone."
+    of_a_kind = {*EXPORTING, *EXPLORE, INDEX, NAMES}
     stray = sorted(map(inside, {*NOTEBOOKS} - of_a_kind))
-    assert not stray, f"{stray}: neither exports a module, nor explores, nor is the index"
+    assert not stray, f"{stray}: none exports a module, explores, is the index or lists the names"
     gone = {*NO_PICTURE, *(name for group in LONGER.values() for name in group)} - {*map(title_of, NOTEBOOKS)}
     assert not gone, f"LONGER or NO_PICTURE name {sorted(gone)}, which no notebook exports"
     try:
@@ -225,15 +227,18 @@ def prose(path):
     return re.sub(r"`[^`\n]*`", "", "".join(text.split("```")[::2]))
 
 
+@functools.cache
 def anchors(path):
-    "What a link into a page or a notebook may name behind its `#`."
-    if path.suffix == ".ipynb": return {text.replace(" ", "-") for _, text in headings(path)}
+    "What a link into a page or a notebook may name behind its `#`: a heading, or a cell of a notebook."
+    if path.suffix == ".ipynb":
+        titles = {text.replace(" ", "-") for _, text in headings(path)}
+        return titles | {f"cell-id={c['id']}" for c in cells(path)}
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in titles}
 
 
 def leads_somewhere(path, link):
-    "Whether a link of this file names a file that is here, and a heading of it."
+    "Whether a link of this file names a file that is here, and a heading or cell of it."
     name, _, anchor = link.partition("#")
     target = path.parent / name if name else path
     return target.exists() and (not anchor or anchor in anchors(target))
