@@ -332,6 +332,9 @@ def test_outputs_are_stored_and_clean(path):
             pictures = any("image/png" in o.get("data", {}) for o in c["outputs"])
             assert pictures, f"run it: {source(c)[:60]}"
         if prints or body and shown(body[-1]): assert c["outputs"], f"run it: {source(c)[:60]}"
+        values = [o for o in c["outputs"] if o["output_type"] == "execute_result"]
+        stale = values and not isinstance(body[-1], ast.Expr)
+        assert not stale, f"run it, its last line has no value and one is stored: {source(c)[:60]}"
 
 
 @pytest.mark.parametrize("path", UPLOADED, ids=title_of)
