@@ -9,7 +9,17 @@ import pytest
 from conftest import SHARED
 from render_names import PAGE as NAMES
 from sources import (
-    EXPORTING, NOTEBOOKS, ROOT, UPLOADED, cells, exported_as, inside, known_to_git, natural, source)
+    EXPORTING,
+    NOTEBOOKS,
+    ROOT,
+    UPLOADED,
+    cells,
+    exported_as,
+    inside,
+    known_to_git,
+    natural,
+    source,
+)
 
 INDEX = ROOT / "nbs" / "index.ipynb"
 EXPLORE = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" / "explore"]
