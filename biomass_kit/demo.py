@@ -20,10 +20,10 @@ from .training.config import TrainConfig
 class SynthArgs:
     "Make a synthetic pasture data set in the competition's layout."
 
-    out: Path  # folder to fill
+    out: Path  # folder to fill; one without a train.csv
     photos: int = 60  # labelled photos
     test: int = 8  # photos without metadata
-    seed: int = 0
+    seed: int = 0  # the same seed paints the same photos
     height: int = 1000  # pixels; a photo is twice as wide
 
 
@@ -31,6 +31,8 @@ class SynthArgs:
 def synth(args=None):
     "biomass_synth: make a synthetic data set."
     a = parse(SynthArgs, "biomass_synth", args)
+    if (a.out / "train.csv").exists():
+        raise BiomassError(f"--out {a.out}: holds a train.csv already; choose another folder, or delete it")
     with loading():
         from biomass_kit.data.synthetic import write_dataset
 
@@ -45,14 +47,14 @@ DEMO_MARK = ".biomass_demo"
 class DemoArgs:
     "Make synthetic photos, train, bundle, pack and predict offline."
 
-    out: Path = Path("runs/demo")
+    out: Path = Path("runs/demo")  # folder, emptied first if an earlier demo made it
     photos: int = 72  # labelled photos
     height: int = 256  # pixels
-    backbone: str = "test_efficientnet"  # any timm model; it learns from random weights
-    tile_size: int = 64
-    grids: tuple[tuple[int, int], ...] = ((2, 2), (3, 3))
-    n_folds: int = 3
-    epochs: int = 14
+    backbone: str = "test_efficientnet"  # any timm model; it is trained from random weights
+    tile_size: int = 64  # pixels
+    grids: tuple[tuple[int, int], ...] = ((2, 2), (3, 3))  # tiles per half, rows and columns of each run
+    n_folds: int = 3  # members of each run
+    epochs: int = 14  # of each member
 
 
 def _empty(out: Path):
@@ -84,7 +86,7 @@ def run_demo(a: DemoArgs, say=say) -> dict:
         from biomass_kit.training.run import expand
 
     write_text(a.out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")
-    say(f"drawing {a.photos} photos")
+    say(f"painting {a.photos} photos")
     data = write_dataset(a.out / "data", a.photos, n_test=8, height=a.height, progress=progress)
     joint = a.out / "bundle"
     results = run_training(expand(_config(a, data), a.grids), joint, say)

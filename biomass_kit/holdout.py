@@ -28,8 +28,8 @@ class StudyArgs:
     recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "default", "quick", "probe")
     splits: int = 30  # random splits of the sampling dates
     first_seed: int = 0  # of the splits: this one and those that follow
-    share: float = 1 / 3  # of the dates that are held out
-    processes: int = 0  # that train side by side on a CPU; 0 is one a core
+    share: float = 1 / 3  # share of the dates that is held out
+    processes: int = 0  # that train side by side on a CPU; 0 is one for each core
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_a_folder_by_command(trained, work, tmp_path, head):
     run = trained("two backbones", head)
     words = ["--weights", run, "--photos", work / "data/test", "--device-type", "cpu"]
     planned = command("predict", *words, "--dry-run")
-    assert planned.returncode == 0 and "4 backbone passes a photo" in planned.stdout, planned
+    assert planned.returncode == 0 and "4 backbone passes per photo" in planned.stdout, planned
     done = command("predict", *words, "--out", tmp_path / "t.csv", "--cache-dir", tmp_path / "cache")
     assert done.returncode == 0 and "no maps" not in done.stdout + done.stderr, done
     table = pd.read_csv(tmp_path / "t.csv")

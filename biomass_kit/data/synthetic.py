@@ -393,7 +393,7 @@ def write_dataset(
     test["image_path"] = [f"test/{p}.jpg" for p in test["photo"]]
     jobs = [(p, a, [seed, first + i]) for table, first in ((train, 0), (test, TEST_INDEX))
             for i, (p, a) in enumerate(zip(table["image_path"], table[list(TARGETS[:3])].to_numpy()))]
-    for image_path, amounts, index in progress(jobs, desc="drawing", unit="photo"):
+    for image_path, amounts, index in progress(jobs, desc="painting", unit="photo"):
         write_photo(out / image_path, amounts, index, height)
     rows = long_rows(test)
     write_csv(out / "test.csv", rows[["sample_id", "image_path", "target_name"]])

@@ -39,7 +39,7 @@ def _spec_text(c: TrainConfig) -> str:
     "A feature spec in words."
     blocks = f", blocks {' '.join(map(str, c.feature_blocks))}" if c.feature_blocks else ""
     pooling = f", {c.pooling}" if c.pooling != "auto" else ""
-    return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half"
+    return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px per half"
 
 # %% ../../nbs/5_training/7b_describe.ipynb #ru000004
 def _units(table) -> str:
@@ -62,8 +62,7 @@ def describe(
         if c.shard == "members": what = "the members, each trained as a single process would"
         shared = f"\n{processes} processes share {what}"
     return (
-        f"{c.out}: {len(table)} photos, {_units(table)}; "
-        f"--cv {c.cv}, folds "
+        f"{c.out}: {len(table)} photos, {_units(table)}; --cv {c.cv}, folds "
         f"{', '.join(map(str, run.folds))}{', and all photos' * (c.learn_from == 'all')}{done}\n"
         f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"
         f"{c.head.replace('_', ' ')} heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"

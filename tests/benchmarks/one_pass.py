@@ -98,7 +98,8 @@ def compare(name: str, folder: Path, paths, a: Args):
 
     def ratio(top, bottom): return median(r[top] / r[bottom] for r in rounds)
 
-    print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), "
+    unplanned = len(ensemble.models) * len(ensemble.views)
+    print(f"{name}: {passes:g} backbone passes per photo (naive {unplanned}), "
           f"largest difference {np.abs(planned - plain).max():.1e} g\n"
           f"  naive / plan {ratio('naive', 'plan'):.2f}   plan / floor {ratio('plan', 'floor'):.3f}   "
           f"(plan {median(r['plan'] for r in rounds):.2f} s for {len(paths)} photos)", flush=True)

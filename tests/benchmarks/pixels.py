@@ -26,7 +26,7 @@ from typing import Optional
 
 ROOT = Path(__file__).parent.parent.parent
 BYTES = 900_000  # of a photo of the competition
-BARS = {"native": 2.0, "tiles": 4.0}  # times the photos a second of the earlier tree
+BARS = {"native": 2.0, "tiles": 4.0}  # times the photos per second of the earlier tree
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Args:
     photos: Optional[Path] = None  # folder; synthetic ones without it
     before: str = "bb9dd06"  # commit of the earlier tree
     count: int = 32  # photos an epoch
-    tile_size: int = 112  # of 2x2 tiles a half
+    tile_size: int = 112  # of 2x2 tiles per half
     workers: int = 2
     rounds: int = 7
 
@@ -139,7 +139,7 @@ def measure(sides: dict, rounds: int) -> list:
 
 def table(rounds: list, count: int):
     "Photos a second and CPU milliseconds of each side, and their ratios to the old one round by round."
-    print("| side | photos a second | CPU ms a photo | times the old: wall | CPU | bar |")
+    print("| side | photos per second | CPU ms a photo | times the old: wall | CPU | bar |")
     print("|---|---|---|---|---|---|")
     for side in rounds[0]:
         wall, cpu = (median(r[side][clock] for r in rounds) for clock in ("wall", "cpu"))
