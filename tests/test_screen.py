@@ -154,7 +154,7 @@ def test_the_command_writes_a_table_and_a_picture(words, room, tmp_path, passes)
 REFUSED = {  # what is typed beside a screen -> what is said
     ("--trials", 3): "--trials is not read with --screen; drop it",
     ("--seeds", 1): "--seeds is not read with --screen; drop it",
-    ("--sampler-seed", 1): "--sampler-seed is not read with --screen; drop it",
+    ("--trials", 1): "--trials is not read with --screen; drop it",
     ("--epochs", 3): "--epochs is not read with --screen; drop it",
     ("--physics", "none"): "--physics is not read with --screen; drop it",
     ("--pooling", "max"): "--pooling is not read with --screen; drop it",

@@ -51,21 +51,18 @@ def test_a_seed_holds_out_the_same_dates_in_any_order_of_the_rows():
     assert len({split.held_out.tobytes() for split in splits(table, range(20))}) > 15
 
 
-@pytest.mark.parametrize("dates, share, count", [
-    (12, 1 / 3, 4), (13, 1 / 3, 5), (3, 1 / 3, 1), (10, 0.7, 7), (100, 0.07, 7)])
-def test_whole_dates_are_held_out_as_many_as_asked(dates, share, count):
+@pytest.mark.parametrize("dates, count", [(3, 1), (12, 4), (13, 5), (14, 5)])
+def test_a_third_of_the_dates_is_held_out_whole(dates, count):
     table = labels(["Tas"] * dates)
-    split = date_split(table, 5, share)
+    split = date_split(table, 5)
     by_date = pd.Series(split.held_out).groupby(table["Sampling_Date"].to_numpy())
     assert (by_date.nunique() == 1).all() and by_date.first().sum() == count
 
 
-@pytest.mark.parametrize("dates, share, said", [
-    (1, 1 / 3, "1 sampling date of 1, .* choose a smaller share"), (2, 1 / 3, "1 sampling date of 2,"),
-    (10, 0.85, "9 sampling dates of 10,"), (10, 0, "between 0 and 1"), (10, 1, "between 0 and 1"),
-    (10, float("nan"), "between 0 and 1")])
-def test_too_few_dates_are_refused_with_a_way_out(dates, share, said):
-    with pytest.raises(BiomassError, match=said): date_split(labels(["Tas"] * dates), 0, share)
+@pytest.mark.parametrize("dates, said", [(1, "1 sampling date;"), (2, "2 sampling dates;")])
+def test_too_few_dates_are_refused_with_a_way_out(dates, said):
+    with pytest.raises(BiomassError, match=f"{said} .* label photos of more days"):
+        date_split(labels(["Tas"] * dates), 0)
 
 
 def test_a_split_that_takes_a_whole_state_is_kept_and_marked():

@@ -138,35 +138,52 @@ def _seeing(passes: list, kept: list) -> tuple:
     blind = {i for p in passes if p not in kept for i in p.members}
     return tuple(sorted({i for p in passes for i in p.members} - blind))
 
+
+def _each_cheaper(levels: list) -> list:
+    "Levels without those that cost no less than one before them."
+    kept = levels[:1]
+    for level in levels[1:]:
+        if level.work < kept[-1].work: kept.append(level)
+    return kept
+
+# %% ../../nbs/4_inference/4_plan.ipynb #b9caf633
+def _without(passes: list, gone: list, everything: list) -> list:
+    "Passes but for those that are given up; all of them where no member would be left."
+    rest = [p for p in passes if p not in gone]
+    return rest if _seeing(everything, rest) else passes
+
+
+def _finest_first(passes: list) -> list:  # TileSpecs
+    "The grids that are read, by the pixels that a backbone sees of a half."
+    def pixels(spec): return spec.rows * spec.cols * spec.size**2
+
+    return sorted({p.spec for p in passes}, key=pixels, reverse=True)
+
 # %% ../../nbs/4_inference/4_plan.ipynb #b9caf632
 def plan_levels(
     manifest: dict,  # of a bundle
     views: list,  # Views
 ) -> list:  # Levels, the richest first, each cheaper than the one before it
     "What is left of an ensemble when views, then grids, then folds are given up."
-    everything = passes = plan_passes(manifest["members"], views, heard_members(manifest))
-    seen, levels = backbone_views(views), []
+    everything = plan_passes(manifest["members"], views, heard_members(manifest))
+    seen = backbone_views(views)
 
-    def add(n_views, kept):
-        some = tuple(v for v in views if v.backbone in seen[:n_views])
+    def level(count, kept):
+        "With so many backbone views, and some of the passes."
         members = _seeing(everything, kept)
-        work = n_views * sum(pass_work(p, manifest) for p in kept if set(p.members) & set(members))
-        if not levels or work < levels[-1].work: levels.append(Level(some, members, work))
+        read = [p for p in kept if set(p.members) & set(members)]
+        work = count * sum(pass_work(p, manifest) for p in read)
+        return Level(tuple(v for v in views if v.backbone in seen[:count]), members, work)
 
-    def drop(gone):
-        rest = [p for p in passes if p not in gone]
-        if not _seeing(everything, rest): return passes
-        add(1, rest)
-        return rest
-
-    for n in range(len(seen), 0, -1): add(n, passes)
-
-    def pixels(spec): return spec.rows * spec.cols * spec.size**2
-
-    for finest in sorted({p.spec for p in passes}, key=pixels, reverse=True):
-        passes = drop([p for p in passes if p.spec == finest])
-    for last in passes[::-1]: passes = drop([last])
-    return levels
+    found = [level(count, everything) for count in range(len(seen), 0, -1)]
+    kept = everything
+    for finest in _finest_first(everything):
+        kept = _without(kept, [p for p in kept if p.spec == finest], everything)
+        found.append(level(1, kept))
+    for last in reversed(kept):
+        kept = _without(kept, [last], everything)
+        found.append(level(1, kept))
+    return _each_cheaper(found)
 
 # %% ../../nbs/4_inference/4_plan.ipynb #903890fa
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}

@@ -32,13 +32,8 @@ from ..features.device import pick_device, pick_devices
 from ..features.store import feature_batches
 from ..features.tta import View, parse_view
 from .bundle import Bundle, read_bundle
-from biomass_kit.inference.ensemble import (
-    Ensemble,
-    fallback_grams,
-    is_main_process,
-    predict_shared,
-    serve_all,
-)
+from .devices import is_main_process, predict_shared, serve_all
+from .ensemble import Ensemble, fallback_grams
 from .folder import FOLDER_PHYSICS, FolderTable, intervals_from_heads, parts_of
 from .issues import MEANS, Issue, Outcome, issues_path, write_issues
 from .paddocks import find_paddocks, paddocks_path, xlsx_path

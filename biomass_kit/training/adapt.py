@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['fold_grams', 'union_oof', 'renewed_physics', 'renewed_intervals', 'heard_combine', 'own_scores', 'refit_member',
-           'union_pooled', 'renewed_reference', 'write_adapted', 'own_photos', 'verdict_lines', 'own_table', 'adapt']
+           'union_pooled', 'save_unions', 'renewed_reference', 'adapted_tag', 'write_adapted', 'own_photos',
+           'verdict_lines', 'own_table', 'adapt']
 
 # %% ../../nbs/5_training/12_adapt.ipynb #ada99004
 import hashlib
@@ -150,10 +151,17 @@ def union_pooled(head: Head, adapter: Adapter, verdict: Verdict, digests: torch.
         head.own, torch.tensor(adapter.grams, dtype=torch.float32), torch.from_numpy(adapter.groups),
         head.pooled.fold.max() + 1 + torch.from_numpy(verdict.parts),
         torch.full((len(digests),), verdict.weight), digests)
-    joined = {
-        name: torch.cat(pair, int(name == "rows")) for name,
-        pair in zip(Pooled._fields, zip(head.pooled, own))}
-    return Pooled(**joined)
+    joined = [torch.cat(pair) for pair in zip(head.pooled[1:], own[1:])]
+    return Pooled(torch.cat([head.pooled.rows, own.rows], 1), *joined)  # photos stand behind views in `rows`
+
+
+def save_unions(out, adapter: Adapter, members: list, unions: dict) -> list:  # "pooled" of the manifest
+    "Write what heads learned from, once for all heads that learned from the same."
+    views, chosen = {}, {}  # of the heads that share a union
+    for head, member in zip(adapter.heads, members):
+        views[id(head.pooled)] = [parse_view(name) for name in head.views]
+        chosen.setdefault(id(head.pooled), {})[member["name"]] = head.chosen
+    return [save_pooled_rows(out, unions[key], views[key], chosen[key]) for key in chosen]
 
 # %% ../../nbs/5_training/12_adapt.ipynb #ada97015
 def renewed_reference(out, pooled: Pooled, members: list) -> dict:
@@ -165,6 +173,12 @@ def renewed_reference(out, pooled: Pooled, members: list) -> dict:
     return {"file": save_reference(out, tensors), "member": members[0]["name"]}
 
 # %% ../../nbs/5_training/12_adapt.ipynb #ada97015a
+def adapted_tag(adapter: Adapter, verdict: Verdict, digests: torch.Tensor) -> str:
+    "What tells the new members from those of other own photos, labels or weights."
+    labels = f"{adapter.grams.tolist()} {verdict.weight}"
+    return hashlib.sha256(digests.numpy().tobytes() + labels.encode()).hexdigest()[:8]
+
+
 def write_adapted(
     bundle: Bundle,
     adapter: Adapter,
@@ -175,24 +189,22 @@ def write_adapted(
     "Write the adapted bundle."
     out = Path(out)
     digests = photo_digests(table["path"])
-    labels = f"{adapter.grams.tolist()} {verdict.weight}"
-    tag = hashlib.sha256(digests.numpy().tobytes() + labels.encode()).hexdigest()[:8]
+    tag = adapted_tag(adapter, verdict, digests)
     oof, groups = union_oof(adapter, verdict)
     physics, corrected = renewed_physics(adapter, oof)
+    # what each head learned from, by what it learned from before: heads of one run share it
     unions = {id(head.pooled): union_pooled(head, adapter, verdict, digests) for head in adapter.heads}
-    members, entries = [], {}
-    for head in adapter.heads:
-        members.append(refit_member(head, adapter, verdict.weight, tag, out, bundle))
-        entries.setdefault(id(head.pooled), (head, {}))[1][members[-1]["name"]] = head.chosen
-    pooled = [save_pooled_rows(out, unions[key], map(parse_view, head.views), names)
-              for key, (head, names) in entries.items()]
+    members = [refit_member(head, adapter, verdict.weight, tag, out, bundle) for head in adapter.heads]
     mine = {"weight": verdict.weight, "photos": photo_facts(table)}
     trust = {
         "intervals": renewed_intervals(adapter, oof, groups, corrected),
         "reference": renewed_reference(out, unions[id(adapter.pooled)], members),
-        "shared_dates": 0.0 if len(set(adapter.groups)) > 1 else 1.0, "pooled": pooled,
-        "photos": bundle.trust.get("photos"), "versions": run_facts()["versions"],
-        "adapted": [*bundle.trust.get("adapted", ()), mine]}
+        "shared_dates": 0.0 if len(set(adapter.groups)) > 1 else 1.0,
+        "pooled": save_unions(out, adapter, members, unions),
+        "photos": bundle.trust.get("photos"),
+        "versions": run_facts()["versions"],
+        "adapted": [*bundle.trust.get("adapted", ()), mine],
+    }
     trust = {k: v for k, v in trust.items() if v is not None}
     scores = own_scores(adapter, verdict)
     write_manifest(out, members, physics, bundle.manifest["views"], scores, heard_combine(adapter), trust)

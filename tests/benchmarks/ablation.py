@@ -16,7 +16,7 @@ from biomass_kit.command import command
 from biomass_kit.data.files import write_csv
 from biomass_kit.data.progress import progress, say
 from biomass_kit.evidence.holdout import Contender, Study, run_study
-from biomass_kit.evidence.splits import SHARE, holdout_lines, holdout_table
+from biomass_kit.evidence.splits import holdout_lines, holdout_table
 from biomass_kit.training.config import TrainConfig, check_config
 from biomass_kit.training.recipes import TWO_GRIDS, recipe, recipe_runs
 
@@ -71,7 +71,7 @@ def main(args=None):
     "Train and score the rows."
     a = tyro.cli(Args, args=args)
     seeds = tuple(range(a.first_seed, a.first_seed + a.splits))
-    study = Study(contenders(a), seeds, SHARE, a.out)
+    study = Study(contenders(a), seeds, a.out)
     scores = run_study(study, a.processes or os.cpu_count(), progress, say)
     write_csv(a.out / "scores.csv", scores)
     print(*holdout_lines(holdout_table(scores, DEFAULT)), sep="\n")
