@@ -18,7 +18,6 @@ MOST_BYTES = 150_000  # of a stored picture
 LONGER = {
     "one class or function; no cell boundary can part it": {
         "data.progress": ["Lines"],
-        "features.augment": ["GreenJitter"],
         "features.backbone": ["Backbone", "build_backbone"],
         "features.runner": ["TileRunner"],
         "features.store": ["FeatureCache", "SharedCache"],
