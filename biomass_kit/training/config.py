@@ -219,6 +219,7 @@ class PhysicsConfig:
     tta: tuple[str, ...] = DEFAULT_VIEWS  # views averaged at prediction
     physics: Literal[tuple(METHODS)] = "derive_dead"  # how predictions are made consistent
     correction_threshold: NotNegative = 0.15  # share of the total beyond which derive_dead corrects
+    always_correct_dead: bool = False  # alias of --physics always
 
 # %% ../../nbs/5_training/1_config.ipynb #c0f16006
 @dataclass(frozen=True)
@@ -327,7 +328,8 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "augment_size": (_changes_pixels, "--augment full of photos, not of stored features"),
     "cache_gb": (_has_cache, "the cache"),
     "shard": (_fine_tunes, FINE_TUNED),
-    "correction_threshold": (lambda c: c.physics == "derive_dead", "--physics derive_dead"),
+    "correction_threshold": (
+        lambda c: c.physics == "derive_dead" and not c.always_correct_dead, "--physics derive_dead"),
 }
 
 # %% ../../nbs/5_training/1_config.ipynb #co000002
@@ -398,6 +400,8 @@ def _check_prediction(c):
               "--learn-from all is scored by all folds; drop it or --train-folds")
     refuse_if(c.learn_from == "all" and c.teacher,
               "--learn-from all has no teacher that has not seen its photos; drop --teacher or it")
+    refuse_if(c.always_correct_dead and c.physics not in ("always", TrainConfig.physics),
+              f"--always-correct-dead contradicts --physics {c.physics}")
     refuse_if(c.physics in NEEDS_COVARIANCE and not all_folds and len(c.train_folds) < 2,
               f"--physics {c.physics} learns from other folds' errors; train two folds or more")
     refuse_if(not all_folds and not _each_once(c.train_folds),
@@ -446,7 +450,8 @@ CHECKS = (
 
 
 def _resolved(c: TrainConfig) -> TrainConfig:
-    "The same with every `auto` resolved."
+    "The same with the alias and every `auto` resolved."
+    if c.always_correct_dead: c = dataclasses.replace(c, physics="always")
     if _is_closed(c): return c
     augment, average = c.augment, c.average
     if augment == "auto": augment = "flips" if _keeps_features(c) and not c.stored_draws else "full"
@@ -454,7 +459,7 @@ def _resolved(c: TrainConfig) -> TrainConfig:
     return dataclasses.replace(c, augment=augment, average=average)
 
 
-def check_config(c: TrainConfig) -> TrainConfig:  # with every `auto` resolved
+def check_config(c: TrainConfig) -> TrainConfig:  # with the alias and every `auto` resolved
     "Refuse options that contradict each other; resolve those that depend on others."
     quadrat_area(c.quadrat_cm)
     for spec in feature_configs(c): pooled_statistics(spec.pooling)
