@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .paths import TYPED, place, refuse
+from .paths import TYPED, place, refuse, refuse_cell
 from .table import NO_VALUE, NUMBER, as_numbers
 from .targets import BiomassError, in_one_line
 
@@ -50,9 +50,10 @@ SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")  # with which a spreadsheet may beg
 def _parted(text: str, mark: str) -> dict:  # line at which each row begins -> its values
     "Text cut into rows and cells, without empty rows."
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    rows, last = {}, 0
+    rows, end = {}, 0
     for values in reader:
-        line, last = last + 1, reader.line_num
+        line = end + 1
+        end = reader.line_num
         values = [v.strip() for v in values]
         if any(values): rows[line] = values
     return rows
@@ -192,12 +193,10 @@ def numbers(
         texts = texts.str.replace(",", ".", regex=False)
     values = as_numbers(texts)
     mark = "comma" if comma else "point"
-
-    def say(fault): return lambda r: f"{column} '{r[column]}' of {r.image_path} {fault}"
-
-    refuse(path, rows, values.isna() & ~empty,
-           say(f"is not a number; write one with a decimal {mark}, or leave it empty"))
-    refuse(path, rows, values.abs() > np.finfo(np.float32).max, say("is more than can be counted; check it"))
+    refuse_cell(path, rows, values.isna() & ~empty, column,
+                f"is not a number; write one with a decimal {mark}, or leave it empty", "image_path")
+    refuse_cell(path, rows, values.abs() > np.finfo(np.float32).max, column,
+                "is more than can be counted; check it", "image_path")
     return values
 
 # %% ../../nbs/1_data/6b_cells.ipynb #80e97157
@@ -219,8 +218,7 @@ def _first_is_day(found: re.Match):
 
 def _as_date(text: str, day_first: bool):
     "The date that a text means, as pandas has it; NaT where it is none."
-    year_first = YEAR_FIRST.fullmatch(text)
-    if year_first: parts = year_first[1], year_first[3], year_first[4]
+    if found := YEAR_FIRST.fullmatch(text): parts = found[1], found[3], found[4]
     elif found := COMPACT.fullmatch(text): parts = found.groups()
     elif found := YEAR_LAST.fullmatch(text):
         parts = (found[4], found[3], found[1]) if day_first else (found[4], found[1], found[3])

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .files import write_csv
-from .paths import photo_paths, refuse
+from .paths import photo_paths, refuse, refuse_cell
 from .progress import counted
 from .targets import TARGETS, BiomassError, as_grams, identity_residuals, weighted_r2
 
@@ -82,12 +82,14 @@ def _records(path, columns) -> tuple:  # (header: its names; rows: line at which
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.reader(f, strict=True)
         full = [v.strip() for v in next(reader, [])]
-        # a comma at each line's end names nothing
-        header = full[: max((i for i, name in enumerate(full, 1) if name), default=0)]
+        header = list(full)
+        while header and not header[-1]: header.pop()  # a comma at each line's end names nothing
         _check_header(path, header, columns)
-        rows, last = {}, reader.line_num
+        rows, end = {}, reader.line_num
         for values in reader:
-            line, last, values = last + 1, reader.line_num, [v.strip() for v in values]
+            line = end + 1
+            end = reader.line_num
+            values = [v.strip() for v in values]
             if not any(values): continue
             if len(values) not in (len(header), len(full)) or any(values[len(header) :]):
                 raise BiomassError(
@@ -141,12 +143,10 @@ def as_numbers(texts: pd.Series) -> pd.Series:
 def _target_grams(rows, path) -> pd.Series:
     "The target column as grams: finite in single precision, and not negative."
     grams = as_numbers(rows["target"])
-
-    def say(fault): return lambda r: f"target '{r.target}' of {r.sample_id} {fault}"
-
-    refuse(path, rows, grams.isna(), say("is not a number; write grams with a decimal point"))
-    refuse(path, rows, grams < 0, say("is negative; a dry mass is zero or more grams"))
-    refuse(path, rows, grams > np.finfo(np.float32).max, say("is more than can be counted; write grams"))
+    refuse_cell(path, rows, grams.isna(), "target", "is not a number; write grams with a decimal point")
+    refuse_cell(path, rows, grams < 0, "target", "is negative; a dry mass is zero or more grams")
+    refuse_cell(path, rows, grams > np.finfo(np.float32).max, "target",
+                "is more than can be counted; write grams")
     return grams
 
 
@@ -164,12 +164,10 @@ def _aux_values(rows, path) -> dict:  # column -> float64 [rows], NaN where it i
     found = {column: as_numbers(rows[column]) for column in AUX_VALUES.values() if column in rows}
     for column, values in found.items():
         empty = rows[column].str.casefold().isin(NO_VALUE)
-        faults = {
-            "is not a number; write one with a decimal point, or leave it empty": values.isna() & ~empty,
-            "is more than can be counted; check it": values.abs() > np.finfo(np.float32).max,
-        }
-        for fault, bad in faults.items():
-            refuse(path, rows, bad, lambda r: f"{column} '{r[column]}' of {r.sample_id} {fault}")
+        refuse_cell(path, rows, values.isna() & ~empty, column,
+                    "is not a number; write one with a decimal point, or leave it empty")
+        refuse_cell(path, rows, values.abs() > np.finfo(np.float32).max, column,
+                    "is more than can be counted; check it")
     return found
 
 # %% ../../nbs/1_data/6_table.ipynb #fa75835f
@@ -187,18 +185,14 @@ def _sampling_dates(rows, path) -> pd.Series:
     "Sampling dates, written `2015/9/4`, `2015-09-04` or, with a time, as ISO does: `2015-09-04T10:30:00Z`."
     plain = rows["Sampling_Date"].map(_without_time).str.replace("-", "/")
     dates = pd.to_datetime(plain, format="%Y/%m/%d", errors="coerce")
-    refuse(
-        path, rows, dates.isna(),
-        lambda r: f"Sampling_Date '{r.Sampling_Date}' of {r.sample_id} is not a date; write year/month/day")
+    refuse_cell(path, rows, dates.isna(), "Sampling_Date", "is not a date; write year/month/day")
     return dates
 
 # %% ../../nbs/1_data/6_table.ipynb #6e2d2e6c
 def _check_targets(rows, path):
     "Every photo has each of the five targets exactly once, and one set of metadata."
     known = rows["target_name"].isin(TARGETS)
-    refuse(
-        path, rows, ~known,
-        lambda r: f"target_name '{r.target_name}' of {r.sample_id} is none of {', '.join(TARGETS)}")
+    refuse_cell(path, rows, ~known, "target_name", f"is none of {', '.join(TARGETS)}")
     twice = rows.duplicated(["image_path", "target_name"])
     refuse(
         path, rows, twice,
@@ -381,9 +375,9 @@ def check_submission(
            lambda r: f"sample_id {r.sample_id} appears a second time; keep one row")
     _check_ids(path, rows["sample_id"], _submission_model(folder, path))
     grams = _target_grams(rows, path)
-    refuse(path, rows, grams > PLAUSIBLE_GRAMS, lambda r: f"target '{r.target}' of {r.sample_id} "
-            f"is over {PLAUSIBLE_GRAMS:g} g, more than any quadrat of the competition; "
-            "check the unit, or the weights that predicted it")
+    refuse_cell(path, rows, grams > PLAUSIBLE_GRAMS, "target",
+                f"is over {PLAUSIBLE_GRAMS:g} g, more than any quadrat of the competition; "
+                "check the unit, or the weights that predicted it")
     return rows.assign(target=grams).reset_index(drop=True)
 
 # %% ../../nbs/1_data/6_table.ipynb #c0b00005

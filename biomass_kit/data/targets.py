@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
-           'LOG_TARGETS', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError', 'in_one_line', 'as_grams',
-           'as_labels', 'label_counts', 'label_masks', 'identity_residuals', 'weighted_r2', 'per_target_scores',
-           'quadrat_area', 'quadrat_text', 'kg_per_ha', 'to_link', 'from_link', 'to_log', 'from_log', 'trimmed_mean',
-           'mixture', 'combine']
+           'LOG_TARGETS', 'LINKED', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError', 'in_one_line',
+           'as_grams', 'as_labels', 'label_counts', 'label_masks', 'identity_residuals', 'weighted_r2',
+           'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'Link', 'to_link', 'from_link',
+           'trimmed_mean', 'mixture', 'combine']
 
 # %% ../../nbs/1_data/1_targets.ipynb #655f6432
 import reprlib
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -162,73 +163,63 @@ def kg_per_ha(
 LOG_TARGETS = {"none": (), "dead_clover": (DEAD, CLOVER), "all": tuple(range(len(TARGETS)))}
 
 # %% ../../nbs/1_data/1_targets.ipynb #b76f0614
-def _change(values, chosen, name, low):
-    """`values` with the method or numpy function `name` applied to the `chosen` columns, cut at `low` first,
-    in 32 bits or more."""
+def _changed(values, chosen, function):
+    "`values` with the `chosen` columns changed by `function(library, columns)`, in 32 bits or more."
     if not len(chosen): return values
     if hasattr(values, "clone"):
+        import torch as library
+
         wide = values.dtype.is_floating_point and values.element_size() >= 4
         out = values.clone() if wide else values.float()
-    else: out = np.array(values, dtype=np.result_type(np.asarray(values).dtype, np.float32))
-    part = out[..., list(chosen)]
-    part = part if low is None else part.clip(low)
-    out[..., list(chosen)] = getattr(part, name)() if hasattr(part, name) else getattr(np, name)(part)
+    else:
+        library = np
+        out = np.array(values, dtype=np.result_type(np.asarray(values).dtype, np.float32))
+    columns = list(chosen)
+    out[..., columns] = function(library, out[..., columns])
     return out
 
 # %% ../../nbs/1_data/1_targets.ipynb #1d5e0c02
-_WAYS = {  # link -> what is done to grams and below what they are cut first; the same for the way back
-    "identity": None,
-    "log1p": (("log1p", 0), ("expm1", None)),
-    "sqrt": (("sqrt", 0), ("square", 0)),
+class Link(NamedTuple):
+    "What is done to grams, and how it is undone: functions of (NumPy or torch, values)."
+    there: Callable
+    back: Callable
+
+
+LINKED = {
+    "log1p": Link(lambda lib, grams: lib.log1p(grams.clip(0)), lambda lib, logs: lib.expm1(logs)),
+    "sqrt": Link(lambda lib, grams: lib.sqrt(grams.clip(0)), lambda lib, roots: lib.square(roots.clip(0))),
 }
-LINKS = tuple(_WAYS)  # the spaces in which grams can be compared
+LINKS = ("identity", *LINKED)  # the spaces in which grams can be compared
 
 
-def _way(link):
-    "How a link is gone and undone; refuses a name that is none."
-    if link not in _WAYS: raise BiomassError(f"link '{link}': choose one of {', '.join(LINKS)}")
-    return _WAYS[link]
+def _link(name):
+    "The Link of that name, None for `identity`; refuses a name that is none."
+    if name not in LINKS: raise BiomassError(f"link '{name}': choose one of {', '.join(LINKS)}")
+    return LINKED.get(name)
 
 # %% ../../nbs/1_data/1_targets.ipynb #1d5e0c09
 def to_link(
     values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero where a link is gone
     chosen: tuple,  # columns, a value of LOG_TARGETS
-    link: str,  # one of LINKS
+    link: str = "log1p",  # one of LINKS
 ):  # [..., 5] of the same kind, the chosen columns in the link's space
     "Grams to the space in which a head or its loss compares them; `identity` leaves them as they are."
-    way = _way(link)
-    return _change(values, chosen, *way[0]) if way else values
+    found = _link(link)
+    return _changed(values, chosen, found.there) if found else values
 
 
 def from_link(
     values,  # [..., 5] from `to_link`, or what a head predicted in its place
     chosen: tuple,  # the same columns
-    link: str,  # the same link
+    link: str = "log1p",  # the same link
 ):  # [..., 5] grams
     """The inverse of `to_link`; a root below zero is zero grams, a logarithm below zero is above -1 g.
 
     A mean taken in the link's space comes back near the median, so below the mean in grams: for `sqrt` by the
     variance of the roots.
     """
-    way = _way(link)
-    return _change(values, chosen, *way[1]) if way else values
-
-# %% ../../nbs/1_data/1_targets.ipynb #1d5e0c04
-def to_log(
-    values,  # [..., 5] grams, a numpy array or a torch tensor; below zero counts as zero
-    chosen: tuple,  # columns, a value of LOG_TARGETS
-):  # [..., 5] of the same kind, the chosen columns as log(1 + grams)
-    "Grams to the space in which a loss compares them."
-    return to_link(values, chosen, "log1p")
-
-
-def from_log(
-    values,  # [..., 5] from `to_log`, or what a head predicted in its place
-    chosen: tuple,  # the same columns
-):  # [..., 5] grams
-    """The inverse of `to_log`;
-    a prediction below zero in log space comes back above -1 g, for `physics` to clamp."""
-    return from_link(values, chosen, "log1p")
+    found = _link(link)
+    return _changed(values, chosen, found.back) if found else values
 
 # %% ../../nbs/1_data/1_targets.ipynb #c304bb25
 TRIM = 0.2  # share of the members that a trimmed mean drops at each end

@@ -31,7 +31,7 @@ from biomass_kit.data.cells import (
 from .exif import when_and_where
 from .files import file_digest, visible_names
 from .options import LabelsConfig
-from .paths import photo_paths, place, refuse
+from .paths import photo_paths, place, refuse, refuse_cell
 from .photos import PHOTO_SUFFIXES
 from .progress import counted
 from biomass_kit.data.table import (
@@ -141,11 +141,16 @@ def photo_column(
         if asked in rows: return asked
         raise BiomassError(f"--photo-column {asked}: {path} has no such column; it has {_listed(rows)}")
     hits = {c: int(rows[c].map(lambda text: _basename(text) in index).sum()) for c in rows}
-    names = [name for name in PHOTO_NAMES for c in rows if _plain(c) == name]
-    def rank(c): return hits[c], -names.index(_plain(c)) if _plain(c) in names else -len(PHOTO_NAMES)
+
+    def rank(c):
+        "First by the photos that it names, then by its own name."
+        own = _plain(c)
+        place = PHOTO_NAMES.index(own) if own in PHOTO_NAMES else len(PHOTO_NAMES)
+        return hits[c], -place
+
     best = max(rows, key=rank)
     alike = [c for c in rows if rank(c) == rank(best)]
-    if len(alike) == 1 and (hits[best] or _plain(best) in names): return best
+    if len(alike) == 1 and (hits[best] or _plain(best) in PHOTO_NAMES): return best
     fault = f"{_listed(alike)} name photos alike" if hits[best] else "no column names photos of the folder"
     raise BiomassError(f"{path}: {fault}; name the column with --photo-column; columns are {_listed(rows)}")
 
@@ -201,8 +206,7 @@ def grams_of(
         if name not in found: continue
         column = found[name]
         values = numbers(path, rows, column, comma)
-        refuse(path, rows, values < 0,
-               lambda r: f"{column} '{r[column]}' of {r.image_path} is negative; a dry mass is zero or more")
+        refuse_cell(path, rows, values < 0, column, "is negative; a dry mass is zero or more", "image_path")
         per_ha = unit == "kg_ha" or _plain(column) == _plain(KG_HA[i])
         grams[:, i] = values / kg_per_ha(1.0, quadrat_cm) if per_ha else values
     filled = fill_implied(grams)

@@ -309,8 +309,7 @@ def search(
         claim_folder(s)
         study = open_study(s)
     log(f"{s.config.out}: {len(study.trials)} trials begun of {trials}; seeds "
-        f"{', '.join(map(str, s.seeds))}; "
-        "only the best trial keeps its weights")
+        f"{', '.join(map(str, s.seeds))}; only the best trial keeps its weights")
     while True:
         with study_lock(s): taken = next_trial(s, study, trials)
         if not taken: break
@@ -366,8 +365,7 @@ def _fresh(s: Search, recipes: dict, progress: Callable, log: Callable) -> dict:
     seed = other_fold_seed(s.config)
     if seed is None:
         log("folds cannot be assigned in another way (each group is a fold, or a teacher is bound to its "
-            "folds), "
-            "so there is no unbiased score")
+            "folds), so there is no unbiased score")
         return None
     log(f"training {' and '.join(recipes)} again on another assignment of the folds (--fold-seed {seed}), "
         "which had no part in the choice")

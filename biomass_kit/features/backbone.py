@@ -195,9 +195,8 @@ def _check_name(name: str):
     if owner:
         raise BiomassError(
             f"--backbone {name}: a backbone is named as timm names it, without an owner; download "
-            "model.safetensors from "
-            f"https://huggingface.co/{owner}/{plain} and give --backbone NAME_IN_TIMM --backbone-weights "
-            "model.safetensors")
+            f"model.safetensors from https://huggingface.co/{owner}/{plain} and give --backbone NAME_IN_TIMM "
+            "--backbone-weights model.safetensors")
     near = difflib.get_close_matches(plain, [*timm.list_models(), *timm.list_pretrained()], 3)
     raise BiomassError(f"--backbone {name}: timm {timm.__version__} has no such model; "
                        + (f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what it "
@@ -279,8 +278,7 @@ def _check_size(name: str, size: int):
     near = sorted({*range(step, size + 2 * step, step)} - {size}, key=lambda s: (abs(s - size), s))[:4]
     works = next((s for s in near if not _fault(name, s)), own)
     raise BiomassError(f"--tile-size {size}: {name} takes no tiles of this size ({fault}); use --tile-size "
-                       f"{works}, "
-                       f"or leave the option out for the model's own {own}")
+                       f"{works}, or leave the option out for the model's own {own}")
 
 
 # %% ../../nbs/2_features/5_backbone.ipynb #0407ba06
@@ -449,19 +447,17 @@ def lora_layers(
     "Attention and MLP layers that a tile really passes through; a backbone without any is refused."
     if importlib.util.find_spec("peft") is None:
         raise BiomassError("--lora-rank needs the peft package, and only to train; pip install peft")
-    called, named = [], {
-        n: m for n,
-        m in backbone.model.named_modules()
-        if n.rpartition(".")[2] in LORA_LAYERS and isinstance(m, torch.nn.Linear)}
-    hooks = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in named.items()]
+    called, hooks = set(), []
+    for name, module in backbone.model.named_modules():
+        if name.rpartition(".")[2] not in LORA_LAYERS or not isinstance(module, nn.Linear): continue
+        hooks.append(module.register_forward_hook(lambda *_, name=name: called.add(name)))
     with torch.no_grad():
         backbone.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=backbone.mean.device))
     for hook in hooks: hook.remove()
     if not called:
         raise BiomassError(f"--lora-rank: {backbone.name} has no linear attention or MLP layers "
-                           f"({', '.join(LORA_LAYERS)}) to adapt; "
-                           "use a vision transformer, or drop it")
-    return sorted(set(called))
+                           f"({', '.join(LORA_LAYERS)}) to adapt; use a vision transformer, or drop it")
+    return sorted(called)
 
 # %% ../../nbs/2_features/5_backbone.ipynb #1f1f7c8c
 def adapted_layers(backbone) -> dict:

@@ -73,6 +73,12 @@ def working_gpus(
         else: yield device
 
 # %% ../../nbs/2_features/4_device.ipynb #bb58cc00
+def _devices_of(kind: str, say: Callable):  # yields torch.devices
+    "The devices of one type that work."
+    if kind == "cuda": yield from working_gpus(say)
+    elif kind == "cpu" or torch.backends.mps.is_available(): yield torch.device(kind)
+
+# %% ../../nbs/2_features/4_device.ipynb #de1d000h
 def pick_devices(
     kind: str = "auto",  # one of DEVICE_TYPES
     say: Callable = warnings.warn,  # takes what is wrong with a GPU
@@ -80,14 +86,14 @@ def pick_devices(
     "The devices asked for, all GPUs that work, or `BiomassError` where there is none."
     if kind not in DEVICE_TYPES:
         raise BiomassError(f"--device-type {kind}: unknown; choose one of {', '.join(DEVICE_TYPES)}")
-    present = {
-        "cuda": working_gpus(say), "mps": iter([torch.device("mps")] * torch.backends.mps.is_available()),
-        "cpu": iter([torch.device("cpu")])}
-    for k in present if kind == "auto" else (kind,):
-        if (first := next(present[k], None)) is not None:
-            yield first
-            yield from present[k]
-            return
+    kinds = ("cuda", "mps", "cpu") if kind == "auto" else (kind,)
+    for each in kinds:
+        found = _devices_of(each, say)
+        first = next(found, None)
+        if first is None: continue
+        yield first
+        yield from found
+        return
     raise BiomassError(
         f"--device-type {kind}: this machine has no {kind} device that works; use --device-type "
         f"{pick_device('auto', lambda line: None).type}")

@@ -292,14 +292,15 @@ def _cut(pair, spec, device) -> torch.Tensor:
 def _tiles(pair, request, variants, digest, cut) -> dict:
     """The tiles that a backbone sees for each variant;
     a view's keep their unflipped places and are flipped on the device."""
+    found = {}
     for v in variants:
-        draw = v if isinstance(v, Draw) else None
-        key = request.spec, draw and draw.key
+        copy = v if isinstance(v, Draw) else None
+        key = request.spec, copy and copy.key
         if key not in cut:
-            cut[key] = _cut(
-                draw.apply(pair, digest) if draw else pair, request.spec, request.backbone.mean.device)
-    return {v: cut[request.spec, v.key if isinstance(v, Draw) else None] for v in variants}
-
+            pixels = copy.apply(pair, digest) if copy else pair
+            cut[key] = _cut(pixels, request.spec, request.backbone.mean.device)
+        found[v] = cut[key]
+    return found
 
 # %% ../../nbs/2_features/6_store.ipynb #51716a1b
 def _fresh_tiles(photos: list, i: int, request: FeatureRequest, variant, rows: list) -> torch.Tensor:

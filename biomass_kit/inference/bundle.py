@@ -251,15 +251,12 @@ class Bundle(NamedTuple):
         except (BiomassError, TypeError, ValueError, LookupError, RuntimeError, OverflowError) as e:
             raise BiomassError(
                 f"{path}: this biomass_kit {biomass_kit.__version__} cannot build its head "
-                f"({in_one_line(e)}); "
-                f"install biomass_kit {member['library']}, or train it again") from None
-        differ = {
-            name: (found.get(name), due.get(name)) for found in [file_shapes(path)] for name in {*due, *found}
-            if found.get(name) != due.get(name)}
-        if differ:
-            raise BiomassError(
-                "{}: tensor {} has shape {}, its config asks for {}; train or download it again".format(
-                    path, min(differ), *differ[min(differ)]))
+                f"({in_one_line(e)}); install biomass_kit {member['library']}, or train it again") from None
+        found = file_shapes(path)
+        for name in sorted({*due, *found}):
+            if found.get(name) == due.get(name): continue
+            raise BiomassError(f"{path}: tensor {name} has shape {found.get(name)}, its config asks for "
+                               f"{due.get(name)}; train or download it again")
         model = build()
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -275,9 +272,8 @@ class Bundle(NamedTuple):
         columns = read_columns(backbone, ref["pooling"], ref.get("blocks"))
         if len(columns) == due: return columns
         raise BiomassError(
-            f"{self.folder / member['file']}: reads features of {due} channels, and "
-            f"{backbone.name} gives {len(columns)}; "
-            "it belongs to another backbone, train or download it again")
+            f"{self.folder / member['file']}: reads features of {due} channels, and {backbone.name} gives "
+            f"{len(columns)}; it belongs to another backbone, train or download it again")
 
     def load_backbone(
         self,
@@ -323,8 +319,7 @@ def _check_manifest(path, manifest):
                            f"install biomass_kit {manifest.get('library', '?')} or pack the bundle again")
     if version_key(manifest["library"]) > version_key(biomass_kit.__version__):
         raise BiomassError(f"{path}: written by biomass_kit {manifest['library']}, and this is "
-                           f"{biomass_kit.__version__}; "
-                           f"install biomass_kit {manifest['library']} or later")
+                           f"{biomass_kit.__version__}; install biomass_kit {manifest['library']} or later")
     if manifest["targets"] != list(TARGETS):
         raise BiomassError(
             f"{path}: targets {manifest['targets']} differ from this library's {list(TARGETS)}")
@@ -387,9 +382,10 @@ def _check_member(folder: Path, manifest: dict, member: dict):
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #6e047fb0
 def read_bundle(
-    folder,  # holds manifest.json, or is a run folder, whose `bundle` holds it
+    folder,  # holds manifest.json, or is a run folder, whose `bundle` holds it; or a Bundle, which is checked
 ) -> Bundle:
     "Check a bundle whole; raises `BiomassError` naming the file and the fix."
+    if isinstance(folder, Bundle): return folder
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and (folder / "bundle" / MANIFEST).is_file():
         folder = folder / "bundle"
@@ -445,9 +441,8 @@ def _refuse_twice(bundles: list):
                 "drop one of them")
         raise BiomassError(
             f"{both} hold different members called {name}: either one recipe was trained twice (train one of "
-            "them with another --seed), "
-            "or a biomass_kit before 0.2.0 named them, without teacher, precision and the weights' content "
-            "(train one of them again)")
+            "them with another --seed), or a biomass_kit before 0.2.0 named them, without teacher, precision "
+            "and the weights' content (train one of them again)")
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #5c17d6ce
 def copy_members(

@@ -144,8 +144,7 @@ def limits(manifest: dict) -> list:  # of lines
         found.append(f"- {', '.join(map(_word, weak))} by themselves: R2 below {WEAK} on held-out photos.")
     if shared := _trust(manifest).get("shared_dates"):
         found.append(f"- comparing its scores with others: {100 * shared:.0f} % of the scored photos are of "
-                     "dates "
-                     "that were trained on as well, so the scores are optimistically biased.")
+                     "dates that were trained on as well, so the scores are optimistically biased.")
     return found
 
 # %% ../../nbs/4_inference/1c_card.ipynb #ca4d000f

@@ -8,6 +8,7 @@ __all__ = ['WorkQueue', 'serve_all', 'is_main_process', 'predict_shared']
 # %% ../../nbs/4_inference/6a_devices.ipynb #6a000004
 import os
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -50,19 +51,14 @@ class _Event(NamedTuple):
     error: Exception = None  # with which it ended
 
 
+@dataclass(eq=False)
 class _Worker:
     "A device's thread, which tells what it does in events."
-
-    def __init__(
-        self,
-        device: torch.device,
-        make: Callable,  # device -> Ensemble
-        run: Callable,  # Ensemble -> what its `run` yields
-        queue: WorkQueue,  # where its rows come from
-        events: SimpleQueue,  # takes what it tells
-    ):
-        self.device, self.make, self.run = device, make, run
-        self.queue, self.events = queue, events
+    device: torch.device
+    make: Callable  # device -> Ensemble
+    run: Callable  # Ensemble -> what its `run` yields
+    queue: WorkQueue  # where its rows come from
+    events: SimpleQueue  # takes what it tells
 
     def begin(self):
         "Start the thread; one that cannot be started has ended."

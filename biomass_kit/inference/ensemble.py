@@ -297,8 +297,7 @@ class _Run:
         e, deadline = self.ensemble, self.deadline
         if deadline.text is None: return e.levels[0]
         if not self.pace.rates: self._measure(photos, paths)
-        work = partial(e.work, photos)
-        return choose_level(e.levels, self.pace, deadline.left(), work, len(photos), self.left())
+        return choose_level(e.levels, self.pace, deadline.left(), partial(e.work, photos), self.left())
 
     def _measure(self, photos: list, paths: list):
         "Send one photo through the cheapest level, to warm up, then to measure."
@@ -320,8 +319,7 @@ def describe_plan(ensemble: Ensemble) -> str:
              for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
     return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run "
-                      f"{naive}), "
-                      f"on {ensemble.device.type} in {ensemble.precision}:", *lines])
+                      f"{naive}), on {ensemble.device.type} in {ensemble.precision}:", *lines])
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #e0e00001
 def peak_memory(device: torch.device) -> int:  # bytes

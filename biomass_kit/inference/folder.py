@@ -104,14 +104,14 @@ def flags(
     "What should keep a reader from believing a prediction."
     rows = range(len(outcome.names)) if rows is None else rows
 
-    def said(i):
-        return [f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}"] if i in outcome.issues else []
+    def flag(i):
+        said = []
+        if i in outcome.issues: said.append(f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}")
+        if alike is not None and alike[i] <= UNLIKE: said.append("unlike the training photos")
+        if i in outcome.crops: said.append(lost_words(outcome.crops[i]))
+        return sys.intern("; ".join(filter(None, said)))  # many photos say the same
 
-    def strange(i): return ["unlike the training photos"] if alike is not None and alike[i] <= UNLIKE else []
-
-    def cut(i): return [words] if i in outcome.crops and (words := lost_words(outcome.crops[i])) else []
-
-    return [sys.intern("; ".join(said(i) + strange(i) + cut(i))) for i in rows]  # many say the same
+    return [flag(i) for i in rows]
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260008
 class FolderTable(NamedTuple):

@@ -43,22 +43,28 @@ def common_grid(
     return np.mean([m.repeat(rows // m.shape[0], 0).repeat(columns // m.shape[1], 1) for m in maps], 0)
 
 # %% ../../nbs/4_inference/8_maps.ipynb #2ef1fa8f
+def _maps_of_photo(ensemble: Ensemble, features: list) -> dict:  # kind -> map
+    "Where all members look on a photo, from what the passes gave."
+    found = {}
+    for p in ensemble.passes:
+        for m, place in p.readers:
+            own = ensemble.read(m, features)[place]
+            kind, share = member_map(ensemble.models[m], own, p.spec.grid, place)
+            found.setdefault(kind, []).append(share[0])
+    return {kind: common_grid(maps) for kind, maps in found.items()}
+
+
 def _photo_maps(bundle: Bundle, paths: list, fold: list, num_workers: int, options: dict):
     """Yields (row, kind -> map) for each photo that a member maps, fold by fold;
     no map of one that cannot be read."""
     for k in sorted(set(fold)):
-        own = some_members(bundle, lambda m: k in (None, m["fold"]) and member_head(m) == "neural")
-        if not own.members: continue
-        ensemble, rows = Ensemble(own, ["plain"], **options), [i for i, f in enumerate(fold) if f == k]
-        readers = [(i, m, place) for i, p in enumerate(ensemble.passes) for m, place in p.readers]
-        seen = plain_features(ensemble, [paths[i] for i in rows], 1, num_workers)
+        members = some_members(bundle, lambda m: k in (None, m["fold"]) and member_head(m) == "neural")
+        if not members.members: continue
+        ensemble = Ensemble(members, ["plain"], **options)
+        rows = [row for row, f in enumerate(fold) if f == k]
+        seen = plain_features(ensemble, [paths[row] for row in rows], 1, num_workers)
         for row, (features, (fault,)) in zip(rows, seen):
-            found = {}
-            for i, m, place in readers if not fault else ():
-                own = ensemble.read(m, features)[place]
-                kind, share = member_map(ensemble.models[m], own, ensemble.passes[i].spec.grid, place)
-                found.setdefault(kind, []).append(share[0])
-            yield row, {kind: common_grid(maps) for kind, maps in found.items()}
+            yield row, {} if fault else _maps_of_photo(ensemble, features)
 
 # %% ../../nbs/4_inference/8_maps.ipynb #38e3457a
 def photo_maps(
@@ -70,9 +76,10 @@ def photo_maps(
     **options,  # device_type, precision and cache_dir of `Ensemble`
 ) -> list:  # for each photo kind -> [R, C] in times an even share; empty where unread or mapped by no member
     "Where members look, on each photo."
-    bundle, out = weights if isinstance(weights, Bundle) else read_bundle(weights), [{} for _ in paths]
-    found = _photo_maps(
-        bundle, list(paths), list(fold) if fold is not None else [None] * len(out), num_workers, options)
+    bundle = read_bundle(weights)
+    out = [{} for _ in paths]
+    fold = [None] * len(out) if fold is None else list(fold)
+    found = _photo_maps(bundle, list(paths), fold, num_workers, options)
     for row, maps in progress(found, desc="where the model looks", unit="photo", total=len(out)):
         out[row] = maps
     return out

@@ -121,14 +121,12 @@ def check_specs(path, member: dict):
     specs, dims, name = member_specs(member), member_dims(member), member["name"]
     if not specs or len(specs) != len(dims):
         raise BiomassError(f"{path}: member {name} names {len(specs)} feature specs and channels of "
-                           f"{len(dims)}; "
-                           "train or download it again")
+                           f"{len(dims)}; train or download it again")
     for spec in specs:
         sides = *spec["grid"], spec["tile_size"]
         if len(sides) != 3 or not all(type(side) is int and 0 < side < 10_000 for side in sides):
             raise BiomassError(f"{path}: member {name} reads {spec['grid']} tiles of {spec['tile_size']} "
-                               "pixels; "
-                               "train or download it again")
+                               "pixels; train or download it again")
         _check_pooled(path, name, spec["backbone"])
     first = specs[0]["grid"]
     grid = member["config"].get("grid", first)
@@ -148,9 +146,8 @@ def check_alike(path, member: dict, other: dict):
         read = [(ref["pooling"], ref.get("blocks")) for ref in (a, b)]
         if a["name"] == b["name"] and (read[0] != read[1] or mine == theirs): continue
         raise BiomassError(f"{path}: members {member['name']} and {other['name']} read {a['file']} as "
-                           f"{a['name']} "
-                           f"with {mine} channels and as {b['name']} with {theirs}; train or download them "
-                           "again")
+                           f"{a['name']} with {mine} channels and as {b['name']} with {theirs}; train or "
+                           "download them again")
 
 # %% ../../nbs/4_inference/1b_members.ipynb #b0de1009
 def trust_files(trust: dict) -> set:
@@ -163,9 +160,9 @@ def check_trust(path, manifest: dict):
     "Refuse what is remembered of the training photos where its file or its members are not in the manifest."
     trust = manifest.get("trust", {})
     names = [m["name"] for m in manifest["members"]]
-    told = [("reference of training photos", trust["reference"], [trust["reference"]["member"]])
-            ] if trust.get("reference") else []
-    told += [("pooled features", entry, entry["members"]) for entry in trust.get("pooled", ())]
+    told = [("pooled features", entry, entry["members"]) for entry in trust.get("pooled", ())]
+    reference = trust.get("reference")
+    if reference: told.insert(0, ("reference of training photos", reference, [reference["member"]]))
     for what, entry, members in told:
         if entry["file"] in manifest["files"] and set(members) <= set(names): continue
         raise BiomassError(
@@ -190,12 +187,13 @@ def check_lora(folder: Path, ref: dict):
     "Refuse LoRA factors that do not fit the weights that they are to be added to."
     weights, path = file_shapes(folder / ref["file"]), folder / ref["lora"]["file"]
     factors = file_shapes(path)
-    for layer in sorted({name.rpartition(".")[0] for name in factors}):
-        of = {
-            name.rpartition(".")[2]: shape for name,
-            shape in factors.items() if name.rpartition(".")[0] == layer}
-        w = weights.get(f"{layer}.weight")
-        if not _fits(of, w):
-            raise BiomassError(
-                f"{path}: its factors {of} do not fit {layer}.weight {w or '(absent)'} of {ref['file']}; "
-                "train or download the bundle again")
+    of_layer = {}  # layer -> the shapes of its A and B
+    for name, shape in factors.items():
+        layer, _, letter = name.rpartition(".")
+        of_layer.setdefault(layer, {})[letter] = shape
+    for layer, own in sorted(of_layer.items()):
+        weight = weights.get(f"{layer}.weight")
+        if _fits(own, weight): continue
+        raise BiomassError(
+            f"{path}: its factors {own} do not fit {layer}.weight {weight or '(absent)'} of {ref['file']}; "
+            "train or download the bundle again")

@@ -151,8 +151,8 @@ def error_covariance(
 # %% ../../nbs/4_inference/1_physics.ipynb #933f3d20
 METHODS = {  # name -> function of (clamped grams [N, 5], bounds [5], threshold, covariance) -> grams [N, 5]
     "none": lambda g, upper, threshold, covariance: g,
-    "derive_dead": lambda g, upper, threshold,
-    covariance: _with_derived_dead(g, inconsistency(g) > threshold),
+    "derive_dead": lambda g, upper, threshold, covariance: (
+        _with_derived_dead(g, inconsistency(g) > threshold)),
     "always": lambda g, upper, threshold, covariance: _with_derived_dead(g, g[:, TOTAL] > 0),
     "project": lambda g, upper, threshold, covariance: reconcile(g, upper=upper),
     "mint": lambda g, upper, threshold, covariance: reconcile(g, covariance, upper),

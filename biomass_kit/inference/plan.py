@@ -251,7 +251,6 @@ def choose_level(
     pace: Pace,
     seconds: float,  # left
     work: Callable,  # level -> work of the batch at hand
-    photos: int,  # in it
     later: int,  # photos that this device has after it
 ):  # a Level, or None where there is no time for another batch
     """The richest level at which the batch at hand and all later photos fit, else the cheapest,

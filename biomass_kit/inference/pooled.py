@@ -136,10 +136,8 @@ def load_pooled(
     if differ:
         name = differ[0]
         raise BiomassError(f"{path}: tensor {name} has shape {found.get(name)}, not {due.get(name)}; copy "
-                           "the bundle "
-                           "again, or train it again")
+                           "the bundle again, or train it again")
     pooled = Pooled(**load_file(path))
     if _is_sound(pooled): return pooled
     raise BiomassError(f"{path}: holds values that nothing can be learned from (NaN, infinite or negative); "
-                       "copy the "
-                       "bundle again, or train it again")
+                       "copy the bundle again, or train it again")

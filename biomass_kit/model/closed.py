@@ -220,8 +220,7 @@ class ClosedForm(nn.Module):
         centre, gain = fit_scaler(rows, self.scaler)
         mean = known_means(space)
         learned = self.learn(scale_rows(rows, centre, gain), space - mean, alpha, width)
-        for name, tensor in dict(centre=centre, gain=gain, label_mean=mean, **learned).items():
-            setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
+        self._keep(centre=centre, gain=gain, label_mean=mean, **learned)
 
     @torch.no_grad()
     def refit(self, rows: torch.Tensor, grams: torch.Tensor, weight, alpha: float, width: float = 1.0):
@@ -231,7 +230,11 @@ class ClosedForm(nn.Module):
         centre, mean = known_means(rows, weight).float(), known_means(space, weight)
         x = scale_rows(rows, centre, self.gain.cpu())
         learned = self.learn(x, space - mean, alpha, width, weight)
-        for name, tensor in dict(centre=centre, label_mean=mean, **learned).items():
+        self._keep(centre=centre, label_mean=mean, **learned)
+
+    def _keep(self, **tensors):
+        "Put tensors in the place of the buffers of these names."
+        for name, tensor in tensors.items():
             setattr(self, name, tensor.to(self.label_mean.device, torch.float32).contiguous())
 
     def scaled(self, features: tuple) -> torch.Tensor:

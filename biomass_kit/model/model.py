@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUX_CLASSES', 'TWO_PART', 'LOG_VARIANCE', 'LOG_CEILING', 'Reader', 'Trunk', 'Units', 'presence_share', 'known_std',
            'space_statistics', 'start_statistics', 'check_model', 'to_grams', 'presence_chance', 'hurdle_quantile',
-           'inverse_softplus', 'start_at', 'auxiliary_heads', 'start_spread', 'central_ends', 'BiomassModel',
-           'member_state', 'view_batch', 'predict_views']
+           'inverse_softplus', 'start_at', 'auxiliary_heads', 'log_variance', 'start_spread', 'central_ends',
+           'BiomassModel', 'member_state', 'view_batch', 'predict_views']
 
 # %% ../../nbs/3_model/2_model.ipynb #bdc78503
 from typing import NamedTuple, Optional
@@ -24,7 +24,6 @@ from biomass_kit.data.targets import (
     TARGETS,
     BiomassError,
     from_link,
-    from_log,
     to_link,
 )
 from ..features.tta import arrange
@@ -144,6 +143,10 @@ class Trunk(Reader):
         return self.project(
             torch.cat([(left + right) / 2, (left - right).abs()] if self.symmetric else [left, right], -1))
 
+    def of_photo(self, shared: torch.Tensor) -> torch.Tensor:  # [B, hidden]
+        "What is read by heads that say something of the whole photo."
+        return shared if self.pooled else shared.mean((1, 2))
+
 # %% ../../nbs/3_model/2_model.ipynb #f5ce88d4
 AUX_CLASSES = {"state": len(STATES), "month": len(MONTHS), "species": len(SPECIES_GROUPS)}
 TWO_PART = (DEAD, CLOVER)  # the targets that are often exactly zero
@@ -210,7 +213,7 @@ def to_grams(figures: torch.Tensor, log: tuple, link: str = "log1p") -> torch.Te
     if not log or link != "log1p": return from_link(figures, log, link)
     ceiling = torch.full((len(TARGETS),), torch.inf, device=figures.device)
     ceiling[list(log)] = LOG_CEILING
-    return from_log(torch.minimum(figures, ceiling), log)
+    return from_link(torch.minimum(figures, ceiling), log)
 
 
 def presence_chance(logits: torch.Tensor) -> torch.Tensor:
@@ -259,6 +262,12 @@ def auxiliary_heads(
         heads[name] = nn.utils.skip_init(nn.Linear, hidden, 1)
         for p in heads[name].parameters(): nn.init.zeros_(p)
     return nn.ModuleDict(heads) if heads else None
+
+# %% ../../nbs/3_model/2_model.ipynb #1d5e10va
+def log_variance(logits: torch.Tensor) -> torch.Tensor:
+    "What a variance head says, within LOG_VARIANCE."
+    low, high = LOG_VARIANCE
+    return low + (high - low) * logits.sigmoid()
 
 
 def start_spread(head: nn.Linear, variance: torch.Tensor):
@@ -340,19 +349,20 @@ class BiomassModel(Trunk):
         """The heads that stay, in 32 bits: grams, loss_space `[B, 5]`;
         if on, presence `[B, 2]`, log_variance `[B, 5]`, map."""
         with torch.autocast(shared.device.type, enabled=False):
-            z = shared.float()
-            values = F.softplus(self.heads(z)) * self.output_scale
-            if self.density: values, z = values / (z.shape[1] * z.shape[2]), z.mean((1, 2))
-            grams, out = to_grams(values, self.log, self.link), {}
+            shared = shared.float()
+            photo, out = self.of_photo(shared), {}
+            values = F.softplus(self.heads(shared)) * self.output_scale  # of each tile with a density head
+            if self.density: values = values / (shared.shape[1] * shared.shape[2])
+            grams = to_grams(values, self.log, self.link)
             if self.presence is not None:
-                out["presence"] = self.presence(z)
+                out["presence"] = self.presence(photo)
                 chance = presence_chance(out["presence"])
                 grams = grams * (chance[:, None, None] if self.density else chance)
-            low, high = LOG_VARIANCE
-            if self.spread is not None: out["log_variance"] = low + (high - low) * self.spread(z).sigmoid()
-            if self.density: out["map"] = grams
-            add = (lambda y: y.sum(2).sum(1)) if self.density else (lambda y: y)
-            return {"grams": add(grams), "loss_space": add(values), **out}
+            if self.spread is not None: out["log_variance"] = log_variance(self.spread(photo))
+            if self.density:
+                out["map"] = grams
+                grams, values = grams.sum(2).sum(1), values.sum(2).sum(1)
+            return {"grams": grams, "loss_space": values, **out}
 
     def forward(self, *features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` of each feature spec -> float32 `[B, 5]` grams."
@@ -361,8 +371,9 @@ class BiomassModel(Trunk):
     def outputs(self, *features: torch.Tensor) -> dict:
         "What the losses need: that of `read`, and aux by head."
         shared = self.shared(*features)
-        z = shared.mean((1, 2)) if self.density else shared
-        return self.read(shared) | {"aux": {k: head(z).float() for k, head in (self.aux or {}).items()}}
+        photo, out = self.of_photo(shared), self.read(shared)
+        out["aux"] = {name: head(photo).float() for name, head in (self.aux or {}).items()}
+        return out
 
     def density_map(self, features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` -> float32 `[B, 2, T, 5]`, each tile's part of the prediction in grams."

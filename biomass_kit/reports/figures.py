@@ -118,8 +118,8 @@ def plot_predicted(
     own = per_target_scores(y, p)
     state = oof["State"].astype(object).where(oof["State"].notna(), "unknown").astype(str).to_numpy()
     styles = {
-        s: dict(color=COLORS[i % 7], marker=MARKERS[(i + i // 7) % 7]) for i,
-        s in enumerate(sorted(set(state)))}
+        s: dict(color=COLORS[i % 7], marker=MARKERS[(i + i // 7) % 7])
+        for i, s in enumerate(sorted(set(state)))}
     fig = Figure(figsize=(5, 7.5), layout="constrained", facecolor="white")
     axes = fig.subplots(3, 2).ravel()
     for i, (ax, t) in enumerate(zip(axes, TARGETS)):

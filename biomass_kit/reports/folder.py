@@ -237,9 +237,8 @@ def _sums(method) -> str:
 
 def _quadrats(facts) -> str:
     "Which quadrat the grams are in, and which one the kilograms come from."
-    return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. "
-            f"{HECTARE} come from the area of the quadrat that the bundle was trained on, "
-            f"{quadrat_text(facts['trained_cm'])}.")
+    return (f"Grams are those in a quadrat of {quadrat_text(facts['quadrat_cm'])}. {HECTARE} come from the "
+            f"area of the quadrat that the bundle was trained on, {quadrat_text(facts['trained_cm'])}.")
 
 # %% ../../nbs/7_reports/5_folder.ipynb #3a4709d3
 TOLD = ("score", "quadrat_cm", "trained_cm", "physics", "command", "versions", "shared_dates",

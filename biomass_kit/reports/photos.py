@@ -73,9 +73,8 @@ def map_words(
     row, column = np.unravel_index(share.argmax(), share.shape)
     across = "left" if column < share.shape[1] // 2 else "right"
     return (f"{kind}: {number(share.min())} to {number(share.max())} times an even share, most in the "
-            f"{across} half, "
-            f"row {row + 1} of {share.shape[0]}, column {column % (share.shape[1] // 2) + 1} of "
-            f"{share.shape[1] // 2}")
+            f"{across} half, row {row + 1} of {share.shape[0]}, column {column % (share.shape[1] // 2) + 1} "
+            f"of {share.shape[1] // 2}")
 
 # %% ../../nbs/7_reports/2_photos.ipynb #3423765b
 SHORT = dict(zip(TARGETS, ("Green", "Dead", "Clover", "GDM", "Total")))

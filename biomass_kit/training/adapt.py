@@ -279,7 +279,7 @@ def adapt(
     was chosen without it. The new bundle is written if there is a weight and that nested error is below the
     bundle's.
     """
-    bundle = weights if isinstance(weights, Bundle) else read_bundle(weights)
+    bundle = read_bundle(weights)
     if (Path(out) / MANIFEST).exists():
         raise BiomassError(f"--out {out}: holds a bundle already; choose another folder or delete it")
     table, grams, said = own_photos(table, bundle, quadrat_cm)

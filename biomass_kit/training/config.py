@@ -253,8 +253,7 @@ def _also_values(text: str) -> dict:
         except (KeyError, ValueError):
             words = ", ".join(f"{word}=" for word in ALSO)
             raise BiomassError(f"--also {text}: '{part}' is not one of {words}, each once, with a value, "
-                               "such as "
-                               "grid=3x3 or blocks=0.5/0.75") from None
+                               "such as grid=3x3 or blocks=0.5/0.75") from None
     if "backbone" in found: found = {"backbone_weights": None, "tile_size": None} | found
     return found
 
@@ -279,11 +278,9 @@ NEURAL = (  # fields that only a head that learns in epochs reads
 
 
 def _has_class_heads(c): return c.use_aux_heads
-def _has_value_heads(c): return c.use_aux_values
 def _fine_tunes(c): return not c.freeze_backbone
 def _keeps_features(c): return c.freeze_backbone and c.cache
 def _changes_pixels(c): return c.augment in ("auto", "full") and not _keeps_features(c)
-def _has_cache(c): return c.cache
 def _is_closed(c): return c.head != "neural"
 
 # %% ../../nbs/5_training/1_config.ipynb #px160021
@@ -302,8 +299,8 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "aux_state_weight": (_has_class_heads, CLASS_HEADS),
     "aux_month_weight": (_has_class_heads, CLASS_HEADS),
     "aux_species_weight": (_has_class_heads, CLASS_HEADS),
-    "aux_ndvi_weight": (_has_value_heads, "--use-aux-values"),
-    "aux_height_weight": (_has_value_heads, "--use-aux-values"),
+    "aux_ndvi_weight": (lambda c: c.use_aux_values, "--use-aux-values"),
+    "aux_height_weight": (lambda c: c.use_aux_values, "--use-aux-values"),
     "lr": (
         lambda c: not (c.freeze_backbone and c.head_lr_stage1),
         "a fine-tuned backbone, or where --head-lr-stage1 is not given",
@@ -326,7 +323,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "freeze_epochs": (lambda c: c.two_stage, "--two-stage"),
     "backbone_lr": (_fine_tunes, FINE_TUNED),
     "augment_size": (_changes_pixels, "--augment full of photos, not of stored features"),
-    "cache_gb": (_has_cache, "the cache"),
+    "cache_gb": (lambda c: c.cache, "the cache"),
     "shard": (_fine_tunes, FINE_TUNED),
     "correction_threshold": (
         lambda c: c.physics == "derive_dead" and not c.always_correct_dead, "--physics derive_dead"),

@@ -62,8 +62,7 @@ def describe(
         if c.shard == "members": what = "the members, each trained as a single process would"
         shared = f"\n{processes} processes share {what}"
     return (
-        f"{c.out}: {len(table)} photos, {_units(table)}; "
-        f"--cv {c.cv}, folds "
+        f"{c.out}: {len(table)} photos, {_units(table)}; --cv {c.cv}, folds "
         f"{', '.join(map(str, run.folds))}{', and all photos' * (c.learn_from == 'all')}{done}\n"
         f"{'; '.join(map(_spec_text, run.specs))}, on {run.accelerator.device.type} in {run.precision}\n"
         f"{c.head.replace('_', ' ')} heads read {_what_heads_read(c)}; {_how_photos_vary(c)}{shared}"

@@ -104,7 +104,8 @@ def epoch_seconds(
     f = loop.f
     loop.begin(stage)
     loop.batches = stage_batches(f.dataset, f.fit, range(2), f.part)
-    for loop.epoch in range(2):
+    for epoch in range(2):
+        loop.epoch = epoch
         start = time.perf_counter()
         run_epoch(f, loop, stage)
         seconds = time.perf_counter() - start

@@ -69,14 +69,14 @@ class Equations:
         straight: bool,  # a linear kernel
     ):
         self.kernel = kernel
-        self.both = torch.cat([space, torch.ones(len(space), 1).to(space)], 1)
+        self.labels_and_one = torch.cat([space, torch.ones(len(space), 1).to(space)], 1)
         self.straight = straight
         self.counts = 1 / noise[base]
         self.base = base
-        within = kernel[base][:, base] + torch.diag(noise[base])
-        factor = torch.linalg.cholesky(within)
+        factor = torch.linalg.cholesky(kernel[base][:, base] + torch.diag(noise[base]))
+        # the inverse factor times the kernel of all rows, and times the labels of the bundle's rows
         self.across = torch.linalg.solve_triangular(factor, kernel[base], upper=False)
-        self.solved = torch.linalg.solve_triangular(factor, self.both[base], upper=False)
+        self.solved = torch.linalg.solve_triangular(factor, self.labels_and_one[base], upper=False)
 
     def predict(
         self,
@@ -85,19 +85,18 @@ class Equations:
         asked: torch.Tensor,  # int64, rows
     ) -> torch.Tensor:  # float64 [len(asked), 5] in the link's space
         "What the head says of some rows."
-        mine = self.across[:, own]
-        left = self.kernel[own][:, own] + noise * torch.eye(len(own)).to(mine) - mine.T @ mine
-        rest = self.both[own] - mine.T @ self.solved
-        dual = torch.cholesky_solve(rest, torch.linalg.cholesky(left))
-        theirs = self.across[:, asked]
-        found = theirs.T @ self.solved + (self.kernel[asked][:, own] - theirs.T @ mine) @ dual
+        of_own, of_asked = self.across[:, own], self.across[:, asked]
+        complement = self.kernel[own][:, own] + noise * torch.eye(len(own)).to(of_own) - of_own.T @ of_own
+        rest = self.labels_and_one[own] - of_own.T @ self.solved  # what the bundle's rows do not explain
+        dual = torch.cholesky_solve(rest, torch.linalg.cholesky(complement))
+        found = of_asked.T @ self.solved + (self.kernel[asked][:, own] - of_asked.T @ of_own) @ dual
         mean = self._mean(own, noise, self.solved.T @ self.solved + rest.T @ dual)
         return mean + found[:, :-1] - found[:, -1:] * mean
 
     def _mean(self, own, noise, products) -> torch.Tensor:
         "What is fallen back to, `[5]`."
         if self.straight: return products[-1, :-1] / products[-1, -1]
-        labels = torch.cat([self.both[self.base], self.both[own]])[:, :-1]
+        labels = torch.cat([self.labels_and_one[self.base], self.labels_and_one[own]])[:, :-1]
         counts = torch.cat([self.counts, torch.full((len(own),), 1 / noise).to(self.counts)])
         return counts @ labels / counts.sum()
 

@@ -54,16 +54,14 @@ RECIPES = {
     "stacked": Recipe(
         FROZEN | dict(head="ridge", pooling=EVERY_STATISTIC),
         "a ridge for each of three scales, three blocks, grams and logs, weighed for each target on "
-        "out-of-fold "
-        "predictions: the form of the competition's 13th place", "a minute",
+        "out-of-fold predictions: the form of the competition's 13th place", "a minute",
         tuple({"grid": (n, n), "feature_blocks": (block,)} | space for n in SCALES for block in LAST_BLOCKS
               for space in (dict(use_log_targets=False), dict(log_targets="all"))),
         "stacked"),
     "finetune": Recipe(
         dict(two_stage=True, layer_decay=0.75, average="ema", epochs=30),
         "two stages at the backbone's own tile size, the first on its frozen features; each block learns "
-        "slower "
-        "than the next", "hours on a GPU"),
+        "slower than the next", "hours on a GPU"),
     "statistics": Recipe(
         STATISTICS_OF_TWO | dict(hidden_ratio=0.0625),
         "the neural head on every statistic of two earlier blocks, one grid", "minutes"),

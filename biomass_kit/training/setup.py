@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'make_accelerator', 'start_trackers', 'finish_trackers', 'stored_variants', 'possible_physics', 'check_labels',
-           'check_folds', 'check_teacher', 'photo_reader', 'check_tiles', 'teacher_grams', 'Start', 'start_backbone',
-           'prepare']
+           'check_folds', 'check_teacher', 'photo_reader', 'check_tiles', 'teacher_grams', 'Start', 'Begun',
+           'start_backbone', 'assign_folds', 'start_source', 'check_photos', 'prepare']
 
 # %% ../../nbs/5_training/7_setup.ipynb #59d6405a
 import dataclasses
@@ -190,8 +190,7 @@ def check_tiles(
         raise BiomassError(f"{path}: its halves are {side} pixels, smaller than one patch of {patch}; "
                            "use larger photos or another --backbone")
     raise BiomassError(f"--grid {spec.rows} {spec.cols}: a tile of {path}, whose halves are {side} pixels, "
-                       "would be smaller "
-                       f"than a patch of {patch}; use at most {most} rows and columns")
+                       f"would be smaller than a patch of {patch}; use at most {most} rows and columns")
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000010
 def teacher_grams(
@@ -222,46 +221,73 @@ class Start(NamedTuple):
     physics: str  # `none` where no photo has a label of some target: identities bind what was learned
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000011
+class Begun(NamedTuple):
+    "A backbone at its start."
+    backbone: Backbone
+    tile_size: int  # pixels
+    weights: dict  # a copy: name -> tensor
+
+
 def start_backbone(
     c: TrainConfig,
     built: dict,  # starting backbones, shared by the runs that start from the same; filled here
-) -> tuple:  # (backbone, its tile size, its starting weights)
+) -> Begun:
     "The backbone that a config names, built once."
-    asked = c.backbone, c.backbone_weights, c.tile_size, c.pretrained
-    model = *asked, None if c.pretrained else c.seed, bool(c.lora_rank), c.freeze_backbone
+    model = (c.backbone, c.backbone_weights, c.tile_size, c.pretrained, None if c.pretrained else c.seed,
+             bool(c.lora_rank), c.freeze_backbone)
     reading = c.pooling, c.feature_blocks
     if (model, reading) in built: return built[model, reading]
     same = next((known for key, known in built.items() if key[0] == model), None)
     if same and c.freeze_backbone:
-        first, size, weights = same
-        found = Backbone(first.model, first.name, *reading), size, weights
+        found = same._replace(backbone=Backbone(same.backbone.model, same.backbone.name, *reading))
     else:
         set_seed(c.seed)
-        backbone, size = build_backbone(*asked, *reading)
+        backbone, size = build_backbone(
+            c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks)
         backbone.to(memory_format=torch.channels_last)  # faster where there are convolutions
-        found = backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()}
+        found = Begun(backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()})
     built[model, reading] = found
     return found
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000012
+def assign_folds(
+    c: TrainConfig,
+    table: pd.DataFrame,
+    held_out: np.ndarray = None,  # bool [N], photos that no member may see; none by default
+) -> np.ndarray:  # [N]
+    "The fold of each photo."
+    known = np.ones(len(table), bool) if held_out is None else ~held_out
+    fold = np.full(len(table), HELD_OUT)
+    fold[known] = make_folds(table[known], c.cv, c.n_folds, c.fold_seed)
+    return fold
+
+
+def start_source(c: TrainConfig, backbone: Backbone) -> Source:
+    "Where a feature spec comes from; the config says its tile size."
+    spec = TileSpec(*c.grid, c.tile_size)
+    return Source(backbone, spec, read=photo_reader(c, spec))
+
+
+def check_photos(table: pd.DataFrame, sources: list):
+    "Refuse photos that are too small for these tiles; say which are turned or lose much of their area."
+    crops = {path: crop_of(*photo_size(path)) for path in table["path"]}
+    for source in sources: check_tiles(crops, source.spec, patch_size(source.backbone.model))
+    for line in crop_lines(dict(zip(table["image_path"], crops.values()))): warnings.warn(line)
+
+# %% ../../nbs/5_training/7_setup.ipynb #se00000p
 def prepare(
     c: TrainConfig,
     built: dict,  # as `start_backbone` takes it
-    held_out: np.ndarray = None,  # bool [N], photos that no member may see; none by default
+    held_out: np.ndarray = None,  # as `assign_folds` takes it
 ) -> Start:
     "What a run starts from. What it cannot start from is refused here, before its folder is claimed."
     table = read_labels(c.data, c, c.quadrat_cm)
     c = dataclasses.replace(c, cv=possible_cv(table, c.cv), physics=possible_physics(table, c.physics))
-    known = np.ones(len(table), bool) if held_out is None else ~held_out
-    fold = np.full(len(table), HELD_OUT)
-    fold[known] = make_folds(table[known], c.cv, c.n_folds, c.fold_seed)
+    fold = assign_folds(c, table, held_out)
     folds = check_folds(c, table, fold)
-    begun = [(spec, *start_backbone(spec, built)) for spec in feature_configs(c)]
-    tiles = [TileSpec(*spec.grid, size) for spec, _, size, _ in begun]
-    sources = [
-        Source(backbone, cut, read=photo_reader(c, cut)) for (_, backbone, _, _), cut in zip(begun, tiles)]
-    crops = {path: crop_of(*photo_size(path)) for path in table["path"]}
-    for source in sources: check_tiles(crops, source.spec, patch_size(source.backbone.model))
-    for line in crop_lines(dict(zip(table["image_path"], crops.values()))): warnings.warn(line)
-    configs = [dataclasses.replace(spec, tile_size=size) for spec, _, size, _ in begun]
-    return Start(table, fold, folds, configs, sources, begun[0][-1], c.cv, c.physics)
+    specs = feature_configs(c)
+    begun = [start_backbone(spec, built) for spec in specs]
+    configs = [dataclasses.replace(spec, tile_size=b.tile_size) for spec, b in zip(specs, begun)]
+    sources = [start_source(spec, b.backbone) for spec, b in zip(configs, begun)]
+    check_photos(table, sources)
+    return Start(table, fold, folds, configs, sources, begun[0].weights, c.cv, c.physics)
