@@ -12,9 +12,11 @@ import torch
 from commands import end_all
 from safetensors.torch import save_file
 from sources import ROOT
+from untrained import untrained_bundle
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.features.backbone import build_backbone
+from biomass_kit.inference.predict import predict_competition
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
@@ -122,3 +124,19 @@ def finished(config):
     "The run of `config`, finished; its folder."
     train(config, log=lambda line: None)
     return config.out
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
+    folder = tmp_path_factory.mktemp("room")
+    write_dataset(folder / "data", n_photos=4, n_test=16, seed=5, height=64)
+    untrained_bundle(folder / "frozen")
+    untrained_bundle(folder / "tuned", ((2, 2),), 3, fine_tuned=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(room):
+    "The frozen bundle's submission, undisturbed."
+    return predict_competition(room / "frozen", room / "data", room / "whole.csv", device_type="cpu")

@@ -2,7 +2,6 @@
 import numpy as np
 import torch
 
-from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.tta import DEFAULT_VIEWS
@@ -56,14 +55,6 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     physics = {"method": "none", "threshold": 0.15}
     write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder
-
-
-def runtime_room(room):
-    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
-    write_dataset(room / "data", n_photos=4, n_test=16, seed=5, height=64)
-    untrained_bundle(room / "frozen")
-    untrained_bundle(room / "tuned", ((2, 2),), 3, fine_tuned=True)
-    return room
 
 
 def by_photo(table):
