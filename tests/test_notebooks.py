@@ -18,6 +18,7 @@ MOST_BYTES = 150_000  # of a stored picture
 LONGER = {
     "one class or function; no cell boundary can part it": {
         "data.progress": ["Lines"],
+        "features.augment": ["GreenJitter"],
         "features.backbone": ["Backbone", "build_backbone"],
         "features.runner": ["TileRunner"],
         "features.store": ["FeatureCache", "SharedCache"],

@@ -64,7 +64,8 @@ def same(some, others):
 
 @pytest.mark.parametrize("size", ("native", "tiles"))
 def test_draws_are_the_same_bits_with_any_workers_and_any_store(learning, photos, size, tmp_path):
-    config = dataclasses.replace(learning, augment_size=size, mixup_prob=0.5)
+    config = dataclasses.replace(
+        learning, augment_size=size, augment_crop=True, augment_green=True, mixup_prob=0.5)
     kept = SPEC if size == "tiles" else None
     plain = drawn(config, photos, 0, lambda path: decode_pair(path, kept))
     assert {b["box"] != Box() for b in plain} == {True, False}, "some batches with a box and some without"

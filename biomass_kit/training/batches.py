@@ -28,6 +28,7 @@ from biomass_kit.features.augment import (
     draw_seed,
     draw_view,
     mix,
+    pixel_transform,
 )
 from ..features.store import Draw, StoredFeatures
 from ..features.tiles import TileSpec, cut_tiles
@@ -143,7 +144,7 @@ class PixelBatches(Batches):
         self.read = read
         self.augment = None
         if config.augment == "full":
-            self.augment = PairAugment()
+            self.augment = PairAugment(pixel_transform(config.augment_crop, config.augment_green))
 
     def pair(self, photo: int) -> np.ndarray:
         "One photo's halves, augmented for this epoch."

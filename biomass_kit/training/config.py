@@ -120,6 +120,8 @@ class AugmentConfig:
     # the pixels that full changes: the photo's own, or as many as its tiles show, which is faster and gives
     # other augmented copies
     augment_size: Literal["native", "tiles"] = "native"
+    augment_crop: bool = False  # full also crops and resizes, alike in both halves
+    augment_green: bool = False  # full also jitters the hue of what is green
     swap_prob: Share = 0.5  # probability that a training photo's halves are exchanged
     use_mixup: bool = True  # mix photos (or stored features) and their grams, Beta(0.4, 0.4)
     mixup_prob: Share = 1.0  # share of the batches that are mixed
@@ -268,8 +270,9 @@ FINE_TUNED = "a fine-tuned backbone (no --freeze-backbone)"
 CLASS_HEADS = "--use-aux-heads"
 CLOSED = "a head in closed form, such as --head kernel_ridge"
 NEURAL = (  # fields that only a head that learns in epochs reads
-    "augment", "augment_size", "stored_draws", "swap_prob", "use_mixup", "mixup_prob", "use_cutmix",
-    "cutmix_prob", "hidden_ratio", "dropout", "fusion", "symmetric", "density", "two_part",
+    "augment", "augment_size", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup",
+    "mixup_prob", "use_cutmix", "cutmix_prob", "hidden_ratio",
+    "dropout", "fusion", "symmetric", "density", "two_part",
     "uncertainty", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights", "constraint_weight",
     "aux_state_weight", "aux_month_weight", "aux_species_weight", "aux_ndvi_weight", "aux_height_weight",
     "teacher", "distill_weight", "epochs", "batch_size", "lr", "head_lr_stage1", "average", "ema_decay",
@@ -374,11 +377,17 @@ def _check_backbone(c):
 def _check_pixels(c):
     "Refuse what a stored feature cannot show."
     stored = _keeps_features(c)
+    pixels = c.augment_crop or c.augment_green
     refuse_if(c.augment == "full" and stored and not c.stored_draws,
               "--augment full with a frozen backbone needs --stored-draws K (K augmented copies per photo) "
               "or --no-cache (fresh ones every epoch)")
     refuse_if(c.stored_draws and not (stored and c.augment in ("auto", "full")),
               "--stored-draws needs --freeze-backbone, the cache and --augment full")
+    refuse_if(pixels and stored and not c.stored_draws,
+              "--augment-crop and --augment-green change pixels: with a frozen backbone add --stored-draws "
+              "K, or --no-cache")
+    refuse_if(pixels and c.augment in ("none", "flips"),
+              "--augment-crop and --augment-green are read only with --augment full")
 
 # %% ../../nbs/5_training/1_config.ipynb #6f22d4fd
 def _check_objective(c):

@@ -38,7 +38,7 @@ from biomass_kit.data.folds import (
 from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
 from ..data.wide import read_labels
-from ..features.augment import PairAugment, draw_seed
+from ..features.augment import PairAugment, draw_seed, pixel_transform
 from ..features.backbone import Backbone, build_backbone, patch_size
 from ..features.pairs import PairStore, decode_pair
 from ..features.store import Draw
@@ -99,7 +99,7 @@ def stored_variants(c: TrainConfig) -> list:
     For a first stage without flips the plain view is all that is read."""
     if c.augment == "none" and not c.freeze_backbone: return [View()]
     if not c.stored_draws: return list(STORED_VIEWS)
-    augment = PairAugment()
+    augment = PairAugment(pixel_transform(c.augment_crop, c.augment_green))
     told = json.dumps(augment.transform.to_dict(), sort_keys=True, default=str)
     recipe = hashlib.sha256(told.encode()).hexdigest()[:8]
 
