@@ -65,7 +65,7 @@ class SearchArgs(ScreenArgs, StudyArgs, TrainConfig):
 SCREENED = dict(head="ridge", fit_views=False, freeze_backbone=True)
 READ_BY_SCREEN = (  # fields of TrainConfig
     "data", "out", "grid", "tile_size", "backbone", "backbone_weights", "freeze_backbone", "pretrained",
-    "cache", "cache_dir", "cache_gb", "num_workers", "head", "scaler", "kernel", "fit_views",
+    "cache", "cache_dir", "cache_dtype", "cache_gb", "num_workers", "head", "scaler", "kernel", "fit_views",
     "use_log_targets", "log_targets", "link", "device_type", "precision",
 )
 

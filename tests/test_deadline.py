@@ -67,7 +67,8 @@ def session(config, duration):
     return said, ""
 
 
-@pytest.mark.parametrize("way", [{}, {"two_stage": True, "freeze_epochs": 2}], ids=["plain", "two stages"])
+@pytest.mark.parametrize("way", [{}, {"distill_aux": True}, {"two_stage": True, "freeze_epochs": 2}],
+                         ids=["plain", "class teacher first", "two stages"])
 def test_sessions_end_in_time_and_end_with_the_same_bits(base, way, tmp_path, monkeypatch):
     "Each session's folder is read-only to the next one, which copies it, as on Kaggle."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)

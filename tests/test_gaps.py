@@ -39,7 +39,8 @@ def options(weights, tmp_path, *more):
 
 NAMED = ("green=Gruen", "dead=Tot", "clover=Klee", "date=Datum")
 HEADS = {
-    "neural": ("--epochs", 2, "--use-aux-heads", "--two-part", "--uncertainty", "--no-use-cutmix"),
+    "neural": ("--epochs", 2, "--use-aux-heads", "--two-part", "--uncertainty", "--interval-head",
+               "--no-use-cutmix", "--distill-aux"),
     "ridge": ("--head", "ridge", "--physics", "project"),
     "gaussian_process": ("--head", "gaussian_process"),
 }

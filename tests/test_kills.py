@@ -29,6 +29,7 @@ RECIPES = {
     "moving average": dict(average="ema"),
     "average of the last epochs": dict(average="swa"),
     "best epoch": dict(checkpoint="best"),
+    "class teacher first": dict(distill_aux=True),
     "two stages": dict(two_stage=True, freeze_epochs=2, **LIVE),
     "two stages, LoRA": dict(two_stage=True, freeze_epochs=2, lora_rank=2, average="ema", **LIVE),
 }

@@ -129,16 +129,24 @@ def oof(config):
 
 
 def test_cached_as_not_cached(base, tmp_path):
-    "With the same draws of flips and swaps, stored features give what the backbone gives in every epoch."
+    """With the same draws of flips and swaps, stored features in fp32 give what the backbone gives
+    in every epoch; in fp16 it differs by what is said here."""
     plain = dataclasses.replace(
         base, freeze_backbone=True, augment="flips", use_mixup=False, use_cutmix=False, train_folds=None,
         epochs=6)
     anew = oof(dataclasses.replace(plain, cache=False, out=tmp_path / "anew/run"))
-    stored = dataclasses.replace(plain, out=tmp_path / "stored/run", cache_dir=tmp_path / "stored/cache")
-    assert np.abs(oof(stored) - anew).max() < 1e-3
+    off = {}
+    for dtype in ("fp32", "fp16"):
+        stored = dataclasses.replace(
+            plain, cache_dtype=dtype, out=tmp_path / dtype / "run", cache_dir=tmp_path / dtype / "cache")
+        off[dtype] = np.abs(oof(stored) - anew).max()
+    print(
+        f"largest difference to features computed in every epoch: fp32 store {off['fp32']:.2g} g, fp16 store "
+        f"{off['fp16']:.2g} g")
+    assert off["fp32"] < 1e-3 and 0 < off["fp16"] < 0.05
     photos = list_photos(base.data / "test")
     fresh, first, again = (
-        predict_photos(stored.out, photos, device_type="cpu", cache_dir=c)
+        predict_photos(tmp_path / "fp32/run", photos, device_type="cpu", cache_dir=c)
         for c in (None, tmp_path / "c", tmp_path / "c"))
     assert_close(first, fresh)
     assert_close(again, fresh)
@@ -219,7 +227,8 @@ def test_small_and_flat_data_work(base, name, tmp_path):
         tmp_path / "data/train.csv", index=False)
     config = dataclasses.replace(base, data=tmp_path / "data", out=tmp_path / "run", freeze_backbone=True,
                                  train_folds=None, batch_size=16,
-                                 use_aux_heads=True, use_aux_values=True, two_part=True, uncertainty=True,
+                                 use_aux_heads=True, use_aux_values=True, interval_head=True, two_part=True,
+                                 uncertainty=True,
                                  **more)
     out = config.out / "bundle" if name in BY_COMMAND else config.out
     if name in BY_COMMAND: biomass_train([*options(config), "--grids", "1", "1", "2", "2"])

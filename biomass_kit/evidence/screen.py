@@ -77,7 +77,7 @@ def read_rows(
     precision = pick_precision(device, config.precision)
     views = STORED_VIEWS if config.fit_views else (View(),)
     backbone = source.backbone.to(device).eval()
-    cache = FeatureCache(backbone, source.spec, config.cache_dir, precision)
+    cache = FeatureCache(backbone, source.spec, config.cache_dir, precision, config.cache_dtype)
     request = FeatureRequest(backbone, source.spec, views, cache)
     stored = store_features(paths, request, config.num_workers, precision, progress)
     if not cache.off: log(trim_text(cache.root, config.cache_gb))

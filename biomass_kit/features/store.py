@@ -32,6 +32,7 @@ from ..data.targets import BiomassError, in_one_line
 from .ahead import READ_TIMEOUT, read_ahead, refuse_late
 from .backbone import Backbone, backbone_digest
 from .device import arrived, autocast, beside, fetched, upload
+from .options import CACHE_DTYPES
 from .runner import HALVES, TileRunner
 from .tiles import TileSpec, cut_tiles
 from .tta import View, flip_pixels
@@ -80,15 +81,17 @@ class FeatureCache:
         spec: TileSpec,
         folder=None,  # None is `default_cache_dir()`, or no cache at all where that cannot be used
         precision: str = "fp32",  # of the backbone's arithmetic: other precision, other features
+        dtype: str = "fp32",  # one of CACHE_DTYPES, how features lie on disk
         say: Callable = warnings.warn,  # takes the note that the default folder cannot be used
     ):
         device = backbone.mean.device.type  # a GPU rounds resized pixels in its own way
         arithmetic = precision if device == "cpu" else f"{device} {precision}"
         if precision in HALVES: arithmetic += " weights"  # held in it; earlier versions used autocast
-        key = json.dumps([CACHE_FORM, backbone_digest(backbone, any_blocks=True), *spec, arithmetic, "fp32"])
+        key = json.dumps([CACHE_FORM, backbone_digest(backbone, any_blocks=True), *spec, arithmetic, dtype])
         self.widths = {}  # block, None for the output -> channels
         for block, _, width in backbone.parts: self.widths[block] = self.widths.get(block, 0) + width
-        self.say, self.asked = say, folder is not None
+        self.dtype, self.say = np.dtype(CACHE_DTYPES[dtype]), say
+        self.asked = folder is not None
         self.off = False  # given up
         self.root = Path(folder) if self.asked else default_cache_dir()
         if self.root is None: return self._fault("", "no home folder")
@@ -123,7 +126,7 @@ class FeatureCache:
     def put(self, digest: str, variant, features: np.ndarray):
         "Write an entry for each block; it appears whole or not at all, whoever else writes the same one."
         if self.off: return
-        parts = np.split(features.astype(np.float32), np.cumsum(list(self.widths.values()))[:-1], -1)
+        parts = np.split(features.astype(self.dtype), np.cumsum(list(self.widths.values()))[:-1], -1)
         for block, part in zip(self.widths, parts): self._write(self.path(digest, variant, block), part)
 
     def _write(self, path: Path, array: np.ndarray):
@@ -153,7 +156,7 @@ class SharedCache:
     ):
         self.caches, self.columns = caches, columns
         self.width = 1 + max(int(each.max()) for each in columns)
-        self.root = caches[0].root
+        self.root, self.dtype = caches[0].root, caches[0].dtype
 
     @property
     def off(self) -> bool: return any(cache.off for cache in self.caches)
@@ -166,7 +169,7 @@ class SharedCache:
         "The stored features `[2, T, D]`, or None where a feature spec lacks its own."
         parts = [cache.get(digest, variant) for cache in self.caches]
         if any(part is None for part in parts): return None
-        found = np.empty((*parts[0].shape[:-1], self.width), np.float32)
+        found = np.empty((*parts[0].shape[:-1], self.width), self.dtype)
         for part, columns in zip(parts, self.columns): found[..., columns] = part
         return found
 
@@ -317,11 +320,15 @@ def _write_all(cache: FeatureCache, digests: list, variant, features: np.ndarray
         if np.isfinite(f).all(): cache.put(digest, variant, f)
 
 
-def _keep(cache: FeatureCache, digests: list, variant, features: torch.Tensor, later: list):
-    "Store features, now or, where there is a list `later`, by what is added to it."
-    host = fetched(features)
-    if later is None: _write_all(cache, digests, variant, host())
-    else: later.append(lambda: _write_all(cache, digests, variant, host()))
+def _kept(cache: FeatureCache, digests: list, variant, features: torch.Tensor, later: list) -> torch.Tensor:
+    "Store features, now or later; returns what a later reader gets, so that both see the same."
+    if later is not None and cache.dtype == np.float32:
+        host = fetched(features)
+        later.append(lambda: _write_all(cache, digests, variant, host()))
+        return features
+    kept = features.cpu().numpy().astype(cache.dtype)
+    _write_all(cache, digests, variant, kept)
+    return torch.from_numpy(kept).to(features.device).float()
 
 
 # %% ../../nbs/2_features/6_store.ipynb #cuda0002
@@ -395,7 +402,7 @@ def loaded_features(
         else: found = _autocast_runs(first.backbone, precision, parts)
         for i, v, rows in asked:
             r, fresh = requests[i], next(found) if rows else None
-            if rows and r.cache: _keep(r.cache, [photos[b].digest for b in rows], v, fresh, later)
+            if rows and r.cache: fresh = _kept(r.cache, [photos[b].digest for b in rows], v, fresh, later)
             out[i][v] = _whole_batch(photos, i, r, v, rows, fresh)
     return out
 
@@ -444,10 +451,11 @@ class StoredFeatures:
 # %% ../../nbs/2_features/6_store.ipynb #5a9777ae
 def mapped_features(
     shape: tuple,  # photos, variants, 2, tiles, channels
-) -> np.ndarray:  # float32
+    dtype: np.dtype,
+) -> np.ndarray:
     "An array in a file without a name, which is gone when nobody reads it any more."
-    if not shape[0]: return np.zeros(shape, np.float32)
-    with tempfile.TemporaryFile() as f: return np.memmap(f, np.float32, "w+", shape=shape)
+    if not shape[0]: return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile() as f: return np.memmap(f, dtype, "w+", shape=shape)
 
 # %% ../../nbs/2_features/6_store.ipynb #sp150012
 def store_shared(
@@ -461,7 +469,7 @@ def store_shared(
     "Compute what is not stored yet; what each feature spec reads of it, in an array of its own."
     paths, variants = list(paths), request.variants
     shape = len(paths), len(variants), 2, request.spec.rows * request.spec.cols
-    arrays = [mapped_features((*shape, len(of))) for of in columns]
+    arrays = [mapped_features((*shape, len(of)), request.cache.dtype) for of in columns]
     runner = request.runner or TileRunner(request.backbone, request.spec.size, precision)
     held = request._replace(backbone=runner.backbone, runner=runner)
     one_by_one = feature_batches(paths, [held], 1, num_workers, precision)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPSILON', 'smooth_l1', 'half_squared', 'epsilon_insensitive', 'known_mean', 'regression_loss', 'constraint_loss',
            'class_loss', 'mixed_class_loss', 'value_loss', 'presence_labels', 'presence_loss', 'amount_labels',
-           'gaussian_loss', 'distillation_loss', 'LossOptions', 'check_loss', 'mixed_known', 'regression_terms',
-           'total_loss']
+           'gaussian_loss', 'interval_labels', 'interval_loss', 'distillation_loss', 'class_means',
+           'class_mean_targets', 'LossOptions', 'check_loss', 'mixed_known', 'regression_terms', 'total_loss']
 
 # %% ../../nbs/3_model/3_loss.ipynb #ec73f515
 from pkgutil import resolve_name
@@ -154,6 +154,25 @@ def gaussian_loss(
     each = 0.5 * (log_variance + error**2 * torch.exp(-log_variance)) * counted * weights
     return known_mean(each, known)
 
+# %% ../../nbs/3_model/3_loss.ipynb #a4413ff1
+def interval_labels(
+    grams: torch.Tensor,  # [B, 5], measured, unmixed
+    borders: torch.Tensor,  # [5, K - 1] grams
+) -> torch.Tensor:  # int64 [B, 5], 0 ... K - 1
+    "The quantile interval of each label; a label on a border belongs below it."
+    return torch.searchsorted(borders.contiguous(), grams.T.contiguous()).T
+
+
+def interval_loss(
+    logits: torch.Tensor,  # [B, 5, K]
+    label: torch.Tensor,  # int64 [B, 5], unmixed
+    weights: torch.Tensor,  # [5]
+    share=1.0,
+    partner=None,  # int64 [B]
+) -> torch.Tensor:  # scalar
+    "Cross-entropy of each target's interval, mixed, weighted over the five targets."
+    return sum(w * mixed_class_loss(logits[:, i], label[:, i], share, partner) for i, w in enumerate(weights))
+
 # %% ../../nbs/3_model/3_loss.ipynb #8cdc950d
 def distillation_loss(
     predicted: torch.Tensor,  # [B, 5] grams
@@ -164,12 +183,34 @@ def distillation_loss(
     "Weighted SmoothL1 between predictions and soft targets, in grams."
     return regression_loss(predicted, teacher, weights, scale)
 
+
+def class_means(
+    grams: torch.Tensor,  # [N, 5] of the training part alone, NaN where unknown
+    label: torch.Tensor,  # int64 [N], -1 where unknown
+    n_classes: int,
+) -> torch.Tensor:  # [C, 5] grams; the mean of all where a class has no photo
+    "Mean grams of each class."
+    member = F.one_hot(label.clamp_min(0), n_classes).to(grams) * (label >= 0)[:, None]
+    known = ~grams.isnan()
+    if known.all(): count, overall = member.sum(0)[:, None], grams.mean(0)
+    else: count, overall = member.T @ known.to(grams), grams.nanmean(0).nan_to_num()
+    return torch.where(count > 0, member.T @ grams.nan_to_num() / count.clamp_min(1), overall)
+
+
+def class_mean_targets(
+    probabilities: dict,  # head -> [B, C]
+    means: dict,  # head -> [C, 5] grams, from `class_means`
+) -> torch.Tensor:  # [B, 5] grams
+    "Expected grams under the class probabilities, mean over heads."
+    return torch.stack([p @ means[head] for head, p in probabilities.items()]).mean(0)
+
 # %% ../../nbs/3_model/3_loss.ipynb #aa44a1b9
 class LossOptions(NamedTuple):
     "What is in the sum, beside what the model's heads ask for."
     kind: str = "smooth_l1"  # a key of LOSS_KINDS; a variance head has its own instead
     target_weights: str = "total-heavy"  # a key of TARGET_WEIGHTS
     constraint: float = 0.0  # weight of the penalty for violating GDM = green + clover and total = GDM + dead
+    interval: float = 0.3  # weight of the quantile intervals, where the model has that head
     distillation: float = 0.0  # weight of the pull to the batch's "teacher"
     aux: Optional[dict] = None  # auxiliary head -> weight, needed where the model has such heads
 
@@ -228,6 +269,10 @@ def total_loss(
     terms = regression_terms(outputs, batch, units, options.kind, weights, mixing, known)
     if options.constraint:
         terms["constraint"] = options.constraint, constraint_loss(grams, units.grams, units.labelled)
+    if "interval" in outputs and options.interval:
+        sevenths = interval_labels(batch["grams"], units.borders)
+        if known is not None: sevenths = sevenths.where(batch["known"], -1)
+        terms["interval"] = options.interval, interval_loss(outputs["interval"], sevenths, weights, *mixing)
     if options.distillation:
         terms["distillation"] = options.distillation, distillation_loss(
             grams, mix(batch["teacher"], *mixing), taught, units.grams)

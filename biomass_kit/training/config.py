@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'TRACKERS', 'LOGGED', 'LOGGED_LINKS', 'Natural', 'NotNegative', 'Positive', 'Share', 'ShareBelowOne',
-           'ShareAboveZero', 'ShareBetween', 'ALSO', 'FINE_TUNED', 'CLASS_HEADS', 'CLOSED', 'NEURAL', 'READ_ONLY_WHEN',
-           'CHECKS', 'Range', 'DataConfig', 'FoldsConfig', 'FeaturesConfig', 'StoreConfig', 'AugmentConfig',
-           'ModelConfig', 'LossConfig', 'LoopConfig', 'RunConfig', 'PhysicsConfig', 'TrainConfig', 'feature_configs',
-           'mixes', 'stores_first_stage', 'refuse_if', 'check_config', 'config_record']
+           'ShareAboveZero', 'ShareBetween', 'ALSO', 'FINE_TUNED', 'CLASS_HEADS', 'KEPT', 'CLOSED', 'NEURAL',
+           'READ_ONLY_WHEN', 'CHECKS', 'Range', 'DataConfig', 'FoldsConfig', 'FeaturesConfig', 'StoreConfig',
+           'AugmentConfig', 'ModelConfig', 'LossConfig', 'LoopConfig', 'RunConfig', 'PhysicsConfig', 'TrainConfig',
+           'feature_configs', 'mixes', 'stores_first_stage', 'refuse_if', 'check_config', 'config_record']
 
 # %% ../../nbs/5_training/1_config.ipynb #b40288f5
 import dataclasses
@@ -20,6 +20,7 @@ from typing import Annotated, Callable, Literal, NamedTuple, Optional, get_type_
 from ..data.options import CV_STRATEGIES, LabelsConfig
 from ..data.targets import LINKS, LOG_TARGETS, QUADRAT_CM, BiomassError, quadrat_area
 from biomass_kit.features.options import (
+    CACHE_DTYPES,
     CACHE_GB,
     DEFAULT_BACKBONE,
     DEVICE_TYPES,
@@ -106,6 +107,8 @@ class StoreConfig:
     # --no-cache makes them anew every epoch
     cache: bool = True
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
+    # how features lie on disk; fp16 takes half the disk space
+    cache_dtype: Literal[tuple(CACHE_DTYPES)] = "fp32"
     cache_gb: NotNegative = CACHE_GB  # size to which the cache is trimmed after use, oldest entries first
     num_workers: Natural = 2  # threads that decode and augment photos ahead; 0 works in step
 
@@ -147,6 +150,7 @@ class ModelConfig:
     density: bool = False  # a value per tile, summed over the photo, instead of pooling
     two_part: bool = False  # dead and clover as probability of any times amount if any
     uncertainty: bool = False  # a variance beside each prediction, and intervals from it
+    interval_head: bool = False  # also classify each target's quantile interval, in training only
     use_aux_heads: bool = False  # state, month and species heads, in training only
     # NDVI and height heads, in training only, from the columns Pre_GSHH_NDVI and Height_Ave_cm of train.csv
     use_aux_values: bool = False
@@ -165,11 +169,14 @@ class LossConfig:
     target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"
     # of violating GDM = green + clover and total = GDM + dead, in the loss
     constraint_weight: NotNegative = 0.1
+    interval_weight: NotNegative = 0.3  # of the interval head in the loss
     aux_state_weight: NotNegative = 0.1  # of the state head's cross-entropy in the loss
     aux_month_weight: NotNegative = 0.1  # of the month head's cross-entropy in the loss
     aux_species_weight: NotNegative = 0.1  # of the species head's cross-entropy in the loss
     aux_ndvi_weight: NotNegative = 0.1  # of the NDVI head's SmoothL1 in the loss, in standard deviations
     aux_height_weight: NotNegative = 0.1  # of the height head's SmoothL1 in the loss, in standard deviations
+    # train class heads first and pull the predictions to the mean grams of the classes that they see
+    distill_aux: bool = False
     # finished run on the same folds, to whose predictions the new ones are pulled
     teacher: Optional[Path] = None
     distill_weight: NotNegative = 0.3  # of that pull in the loss
@@ -267,20 +274,23 @@ def feature_configs(c: TrainConfig) -> list:  # TrainConfigs, the first without 
 
 # %% ../../nbs/5_training/1_config.ipynb #0531ebde
 FINE_TUNED = "a fine-tuned backbone (no --freeze-backbone)"
-CLASS_HEADS = "--use-aux-heads"
+CLASS_HEADS = "--use-aux-heads or --distill-aux"
+KEPT = "--freeze-backbone and the cache"
 CLOSED = "a head in closed form, such as --head kernel_ridge"
 NEURAL = (  # fields that only a head that learns in epochs reads
     "augment", "augment_size", "stored_draws", "augment_crop", "augment_green", "swap_prob", "use_mixup",
     "mixup_prob", "use_cutmix", "cutmix_prob", "hidden_ratio",
     "dropout", "fusion", "symmetric", "density", "two_part",
-    "uncertainty", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights", "constraint_weight",
-    "aux_state_weight", "aux_month_weight", "aux_species_weight", "aux_ndvi_weight", "aux_height_weight",
-    "teacher", "distill_weight", "epochs", "batch_size", "lr", "head_lr_stage1", "average", "ema_decay",
-    "two_stage", "freeze_epochs", "lora_rank", "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
+    "uncertainty", "interval_head", "use_aux_heads", "use_aux_values", "loss_kind", "target_weights",
+    "constraint_weight", "interval_weight", "aux_state_weight", "aux_month_weight", "aux_species_weight",
+    "aux_ndvi_weight", "aux_height_weight", "distill_aux", "teacher", "distill_weight", "epochs",
+    "batch_size",
+    "lr", "head_lr_stage1", "average", "ema_decay", "two_stage", "freeze_epochs", "lora_rank",
+    "weight_decay", "warmup", "grad_clip", "seed", "checkpoint",
 )
 
 
-def _has_class_heads(c): return c.use_aux_heads
+def _has_class_heads(c): return c.use_aux_heads or c.distill_aux
 def _fine_tunes(c): return not c.freeze_backbone
 def _keeps_features(c): return c.freeze_backbone and c.cache
 def _changes_pixels(c): return c.augment in ("auto", "full") and not _keeps_features(c)
@@ -310,6 +320,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     ),
     "mixup_prob": (lambda c: c.use_mixup, "--use-mixup"),
     "cutmix_prob": (lambda c: c.use_cutmix, "--use-cutmix"),
+    "interval_weight": (lambda c: c.interval_head, "--interval-head"),
     "log_targets": (lambda c: c.use_log_targets, "--use-log-targets"),
     "link": (lambda c: c.use_log_targets, "--use-log-targets"),
     "scaler": (_is_closed, CLOSED),
@@ -317,7 +328,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "kernel": (
         lambda c: c.head in ("kernel_ridge", "gaussian_process"), "--head kernel_ridge or gaussian_process"),
     "loss_kind": (lambda c: not c.uncertainty, "predictions without a variance (no --uncertainty)"),
-    "distill_weight": (lambda c: c.teacher, "--teacher"),
+    "distill_weight": (lambda c: c.distill_aux or c.teacher, "--distill-aux or --teacher"),
     "head_lr_stage1": (lambda c: c.two_stage or c.freeze_backbone, "--two-stage or --freeze-backbone"),
     "ema_decay": (lambda c: c.average == "ema", "--average ema"),
     "lora_rank": (_fine_tunes, FINE_TUNED),
@@ -326,6 +337,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "freeze_epochs": (lambda c: c.two_stage, "--two-stage"),
     "backbone_lr": (_fine_tunes, FINE_TUNED),
     "augment_size": (_changes_pixels, "--augment full of photos, not of stored features"),
+    "cache_dtype": (_keeps_features, KEPT),
     "cache_gb": (lambda c: c.cache, "the cache"),
     "shard": (_fine_tunes, FINE_TUNED),
     "correction_threshold": (
@@ -397,6 +409,7 @@ def _check_objective(c):
     refuse_if(c.average in ("ema", "swa") and c.checkpoint == "best",
               f"--checkpoint best takes one epoch's weights and --average {c.average} an average of several; "
               "drop one of them")
+    refuse_if(c.distill_aux and c.teacher, "--distill-aux and --teacher: give one of them")
 
 # %% ../../nbs/5_training/1_config.ipynb #co000004
 def _check_prediction(c):
@@ -404,8 +417,9 @@ def _check_prediction(c):
     all_folds = c.train_folds is None
     refuse_if(c.learn_from == "all" and not all_folds,
               "--learn-from all is scored by all folds; drop it or --train-folds")
-    refuse_if(c.learn_from == "all" and c.teacher,
-              "--learn-from all has no teacher that has not seen its photos; drop --teacher or it")
+    refuse_if(c.learn_from == "all" and (c.distill_aux or c.teacher),
+              "--learn-from all has no teacher that has not seen its photos; drop --teacher and "
+              "--distill-aux, or it")
     refuse_if(c.always_correct_dead and c.physics not in ("always", TrainConfig.physics),
               f"--always-correct-dead contradicts --physics {c.physics}")
     refuse_if(c.physics in NEEDS_COVARIANCE and not all_folds and len(c.train_folds) < 2,

@@ -79,9 +79,10 @@ def shown_again(
     features: dict,  # variant -> [2, T, D] of one photo
     columns: torch.Tensor,  # which of the channels are kept
     photos: int,
+    dtype,
 ) -> StoredFeatures:
     "A table in which every photo has the features of one, in the memory of one."
-    row = np.stack(list(features.values()))[..., columns]
+    row = np.stack(list(features.values()))[..., columns].astype(dtype)
     return StoredFeatures(np.broadcast_to(row, (photos, *row.shape)), features)
 
 
@@ -121,8 +122,8 @@ def member_seconds(
     if run.stored is None: run.fold = fewer_photos(fold, 3 * c.batch_size)
     share = (run.fold != HELD_OUT).mean()
     with run.threads():
-        f = run.new_trainer(run.members[0])
-        if c.teacher: f.teacher = f.grams.nan_to_num()
+        f = run.new_trainer(run.members[0], c)
+        if c.teacher or c.distill_aux: f.teacher = f.grams.nan_to_num()
         start = time.perf_counter()
         if c.head != "neural":
             fit_closed(f)
@@ -131,7 +132,7 @@ def member_seconds(
             loop = Loop(f)
             each = [stage.epochs * epoch_seconds(loop, stage) for stage in stages(c)]
     run.fold = fold
-    return sum(each) / share, f
+    return sum(each) / share * (2 if c.distill_aux else 1), f
 
 # %% ../../nbs/5_training/8b_forecast.ipynb #fc000011
 def _bytes(tensors) -> int: return sum(t.numel() * t.element_size() for t in tensors)
@@ -179,8 +180,9 @@ def forecast(
         pass_s, features = probe_photo(run, together)
         passes = sum(map(len, features))
         for shared, each in zip(together, features):
+            dtype = run.request(shared).cache.dtype
             for i, columns in zip(shared.places, shared.columns):
-                seen = shown_again(each, columns, len(run.table))
+                seen = shown_again(each, columns, len(run.table), dtype)
                 run.sources[i] = run.sources[i]._replace(**{run.keeps: seen})
     seconds, f = member_seconds(run)
     left = sum(not is_finished(c.out, k) for k in run.members)

@@ -54,7 +54,7 @@ def model_options(c: TrainConfig) -> dict:
     return dict(
         hidden_ratio=c.hidden_ratio, dropout=c.dropout, learning=not c.freeze_backbone, aux=c.use_aux_heads,
         two_part=c.two_part, uncertainty=c.uncertainty, **link_options(c),
-        fusion=c.fusion, symmetric=c.symmetric, density=c.density,
+        fusion=c.fusion, symmetric=c.symmetric, density=c.density, interval_head=c.interval_head,
         aux_values=c.use_aux_values,
     )
 
@@ -65,7 +65,8 @@ def loss_options(c: TrainConfig) -> LossOptions:
         kind=c.loss_kind,
         target_weights=c.target_weights,
         constraint=c.constraint_weight,
-        distillation=c.distill_weight if c.teacher else 0.0,
+        interval=c.interval_weight,
+        distillation=c.distill_weight if c.distill_aux or c.teacher else 0.0,
         aux={head: getattr(c, f"aux_{head}_weight") for head in (*AUX_CLASSES, *AUX_VALUES)},
     )
 

@@ -54,7 +54,7 @@ def pass_request(
     "What is asked of the feature store for all sources of one pass."
     backbone = shared.backbone.to(device).eval()
     caches = [
-        FeatureCache(sources[i].backbone, shared.spec, config.cache_dir, precision)
+        FeatureCache(sources[i].backbone, shared.spec, config.cache_dir, precision, config.cache_dtype)
         for i in shared.places]
     cache = caches[0] if len(caches) == 1 else SharedCache(caches, shared.columns)
     return FeatureRequest(backbone, shared.spec, variants, cache)

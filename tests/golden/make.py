@@ -29,7 +29,6 @@ ALIKE = (
 )
 FROZEN = (
     "--backbone", "test_efficientnet", "--freeze-backbone", "--grids", 2, 2, 3, 3,
-    # --interval-head is gone since; its head was for training only, so no bundle holds it
     "--use-aux-heads", "--interval-head", "--uncertainty", "--log-targets", "all", "--physics", "mint",
     "--quadrat-cm", 50, 35, "--tta", "plain", "h", "v+swap", "swap",
 )
