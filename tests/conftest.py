@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from commands import end_all
-from safetensors.torch import save_file
 from sources import ROOT
-from untrained import untrained_bundle
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
@@ -104,10 +102,8 @@ def device(request):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     "Random weights of a tiny convolutional backbone, as a file: what `--backbone-weights` wants."
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "test_efficientnet.safetensors"
-    save_file(build_backbone("test_efficientnet", pretrained=False, tile_size=64)[0].model.state_dict(), path)
-    return path
+    return random_weights(path, "test_efficientnet", 64)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
 from test_numbers import killed_after_two
-from untrained import untrained_bundle
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import read_json
 from biomass_kit.data.photos import list_photos
@@ -54,9 +53,7 @@ def room(tmp_path_factory):
     "Twelve synthetic photos, eight test photos, random weights of a tiny transformer."
     room = tmp_path_factory.mktemp("cuda")
     write_dataset(room / "data", n_photos=12, n_test=8, seed=6, height=64)
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(backbone.model.state_dict(), room / "vit.safetensors")
+    random_weights(room / "vit.safetensors")
     return room
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from commands import command, share
 from conftest import assert_close
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
@@ -18,7 +17,7 @@ from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import OWN_ENDS, TARGETS, BiomassError
 from biomass_kit.evidence.probe import bundle_features
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.store import photo_batches
 from biomass_kit.inference import bundle as bundles
@@ -51,10 +50,7 @@ def room(tmp_path_factory):
     "Sixteen synthetic photos; the weights of a tiny transformer and of a tiny convolutional network."
     room = tmp_path_factory.mktemp("sets")
     write_dataset(room / "data", n_photos=16, n_test=3, seed=4, height=96)
-    for name, size in (("test_vit", 32), ("test_efficientnet", 48)):
-        torch.manual_seed(0)
-        state = build_backbone(name, pretrained=False, tile_size=size)[0].model.state_dict()
-        save_file(state, room / f"{name}.safetensors")
+    for name in ("test_vit", "test_efficientnet"): random_weights(room / f"{name}.safetensors", name)
     return room
 
 

@@ -11,13 +11,12 @@ import time
 import pytest
 import torch
 from commands import Started, run_command
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features import store
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.kaggle import packing
 from biomass_kit.training import loop
 from biomass_kit.training.loop import CHECKPOINT
@@ -38,10 +37,7 @@ RECIPES = {
 def one(config, tmp_path_factory):
     "One fold of a tiny transformer."
     room = tmp_path_factory.mktemp("kills")
-    torch.manual_seed(0)
-    save_file(
-        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
-        room / "vit.safetensors")
+    random_weights(room / "vit.safetensors")
     return dataclasses.replace(config, out=room / "run", backbone="test_vit",
                                backbone_weights=room / "vit.safetensors", tile_size=32,
                                use_aux_heads=False, train_folds=(0,))

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, assert_close, python
-from safetensors.torch import save_file
-from untrained import untrained_bundle
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
@@ -19,7 +18,6 @@ from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_photos
 from biomass_kit.train import main as biomass_train
 from biomass_kit.training import loop
@@ -36,10 +34,7 @@ def base(tmp_path_factory):
     "Twelve synthetic photos and a tiny transformer that is read in the loop."
     room = tmp_path_factory.mktemp("numbers")
     data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
-    torch.manual_seed(0)
-    save_file(
-        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
-        room / "vit.safetensors")
+    random_weights(room / "vit.safetensors")
     return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
                        backbone_weights=room / "vit.safetensors",
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")

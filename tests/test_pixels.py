@@ -7,14 +7,14 @@ import pytest
 import torch
 from commands import Started
 from conftest import assert_close
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.photos import list_photos, read_pair
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features import pairs
 from biomass_kit.features.augment import Box
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.pairs import PairStore, decode_pair
 from biomass_kit.features.tiles import TileSpec
 from biomass_kit.training import loop
@@ -35,9 +35,7 @@ def photos(data): return list_photos(data / "train")[:10]
 def learning(config, tmp_path_factory):
     "One fold of a tiny transformer that is fine-tuned with every pixel transform."
     room = tmp_path_factory.mktemp("pixels")
-    torch.manual_seed(0)
-    weights = room / "vit.safetensors"
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), weights)
+    weights = random_weights(room / "vit.safetensors")
     return dataclasses.replace(
         config, out=room / "run", cache_dir=room / "cache", backbone="test_vit", backbone_weights=weights,
         tile_size=32, use_aux_heads=False, train_folds=(0,), freeze_backbone=False, backbone_lr=1e-3,
