@@ -52,7 +52,7 @@ class PackArgs:
     # bundle folder, or a run folder; without one the inference notebook takes what the training notebook
     # leaves on Kaggle
     weights: Optional[Path] = None
-    out: Path = Path("kaggle_datasets")
+    out: Path = Path("kaggle_datasets")  # folder to fill with what is uploaded
     user: Optional[str] = None  # your Kaggle name, for the dataset ids; a placeholder by default
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
     # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31

@@ -155,7 +155,7 @@ def _dry_run(a: PredictArgs):
     print(describe_plan(planned))
     found = probe(planned, paths, a.batch_size, a.num_workers)
     photos, memory = counted(found["photos"], "photo"), found["peak_bytes"] / 1e9
-    print(f"{photos}, none looked up in the cache, at {found['photos_a_second']:.2f} a second: "
+    print(f"{photos}, none looked up in the cache, at {found['photos_per_second']:.2f} per second: "
           f"about {found['expected_s']:.0f} s; peak memory so far {memory:.2f} GB")
 
 

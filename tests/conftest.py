@@ -109,10 +109,10 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="session")
 def config(data, weights, tmp_path_factory):
     "A frozen run of three folds on the tiny backbone."
-    room = tmp_path_factory.mktemp("run")
-    return TrainConfig(data=data, out=room / "run", n_folds=3, backbone="test_efficientnet",
+    work = tmp_path_factory.mktemp("run")
+    return TrainConfig(data=data, out=work / "run", n_folds=3, backbone="test_efficientnet",
                        backbone_weights=weights, tile_size=64, freeze_backbone=True,
-                       use_aux_heads=True, epochs=4, cache_dir=room / "cache", device_type="cpu")
+                       use_aux_heads=True, epochs=4, cache_dir=work / "cache", device_type="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -123,9 +123,9 @@ def finished(config):
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
-    folder = tmp_path_factory.mktemp("room")
+    folder = tmp_path_factory.mktemp("work")
     write_dataset(folder / "data", n_photos=4, n_test=16, seed=5, height=64)
     untrained_bundle(folder / "frozen")
     untrained_bundle(folder / "tuned", ((2, 2),), 3, fine_tuned=True)
@@ -133,6 +133,6 @@ def room(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(room):
+def whole(work):
     "The frozen bundle's submission, undisturbed."
-    return predict_competition(room / "frozen", room / "data", room / "whole.csv", device_type="cpu")
+    return predict_competition(work / "frozen", work / "data", work / "whole.csv", device_type="cpu")

@@ -28,10 +28,10 @@ LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=
 @pytest.fixture(scope="module")
 def base(config, tmp_path_factory):
     "Two folds of a tiny transformer, fine-tuned."
-    room = tmp_path_factory.mktemp("deadline")
-    weights = random_weights(room / "vit.safetensors")
+    work = tmp_path_factory.mktemp("deadline")
+    weights = random_weights(work / "vit.safetensors")
     return dataclasses.replace(
-        config, out=room / "whole/run", backbone="test_vit", backbone_weights=weights, tile_size=32,
+        config, out=work / "whole/run", backbone="test_vit", backbone_weights=weights, tile_size=32,
         train_folds=(0, 1), **LIVE)
 
 

@@ -36,10 +36,10 @@ RECIPES = {
 @pytest.fixture(scope="module")
 def one(config, tmp_path_factory):
     "One fold of a tiny transformer."
-    room = tmp_path_factory.mktemp("kills")
-    random_weights(room / "vit.safetensors")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit",
-                               backbone_weights=room / "vit.safetensors", tile_size=32,
+    work = tmp_path_factory.mktemp("kills")
+    random_weights(work / "vit.safetensors")
+    return dataclasses.replace(config, out=work / "run", backbone="test_vit",
+                               backbone_weights=work / "vit.safetensors", tile_size=32,
                                use_aux_heads=False, train_folds=(0,))
 
 

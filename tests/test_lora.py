@@ -39,9 +39,9 @@ def start(name, folder, size=64):
 @pytest.fixture(scope="module")
 def adapting(config, tmp_path_factory):
     "A two-stage run on a tiny transformer whose second stage learns LoRA factors, for two folds."
-    room = tmp_path_factory.mktemp("lora")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit",
-                               backbone_weights=start("test_vit", room), freeze_backbone=False,
+    work = tmp_path_factory.mktemp("lora")
+    return dataclasses.replace(config, out=work / "run", backbone="test_vit",
+                               backbone_weights=start("test_vit", work), freeze_backbone=False,
                                two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2,
                                train_folds=(0, 1), use_aux_heads=False)
 

@@ -32,11 +32,11 @@ RAW = [t + "_raw" for t in TARGETS]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "Twelve synthetic photos and a tiny transformer that is read in the loop."
-    room = tmp_path_factory.mktemp("numbers")
-    data = write_dataset(room / "data", n_photos=12, n_test=2, seed=6, height=64)
-    random_weights(room / "vit.safetensors")
-    return TrainConfig(data=data, out=room / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
-                       backbone_weights=room / "vit.safetensors",
+    work = tmp_path_factory.mktemp("numbers")
+    data = write_dataset(work / "data", n_photos=12, n_test=2, seed=6, height=64)
+    random_weights(work / "vit.safetensors")
+    return TrainConfig(data=data, out=work / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
+                       backbone_weights=work / "vit.safetensors",
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")
 
 

@@ -34,10 +34,10 @@ def photos(data): return list_photos(data / "train")[:10]
 @pytest.fixture(scope="module")
 def learning(config, tmp_path_factory):
     "One fold of a tiny transformer that is fine-tuned with every pixel transform."
-    room = tmp_path_factory.mktemp("pixels")
-    weights = random_weights(room / "vit.safetensors")
+    work = tmp_path_factory.mktemp("pixels")
+    weights = random_weights(work / "vit.safetensors")
     return dataclasses.replace(
-        config, out=room / "run", cache_dir=room / "cache", backbone="test_vit", backbone_weights=weights,
+        config, out=work / "run", cache_dir=work / "cache", backbone="test_vit", backbone_weights=weights,
         tile_size=32, use_aux_heads=False, train_folds=(0,), freeze_backbone=False, backbone_lr=1e-3,
         batch_size=4)
 

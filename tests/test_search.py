@@ -52,11 +52,11 @@ def searching(out, processes, hangs_at, *words):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     "Twelve synthetic photos and a tiny frozen backbone."
-    room = tmp_path_factory.mktemp("search")
-    data = write_dataset(room / "data", n_photos=12, n_test=2, seed=2, height=64)
-    return TrainConfig(data=data, out=room / "out", n_folds=2, backbone="test_vit",
-                       backbone_weights=random_weights(room / "vit.safetensors"), tile_size=32,
-                       freeze_backbone=True, epochs=1, cache_dir=room / "cache", device_type="cpu")
+    work = tmp_path_factory.mktemp("search")
+    data = write_dataset(work / "data", n_photos=12, n_test=2, seed=2, height=64)
+    return TrainConfig(data=data, out=work / "out", n_folds=2, backbone="test_vit",
+                       backbone_weights=random_weights(work / "vit.safetensors"), tile_size=32,
+                       freeze_backbone=True, epochs=1, cache_dir=work / "cache", device_type="cpu")
 
 
 def start(config, out, processes=1, hangs_at=0, log="said"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
            'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'ATTACH', 'SET_UP', 'NOTEBOOK_CELLS', 'input_files', 'only',
-           'by_input', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions',
+           'by_input', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference', 'plot_predictions',
            'show_predictions', 'notebook_of', 'inference_notebook']
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #102860a6
@@ -121,12 +121,12 @@ def write_reference(
     **options,  # progress of `predict_photos`
 ):
     "Draw reference photos into a packed bundle and save their predictions (made on the CPU in fp32)."
-    from biomass_kit.data.synthetic import draw_photo
+    from biomass_kit.data.synthetic import paint_photo
 
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_photos):
-        photo = draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)
+        photo = paint_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)
         Image.fromarray(photo).save(folder / f"{i}.png")
     how = dict(physics="none", device_type="cpu", batch_size=1)
     grams = predict_photos(weights, list_photos(folder), **how, **options)
@@ -180,7 +180,7 @@ def _grams_by_photo(data, table: pd.DataFrame) -> tuple:
     return list(photos.values()), grams.reindex(index=list(photos), columns=list(TARGETS)).to_numpy()
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #53a7bd22
-def draw_predictions(
+def plot_predictions(
     shown: list,  # (title, photo uint8 [H, W, 3], [5] grams)
 ) -> Image.Image:
     "One row per photo: a thumbnail, and a bar for each target."
@@ -216,7 +216,7 @@ def _picture(data, table: pd.DataFrame, n_photos: int) -> tuple:  # (the picture
         except BiomassError as e: said.append(f"not shown: {e}")
         else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))
     if not shown: said.append("no picture of the predictions: none of these photos could be read")
-    return draw_predictions(shown) if shown else None, said
+    return plot_predictions(shown) if shown else None, said
 
 
 def show_predictions(

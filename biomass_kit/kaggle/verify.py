@@ -25,7 +25,7 @@ from .environment import bare_python, kaggle_python, pip_install, versions
 from .inference import GRAMS, SAME
 from .metadata import LIB
 from .packing import KAGGLE_IMAGE, check_packed
-from .sandbox import FORMS, KAGGLE_LIMITS, ROOM_BYTES, UNITS, run_offline
+from .sandbox import FORMS, KAGGLE_LIMITS, UNITS, WORKING_BYTES, run_offline
 from .sessions import run_sessions
 from .training import TRAIN_EXTRAS
 
@@ -129,12 +129,12 @@ def _build_python(
     return python, found
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #ve00000b
-def _proved(done: dict, data, room_bytes: int, say: Callable) -> dict:
+def _proved(done: dict, data, working_bytes: int, say: Callable) -> dict:
     "A finished run that is worth submitting, and said so."
     done |= check_run(done, data)
     n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
     say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; "
-        f"working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
+        f"working folder: {working_bytes / 1e6:g} MB; photos: {n_photos}")
     say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
     return done
 
@@ -145,7 +145,7 @@ def verify(
     keep="runs/verify",  # takes submission and executed notebook of each run
     share: bool = False,  # share this environment's packages instead of building one with Kaggle's versions
     forms=FORMS,
-    room_bytes: int = ROOM_BYTES,
+    working_bytes: int = WORKING_BYTES,
     say: Callable = print,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     training: bool = False,  # also the training notebook, and inference with the bundle that it leaves
@@ -163,20 +163,20 @@ def verify(
         raise BiomassError(f"{packed}: holds no weights, so its training must be proved; drop --no-training")
     _check_wheels(packed)
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        if data is None: data = write_dataset(room / "drawn", n_photos=2, n_test=4, seed=0, height=400)
-        python, found = _build_python(room / "venv", share, say, progress)
+        work = Path(folder)
+        if data is None: data = write_dataset(work / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        python, found = _build_python(work / "venv", share, say, progress)
         runs = []
         for form in forms if bundle else ():
             say(f"running the packed notebook, inputs mounted by {form}; it says:")
-            done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes, say)
-            runs.append(_proved(done, data, room_bytes, say))
+            done = run_offline(packed, data, Path(keep) / form, python, form, working_bytes, say)
+            runs.append(_proved(done, data, working_bytes, say))
         if training:
             if not share: pip_install(python, TRAIN_EXTRAS, progress)
             kept = Path(keep) / "training"
-            trained, drawn = run_sessions(packed, room / "round", kept, python, room_bytes, say)
+            trained, drawn = run_sessions(packed, work / "round", kept, python, working_bytes, say)
             say("running the packed notebook with the bundle that was trained; it says:")
-            done = run_offline(packed, drawn, kept / "inference", python, "kind", room_bytes, say, trained)
-            runs.append(_proved(done, drawn, room_bytes, say))
+            done = run_offline(packed, drawn, kept / "inference", python, "kind", working_bytes, say, trained)
+            runs.append(_proved(done, drawn, working_bytes, say))
     say(f"verified: submission and executed notebook are under {keep}")
     return {"versions": found, "runs": runs}

@@ -52,7 +52,7 @@ class Args:
     rows: tuple[str, ...] = (*ROWS, GRIDS)
     splits: int = 15
     first_seed: int = 0
-    processes: int = 0  # 0 is one a core
+    processes: int = 0  # 0 is one per core
 
 
 def contenders(a: Args) -> dict:  # row -> Contender

@@ -108,10 +108,10 @@ def scored(whole: Adapter, own: int, bundle, rows, table, numbers, config) -> li
         ("own alone", alone, np.nan)]
 
 
-def one_state(a: Args, table, recipe: str, state: str, room: Path) -> list:  # of rows
+def one_state(a: Args, table, recipe: str, state: str, work: Path) -> list:  # of rows
     "The curve of one state, and the bundle that never saw it."
     base = TrainConfig(
-        data=without_state(a.data, state, room / "data"), out=room / "run", backbone=a.backbone,
+        data=without_state(a.data, state, work / "data"), out=work / "run", backbone=a.backbone,
         backbone_weights=a.backbone_weights, tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
     config = with_recipe(base, recipe)
     train(config, log=print)
@@ -128,8 +128,8 @@ def main():
     found = []
     for recipe in a.recipes:
         for state in a.states:
-            with tempfile.TemporaryDirectory() as room:
-                found += one_state(a, table, recipe, state, Path(room))
+            with tempfile.TemporaryDirectory() as work:
+                found += one_state(a, table, recipe, state, Path(work))
     scores = pd.DataFrame(found)
     scores.to_csv(a.out, index=False, float_format="%.4f")
     print(scores.groupby(["recipe", "state", "labels", "way"], sort=False)[["error_g", "weighted_r2"]].mean())
