@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_numbers import killed_after_two
+from runs import killed_after
 from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import read_json
@@ -121,7 +121,7 @@ def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
     "From its second epoch, with the device's own random state."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     config = dataclasses.replace(base, **RECIPES[recipe])
-    killed_after_two(config, monkeypatch)
+    killed_after(monkeypatch, config, 2)
     rest, epochs = [], loop.run_epoch
     monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
     found, _ = trained(config)

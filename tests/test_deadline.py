@@ -7,7 +7,7 @@ import time
 
 import pytest
 from commands import Started, command, run_command, share
-from test_kills import left
+from runs import left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.files import write_json
@@ -21,7 +21,6 @@ from biomass_kit.training import loop
 from biomass_kit.training.deadline import MISSING, UNFINISHED, OutOfTime
 from biomass_kit.training.run import train, train_runs
 
-quiet = dict(log=lambda line: None)
 LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=1e-3, use_aux_heads=False)
 
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from commands import command, share
 from conftest import assert_close
+from runs import Killed, left, quiet
 from untrained import random_weights
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
@@ -31,7 +31,6 @@ from biomass_kit.training import run as running
 from biomass_kit.training.config import NEURAL, TrainConfig, check_config
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
 ALL_SIX = "+".join(STATISTICS)
 SETS = {
@@ -95,12 +94,6 @@ def passes(monkeypatch):
     monkeypatch.setattr(
         Backbone, "forward", lambda self, tiles: calls.append(len(tiles)) or plain(self, tiles))
     return calls
-
-
-def left(folder):
-    "What a run leaves: digests of its members, its predictions and its history."
-    members = {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
-    return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
 
 
 def agrees(config, rtol=1e-5):
@@ -358,9 +351,6 @@ def test_two_processes_share_the_members(base, tmp_path):
     train(alone, **quiet)
     share(2, training, both, log=tmp_path / "said")
     assert left(both.out) == left(alone.out)
-
-
-class Killed(Exception): pass
 
 
 @pytest.mark.parametrize("of, head", [("two backbones", "neural"), ("two grids", "gaussian_process")])

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from commands import Started, run_command
+from runs import killed_after, left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
@@ -22,7 +23,6 @@ from biomass_kit.training import loop
 from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=1e-3)
 RECIPES = {
     "moving average": dict(average="ema"),
@@ -41,29 +41,6 @@ def one(config, tmp_path_factory):
     return dataclasses.replace(config, out=work / "run", backbone="test_vit",
                                backbone_weights=work / "vit.safetensors", tile_size=32,
                                use_aux_heads=False, train_folds=(0,))
-
-
-def left(folder):
-    "What a run leaves: digests of its members, its predictions and its curves."
-    members = {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
-    return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
-
-
-class Killed(Exception): pass
-
-
-def killed_after(monkeypatch, config, epochs):
-    "Start a run that ends, as if killed, when it has kept so many epochs."
-    plain, count = loop.Loop.write, itertools.count(1)
-
-    def write(self):
-        plain(self)
-        if next(count) == epochs: raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "write", write)
-        with pytest.raises(Killed): train(config, **quiet)
-    assert list((config.out / "folds").glob(f"*{CHECKPOINT}"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_close, launch
+from runs import quiet
 from safetensors.torch import load_file
 from untrained import random_weights
 
@@ -28,8 +29,6 @@ from biomass_kit.inference.predict import predict_folder
 from biomass_kit.training import loop
 from biomass_kit.training.member import set_mode
 from biomass_kit.training.run import train
-
-quiet = dict(log=lambda line: None)
 
 
 def start(name, folder, size=64):

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, assert_close, python
+from runs import killed_after, left, quiet
 from untrained import random_weights, untrained_bundle
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
@@ -25,7 +25,6 @@ from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
 
 
@@ -40,28 +39,6 @@ def base(tmp_path_factory):
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")
 
 
-def left(folder):
-    return ({p.name: file_digest(p) for p in (folder / "bundle").glob("*.safetensors")},
-            (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes())
-
-
-class Killed(Exception): pass
-
-
-def killed_after_two(config, monkeypatch):
-    "A run that ends, as if killed, when two epochs are kept."
-    plain, kept = loop.Loop.write, []
-
-    def write(self):
-        plain(self)
-        kept.append(self.epoch)
-        if len(kept) == 2: raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "write", write)
-        with pytest.raises(Killed): train(config, **quiet)
-
-
 def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
     "Pixels augmented in the loop, with 0, 1 and 2 workers; begun with one number and gone on with another."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
@@ -71,7 +48,7 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
             base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
 
     for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
-    killed_after_two(run("cut", 2), monkeypatch)
+    killed_after(monkeypatch, run("cut", 2), 2)
     train(run("cut", 1), **quiet)
     assert left(run("0", 0).out) == left(run("1", 1).out) == left(run("2", 2).out) == left(run("cut", 1).out)
 
