@@ -128,6 +128,10 @@ def check_options(a: PredictArgs) -> PredictArgs:
     "Refuse options that contradict each other or that nobody would read."
     if (a.data is None) == (a.photos is None):
         raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
+    if a.photos and a.photos.is_file():
+        raise BiomassError(f"--photos {a.photos}: is a file; give the folder that it lies in")
+    if a.out.is_dir():
+        raise BiomassError(f"--out {a.out}: is a folder; name a file in it, such as {a.out / 'grams.csv'}")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB):
         raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.data and (a.quadrat_cm or not a.report or not a.report_photos):

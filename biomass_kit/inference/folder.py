@@ -96,6 +96,11 @@ def target_columns(
     return [c for c in table if c.removesuffix(ENDS[0]).removesuffix(ENDS[1]) in names]
 
 
+def _rounded(table):
+    "Numbers with the four decimals that they have in the CSV; dates as they are."
+    return table.round(dict.fromkeys(table.select_dtypes("number").columns, 4))
+
+
 def flags(
     outcome: Outcome,
     alike: np.ndarray,  # [N], or None
@@ -193,8 +198,8 @@ class FolderTable(NamedTuple):
 
     def write_xlsx(self, grams: np.ndarray, alike: np.ndarray = None):
         "The same tables as sheets of one file, rounded as in the CSV."
-        sheets = {"photos": (part.round(4) for part in self.parts(grams, alike))}
-        if self.paddocks: sheets["paddocks"] = [self.means(grams, alike).round(4)]
+        sheets = {"photos": map(_rounded, self.parts(grams, alike))}
+        if self.paddocks: sheets["paddocks"] = [_rounded(self.means(grams, alike))]
         write_sheets(xlsx_path(self.out), sheets)
 
     def whole(self, grams: np.ndarray, alike: np.ndarray = None) -> pd.DataFrame:
