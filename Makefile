@@ -31,10 +31,11 @@ test-last-bits: .venv/installed
 	PYTHONPATH=tests/last_bits $(NOTEBOOKS)
 	PYTHONPATH=tests/last_bits $(PYTEST)
 
-# After editing notebooks: export the library, clean the notebooks, render the README.
+# After editing notebooks: export the library, clean the notebooks, write the page of names and the README.
 prepare: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tests/render_names.py
 	$(BIN)/python tests/render_readme.py > README.md
 
 .venv/installed: settings.ini setup.py constraints.txt

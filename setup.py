@@ -19,7 +19,7 @@ setup(
     author=cfg["author"],
     url=cfg["git_url"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["reports/templates/*"]},
+    package_data={cfg["lib_path"]: ["reports/templates/*", "kaggle/notebooks/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={

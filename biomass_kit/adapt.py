@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from .command import command, loading, parse
+from .data.options import LabelsConfig
 from .data.progress import progress, say
 from .data.targets import BiomassError
 from .features.options import CACHE_GB, DEVICE_TYPES, PRECISIONS
@@ -26,7 +27,7 @@ class OwnArgs:
     "The bundle, your photos, and where the new bundle goes."
 
     weights: Path  # bundle folder, or a run folder, of heads in closed form (--recipe quick, linear)
-    data: Path  # folder with train.csv and your own labelled photos, as biomass_train reads it
+    data: Path  # folder of your own labelled photos and their table, in either form that biomass_train reads
     out: Path  # folder of the new bundle; written only where adapting helps
     # sides in cm of the quadrat whose grams your table holds; the bundle's by default
     quadrat_cm: Optional[tuple[float, float]] = None
@@ -43,7 +44,7 @@ class BackboneArgs:
 
 # %% ../nbs/9_commands/10_adapt.ipynb #c0a10005a
 @dataclass(frozen=True)
-class AdaptArgs(StoreArgs, BackboneArgs, OwnArgs):
+class AdaptArgs(StoreArgs, BackboneArgs, LabelsConfig, OwnArgs):
     """Adapt a bundle to your own paddocks.
 
     Its heads are fitted again on the features of its training photos, which travel with it, and on your
@@ -62,15 +63,18 @@ def main(args=None):
     a = parse(AdaptArgs, "biomass_adapt", args)
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB):
         raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
+    if a.group_column: raise BiomassError("--group-column: own photos are left out by date; drop it")
     with loading():
-        from biomass_kit.data.table import read_train
+        from biomass_kit.data.wide import read_labels
         from biomass_kit.features.store import trim_text
+        from biomass_kit.inference.bundle import read_bundle
         from biomass_kit.training.adapt import adapt
 
     cache_dir = (a.cache_dir or True) if a.cache else None
+    bundle = read_bundle(a.weights)
+    table = read_labels(a.data, a, a.quadrat_cm or bundle.quadrat_cm)
     verdict = adapt(
-        a.weights, read_train(a.data), a.out, a.quadrat_cm, say, batch_size=a.batch_size,
-        num_workers=a.num_workers,
+        bundle, table, a.out, a.quadrat_cm, say, batch_size=a.batch_size, num_workers=a.num_workers,
         progress=progress, device_type=a.device_type, precision=a.precision, cache_dir=cache_dir)
     trimmed = trim_text(a.cache_dir, a.cache_gb) if a.cache else ""
     if trimmed: print(trimmed)

@@ -20,10 +20,10 @@ from .training.config import TrainConfig
 class SynthArgs:
     "Make a synthetic pasture data set in the competition's layout."
 
-    out: Path  # folder to fill
+    out: Path  # folder to fill; one without a train.csv
     photos: int = 60  # labelled photos
     test: int = 8  # photos without metadata
-    seed: int = 0
+    seed: int = 0  # the same seed paints the same photos
     height: int = 1000  # pixels; a photo is twice as wide
 
 
@@ -31,6 +31,8 @@ class SynthArgs:
 def synth(args=None):
     "biomass_synth: make a synthetic data set."
     a = parse(SynthArgs, "biomass_synth", args)
+    if (a.out / "train.csv").exists():
+        raise BiomassError(f"--out {a.out}: holds a train.csv already; choose another folder, or delete it")
     with loading():
         from biomass_kit.data.synthetic import write_dataset
 
@@ -47,7 +49,7 @@ DEMO_GRIDS = ((2, 2), (3, 3))
 class DemoArgs:
     "Make synthetic photos, train, bundle, pack and predict offline."
 
-    out: Path = Path("runs/demo")  # folder to fill: a new one, or an earlier demo's
+    out: Path = Path("runs/demo")  # folder, emptied first if an earlier demo made it
 
 
 def _empty(out: Path):
@@ -79,7 +81,7 @@ def run_demo(out: Path) -> dict:
         from biomass_kit.training.run import expand
 
     write_text(out / DEMO_MARK, "biomass_demo empties this folder when it is run again\n")
-    say(f"making {DEMO_PHOTOS} synthetic photos")
+    say(f"painting {DEMO_PHOTOS} photos")
     data = write_dataset(out / "data", DEMO_PHOTOS, n_test=8, height=256, progress=progress)
     joint = out / "bundle"
     results = run_training(expand(_config(data, out), DEMO_GRIDS), joint, say)

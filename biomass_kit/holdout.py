@@ -28,7 +28,7 @@ class StudyArgs:
     recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "default", "quick", "probe")
     splits: int = 30  # random splits of the sampling dates
     first_seed: int = 0  # of the splits: this one and those that follow
-    processes: int = 0  # that train side by side on a CPU; 0 is one a core
+    processes: int = 0  # that train side by side on a CPU; 0 is one for each core
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def main(args=None):
     with loading():
         from biomass_kit.data.files import write_csv
         from biomass_kit.evidence.holdout import Contender, Study, run_study
-        from biomass_kit.evidence.splits import draw_holdout, holdout_lines, holdout_table
+        from biomass_kit.evidence.splits import holdout_lines, holdout_table, plot_holdout
 
     base = config_of(a)
     recipes = {}
@@ -89,7 +89,7 @@ def main(args=None):
     write_csv(a.out / "table.csv", table)
     for line in holdout_lines(table): say(line)
     own = scores[~scores["recipe"].str.startswith("floor_")]
-    if len(a.recipes) > 1: draw_holdout(own, a.recipes[0]).savefig(a.out / "holdout.png", dpi=150)
+    if len(a.recipes) > 1: plot_holdout(own, a.recipes[0]).savefig(a.out / "holdout.png", dpi=150)
     say(f"scores of every split: {a.out / 'scores.csv'}; table: {a.out / 'table.csv'}")
 
 # %% ../nbs/9_commands/9_holdout.ipynb #c153008

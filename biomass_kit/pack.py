@@ -20,7 +20,7 @@ from .data.targets import BiomassError
 class VerifyArgs:
     """Prove what was packed in an environment like Kaggle's.
 
-    It has Kaggle's versions, no network, read-only inputs, and little disk space to write.
+    It has Kaggle's versions, no network, and read-only inputs.
     """
 
     packed: Path = Path("kaggle_datasets")  # folder that biomass_pack filled
@@ -52,7 +52,7 @@ class PackArgs:
     # bundle folder, or a run folder; without one the inference notebook takes what the training notebook
     # leaves on Kaggle
     weights: Optional[Path] = None
-    out: Path = Path("kaggle_datasets")
+    out: Path = Path("kaggle_datasets")  # folder to fill with what is uploaded
     user: Optional[str] = None  # your Kaggle name, for the dataset ids; a placeholder by default
     wheel: Optional[Path] = None  # wheel of this library; built from the checkout by default
     # pack wheels that Kaggle's image lacks, and these, such as timm==1.0.31

@@ -128,6 +128,10 @@ def check_options(a: PredictArgs) -> PredictArgs:
     "Refuse options that contradict each other or that nobody would read."
     if (a.data is None) == (a.photos is None):
         raise BiomassError("give either --data (a competition folder) or --photos (a folder of photos)")
+    if a.photos and a.photos.is_file():
+        raise BiomassError(f"--photos {a.photos}: is a file; give the folder that it lies in")
+    if a.out.is_dir():
+        raise BiomassError(f"--out {a.out}: is a folder; name a file in it, such as {a.out / 'grams.csv'}")
     if not a.cache and (a.cache_dir or a.cache_gb != CACHE_GB):
         raise BiomassError("--no-cache: --cache-dir and --cache-gb would change nothing; drop them")
     if a.data and (a.quadrat_cm or not a.report or not a.report_photos):
@@ -155,7 +159,7 @@ def _dry_run(a: PredictArgs):
     print(describe_plan(planned))
     found = probe(planned, paths, a.batch_size, a.num_workers)
     photos, memory = counted(found["photos"], "photo"), found["peak_bytes"] / 1e9
-    print(f"{photos}, none looked up in the cache, at {found['photos_a_second']:.2f} a second: "
+    print(f"{photos}, none looked up in the cache, at {found['photos_per_second']:.2f} per second: "
           f"about {found['expected_s']:.0f} s; peak memory so far {memory:.2f} GB")
 
 

@@ -40,6 +40,7 @@ def main(args=None):
     if missing:
         raise BiomassError(
             f"{a.run}: no {missing[0]}; give the --out folder of a finished biomass_train or biomass_bundle")
+    if a.data and not a.data.is_dir(): raise BiomassError(f"--data {a.data}: no such folder")
     if not a.report_photos and (a.data or a.device_type != ReportArgs.device_type):
         raise BiomassError("--no-report-photos: --data and --device-type would change nothing; drop them")
     with loading():

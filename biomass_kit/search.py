@@ -112,7 +112,7 @@ def run_screen(a: SearchArgs, given: tuple):
     seeds = range(a.first_seed, a.first_seed + a.splits)
     table = screen.run_screen(configs, seeds, a.screen_blocks, progress, say)
     write_csv(a.out / "screen.csv", table)
-    with atomic_path(a.out / "screen.png") as tmp: screen.draw_screen(table).savefig(tmp, dpi=120)
+    with atomic_path(a.out / "screen.png") as tmp: screen.plot_screen(table).savefig(tmp, dpi=120)
     for line in screen.screen_lines(table): say(line)
     say(f"all cells: {a.out / 'screen.csv'}; heat maps: {a.out / 'screen.png'}")
 

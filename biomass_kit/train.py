@@ -35,8 +35,8 @@ class SeveralArgs:
 class RecipeArgs:
     "Options that come together."
 
-    # settings under a name, for all that is not given as an option; RECIPES of
-    # biomass_kit.training.recipes has what each sets and why
+    # options under a name, for all that is not typed: default is the best without a GPU, quick takes seconds,
+    # finetune trains the backbone too, as no recipe does; nbs/5_training/10_recipes.ipynb shows them all
     recipe: Optional[Literal[tuple(RECIPES)]] = None
 
 

@@ -74,6 +74,7 @@ CODE = [p for p in walk(LIBRARY, ".py") if p.name != "_modidx.py"]  # nbdev's in
 MODULES = {module_name(p): p for p in CODE if p.stem != "__init__"}
 PACKAGES = {module_name(p): p for p in CODE if p.stem == "__init__"}
 TEMPLATES = [p for suffix in (".html", ".css") for p in walk(f"{LIBRARY}/reports/templates", suffix)]
+UPLOADED = walk(f"{LIBRARY}/kaggle/notebooks", ".ipynb")  # to Kaggle
 TESTS = walk("tests", ".py")
 NOTEBOOKS = walk("nbs", ".ipynb")
 EXPORTING = [p for p in NOTEBOOKS if exported_as(p)]

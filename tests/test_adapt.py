@@ -40,10 +40,10 @@ def quiet(line): pass
 @pytest.fixture(scope="module")
 def bundles(config, tmp_path_factory):
     "A function of a name in RECIPES: the bundle that was trained by it, once."
-    room = tmp_path_factory.mktemp("closed")
+    work = tmp_path_factory.mktemp("closed")
 
     def made(name):
-        out = room / name.replace(" ", "-")
+        out = work / name.replace(" ", "-")
         if not (out / "results.json").exists():
             base = replace(config, out=out, **NEURAL)
             base = with_recipe(base, name if name in ("quick", "linear", "probe") else "quick")

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_numbers import killed_after_two
-from untrained import untrained_bundle
+from runs import killed_after
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import read_json
 from biomass_kit.data.photos import list_photos
@@ -50,22 +49,20 @@ def assert_as_on_the_same_device(found, expected):
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Twelve synthetic photos, eight test photos, random weights of a tiny transformer."
-    room = tmp_path_factory.mktemp("cuda")
-    write_dataset(room / "data", n_photos=12, n_test=8, seed=6, height=64)
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(backbone.model.state_dict(), room / "vit.safetensors")
-    return room
+    work = tmp_path_factory.mktemp("cuda")
+    write_dataset(work / "data", n_photos=12, n_test=8, seed=6, height=64)
+    random_weights(work / "vit.safetensors")
+    return work
 
 
 @pytest.fixture
-def base(room, tmp_path, device):
+def base(work, tmp_path, device):
     "One fold in fp32, to be completed with one of RECIPES."
     return TrainConfig(
-        data=room / "data", out=tmp_path / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
-        backbone_weights=room / "vit.safetensors", tile_size=32, batch_size=4, epochs=3, lr=0.01,
+        data=work / "data", out=tmp_path / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
+        backbone_weights=work / "vit.safetensors", tile_size=32, batch_size=4, epochs=3, lr=0.01,
         cache_dir=tmp_path / "cache", device_type=device, precision="fp32")
 
 
@@ -124,7 +121,7 @@ def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
     "From its second epoch, with the device's own random state."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     config = dataclasses.replace(base, **RECIPES[recipe])
-    killed_after_two(config, monkeypatch)
+    killed_after(monkeypatch, config, 2)
     rest, epochs = [], loop.run_epoch
     monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
     found, _ = trained(config)
@@ -143,12 +140,12 @@ def learned(base):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
-def test_predictions_in_each_precision(learned, room, tmp_path, device, precision):
+def test_predictions_in_each_precision(learned, work, tmp_path, device, precision):
     old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)
     if old and precision == "bf16": pytest.skip("this GPU emulates bf16")
     def table(name, *how):
         return predict_competition(
-            learned, room / "data", tmp_path / name, device_type=how[0], precision=how[1])
+            learned, work / "data", tmp_path / name, device_type=how[0], precision=how[1])
 
     here, there = table("here.csv", "cpu", "fp32"), table("there.csv", device, precision)
     outcome = there.attrs["outcome"]
@@ -158,7 +155,7 @@ def test_predictions_in_each_precision(learned, room, tmp_path, device, precisio
     assert_close(by_photo(there), by_photo(here), used)
 
 
-def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
+def test_passes_are_the_distinct_ones(work, tmp_path, device, monkeypatch):
     """5 folds x 2 grids x 4 views: 6 passes when frozen, 3 per member when fine-tuned, none for what is
     stored.
 
@@ -171,7 +168,7 @@ def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
     bundles = [read_bundle(untrained_bundle(tmp_path / "frozen")),
                read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), fine_tuned=True))]
     frozen, tuned = (Ensemble(b, device_type=device, cache_dir=tmp_path / "cache") for b in bundles)
@@ -186,11 +183,11 @@ def test_passes_are_the_distinct_ones(room, tmp_path, device, monkeypatch):
     assert seen == {device: 8 * 2 * 4 * 3 * 5}
 
 
-def test_compiled_on_the_device(room, tmp_path, device, monkeypatch):
+def test_compiled_on_the_device(work, tmp_path, device, monkeypatch):
     "By the compiler that is there; the CPU's takes too long for a test."
     if device == "cpu": monkeypatch.setattr(runner, "BACKEND", "eager")
     bundle = read_bundle(untrained_bundle(tmp_path / "bundle"))
-    photos, said = list_photos(room / "data/test"), []
+    photos, said = list_photos(work / "data/test"), []
     plain = Ensemble(bundle, device_type=device, compile="off").predict(photos, batch_size=3)
     compiled = Ensemble(bundle, device_type=device, compile="on", say=said.append)
     assert_close(compiled.predict(photos, batch_size=3), plain, compiled.precision)
@@ -208,11 +205,11 @@ def test_tiles_cut_on_the_device(device):
         assert off.abs().max() <= 1 and off.float().mean().abs() < 0.01
 
 
-def test_features_made_on_the_device(room, device):
+def test_features_made_on_the_device(work, device):
     "Tiles cut and seen there, in every view."
-    photos, found = list_photos(room / "data/test"), {}
+    photos, found = list_photos(work / "data/test"), {}
     for where in (device, "cpu"):
-        backbone, size = build_backbone("test_vit", room / "vit.safetensors", 32)
+        backbone, size = build_backbone("test_vit", work / "vit.safetensors", 32)
         request = FeatureRequest(backbone.to(where).eval(), TileSpec(2, 2, size), tuple(STORED_VIEWS))
         batches = [features for (features,), _ in feature_batches(photos, [request], batch_size=8)]
         found[where] = torch.cat([batches[0][v] for v in STORED_VIEWS]).cpu()
@@ -220,11 +217,11 @@ def test_features_made_on_the_device(room, device):
     assert (found[device] - found["cpu"]).norm() < 0.01 * found["cpu"].norm()
 
 
-def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch):
+def test_too_little_memory_halves_the_batch(work, tmp_path, device, monkeypatch):
     "The error is played, all else is the device's: it remembers, and says so."
     folder, plain, tried = untrained_bundle(tmp_path / "bundle"), Backbone.forward, []
     options = dict(device_type=device, precision="fp32", batch_size=4)
-    whole = predict_competition(folder, room / "data", tmp_path / "whole.csv", **options)
+    whole = predict_competition(folder, work / "data", tmp_path / "whole.csv", **options)
 
     def forward(self, tiles):
         tried.append(len(tiles))
@@ -232,7 +229,7 @@ def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch)
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    parts = predict_competition(folder, room / "data", tmp_path / "parts.csv", **options)
+    parts = predict_competition(folder, work / "data", tmp_path / "parts.csv", **options)
     said = "ran out of memory with 4 photos at once; 2 at once from here on"
     if device == "cuda": said = "ran out of memory with 312 tiles at once; 2 from here on"
     else: assert tried[:2] == [4, 2]
@@ -241,11 +238,11 @@ def test_too_little_memory_halves_the_batch(room, tmp_path, device, monkeypatch)
     assert_close(by_photo(parts), by_photo(whole))
 
 
-def test_memory_that_is_short_indeed(room, tmp_path, device):
+def test_memory_that_is_short_indeed(work, tmp_path, device):
     "A limit between what one photo takes and what eight take."
     if device == "cpu": pytest.skip("torch sets no limit on the CPU's memory")
     bundle = read_bundle(untrained_bundle(tmp_path / "bundle", ((2, 2),), 1, tile_size=512))
-    photos, said = list_photos(room / "data/test"), []
+    photos, said = list_photos(work / "data/test"), []
     ensemble = Ensemble(bundle, device_type=device, precision="fp32", say=said.append)
 
     def taken(batch_size):
@@ -267,10 +264,10 @@ def test_memory_that_is_short_indeed(room, tmp_path, device):
     assert_close(parts, whole)
 
 
-def test_a_member_alone_and_among_others(room, tmp_path, device):
+def test_a_member_alone_and_among_others(work, tmp_path, device):
     "Backbones that share the device's memory stay apart."
     bundle = read_bundle(untrained_bundle(tmp_path / "tuned", ((2, 2),), 3, fine_tuned=True))
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
 
     def predicted(of):
         return Ensemble(of, device_type=device, precision="fp32").predict(photos, batch_size=8)

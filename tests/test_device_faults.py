@@ -46,9 +46,9 @@ def small_memory(monkeypatch, photos, whose="gpu"):
 
 @pytest.mark.parametrize(
     "photos, tried_sizes, whose", [(2, [4, 2], "gpu"), (2, [4, 2], "python"), (1, [4, 2, 1], "cpu")])
-def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, tried_sizes, whose):
+def test_out_of_memory_halves_the_batch_once(work, whole, monkeypatch, photos, tried_sizes, whose):
     tried = small_memory(monkeypatch, photos, whose)
-    table = predict_competition(room / "frozen", room / "data", room / "i.csv", device_type="cpu")
+    table = predict_competition(work / "frozen", work / "data", work / "i.csv", device_type="cpu")
     assert_close(by_photo(table), by_photo(whole))
     assert not table.attrs["outcome"].issues
     assert [n for n, _ in itertools.groupby(tried)] == tried_sizes and max(tried[3:]) <= photos, (
@@ -57,18 +57,18 @@ def test_out_of_memory_halves_the_batch_once(room, whole, monkeypatch, photos, t
     assert said == [f"cpu ran out of memory with 4 photos at once; {photos} at once from here on"]
 
 
-def test_what_does_not_fit_one_by_one_is_an_error(room, monkeypatch):
+def test_what_does_not_fit_one_by_one_is_an_error(work, monkeypatch):
     small_memory(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        predict_competition(room / "frozen", room / "data", room / "j.csv", device_type="cpu")
-    assert not (room / "j.csv").exists() and not (room / "j_issues.csv").exists(), (
+        predict_competition(work / "frozen", work / "data", work / "j.csv", device_type="cpu")
+    assert not (work / "j.csv").exists() and not (work / "j_issues.csv").exists(), (
         "no table of means that looks like predictions")
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
-def test_two_devices_say_what_one_says(room, monkeypatch, batch_size):
+def test_two_devices_say_what_one_says(work, monkeypatch, batch_size):
     one = predict_competition(
-        room / "frozen", room / "data", room / "k1.csv", device_type="cpu", batch_size=batch_size)
+        work / "frozen", work / "data", work / "k1.csv", device_type="cpu", batch_size=batch_size)
     who, plain, both = set(), Ensemble.predict_loaded, threading.Barrier(2)
 
     def shared(self, *args):
@@ -80,14 +80,14 @@ def test_two_devices_say_what_one_says(room, monkeypatch, batch_size):
 
     monkeypatch.setattr(Ensemble, "predict_loaded", shared)
     two = predict_competition(
-        room / "frozen", room / "data", room / "k2.csv", devices=[CPU, CPU], batch_size=batch_size)
+        work / "frozen", work / "data", work / "k2.csv", devices=[CPU, CPU], batch_size=batch_size)
     assert len(who) == 2 and two.attrs["outcome"].devices == ["cpu in fp32"] * 2
     assert not two.attrs["outcome"].issues
     assert_close(by_photo(two), by_photo(one))
     assert len(one) == 80
 
 
-def test_two_devices_share_the_time(room, monkeypatch):
+def test_two_devices_share_the_time(work, monkeypatch):
     "Each thread on a clock of its own. However the photos fall, both end in time, and no photo is left out."
     slow, times, both = SlowBackbones(monkeypatch), {}, threading.Barrier(2)
     one = slow.whole(1)
@@ -100,12 +100,12 @@ def test_two_devices_share_the_time(room, monkeypatch):
     monkeypatch.setattr(slow, "see", see)
     deadline = Deadline(10 * one, lambda: times.get(threading.get_ident(), 0))
     table = predict_competition(
-        room / "frozen", room / "data", room / "l.csv", deadline, devices=[CPU, CPU], batch_size=1)
+        work / "frozen", work / "data", work / "l.csv", deadline, devices=[CPU, CPU], batch_size=1)
     assert not is_means(table).any() and len(times) == 2 and max(times.values()) <= deadline.seconds
 
 
 @pytest.mark.parametrize("when", ["loading", "working"])
-def test_a_device_that_fails_leaves_its_photos_to_the_other(room, whole, monkeypatch, when):
+def test_a_device_that_fails_leaves_its_photos_to_the_other(work, whole, monkeypatch, when):
     lock, failing, build, plain = threading.Lock(), [], Ensemble.__init__, Ensemble.predict_loaded
 
     def fails(self):
@@ -119,7 +119,7 @@ def test_a_device_that_fails_leaves_its_photos_to_the_other(room, whole, monkeyp
     monkeypatch.setattr(
         Ensemble, "predict_loaded", lambda self,
         *args: (fails(self) if when == "working" else None, plain(self, *args))[1])
-    table = predict_competition(room / "frozen", room / "data", room / "m.csv", devices=[CPU, CPU])
+    table = predict_competition(work / "frozen", work / "data", work / "m.csv", devices=[CPU, CPU])
     assert_close(by_photo(table), by_photo(whole))
     assert not table.attrs["outcome"].issues
     assert any(
@@ -127,21 +127,21 @@ def test_a_device_that_fails_leaves_its_photos_to_the_other(room, whole, monkeyp
         for line in summary_lines(table))
 
 
-def test_gpus_that_launch_nothing_leave_it_to_the_cpu(room, whole, monkeypatch):
+def test_gpus_that_launch_nothing_leave_it_to_the_cpu(work, whole, monkeypatch):
     def launches(device):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla P100")
     monkeypatch.setattr(device, "launches", launches)
-    table = predict_competition(room / "frozen", room / "data", room / "n.csv")
+    table = predict_competition(work / "frozen", work / "data", work / "n.csv")
     assert_close(by_photo(table), by_photo(whole))
     assert table.attrs["outcome"].devices == ["cpu in fp32"]
     silent = [line[:6] for line in summary_lines(table) if "cannot launch a kernel" in line]
     assert silent == ["cuda:0", "cuda:1"]
 
 
-def test_all_gpus_fail_and_the_cpu_does_it(room, whole, monkeypatch):
+def test_all_gpus_fail_and_the_cpu_does_it(work, whole, monkeypatch):
     """Two GPUs that launch a probe and fail under load; played, since there is none here:
     loading weights to them raises."""
     has = dict(is_available=True, device_count=2, current_device=0, get_device_capability=(7, 5))
@@ -155,7 +155,7 @@ def test_all_gpus_fail_and_the_cpu_does_it(room, whole, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, plain=torch.nn.Module.to, **options: (
         to(self, *args, plain=plain, **options) if args else plain(self, **options)))
-    table = predict_competition(room / "frozen", room / "data", room / "o.csv")
+    table = predict_competition(work / "frozen", work / "data", work / "o.csv")
     assert_close(by_photo(table), by_photo(whole))
     failed = [line.split(" failed")[0] for line in summary_lines(table) if "went to cpu" in line]
     assert failed == ["cuda:0", "cuda:1"]
@@ -178,10 +178,10 @@ def overflow(monkeypatch, bad, everywhere=False):
     return calls
 
 
-def test_no_number_in_half_precision_is_computed_again(room, whole, monkeypatch):
+def test_no_number_in_half_precision_is_computed_again(work, whole, monkeypatch):
     calls = overflow(monkeypatch, slice(0, 1))  # the first photo of each batch
     table = predict_competition(
-        room / "frozen", room / "data", room / "p.csv", device_type="cpu", precision="bf16")
+        work / "frozen", work / "data", work / "p.csv", device_type="cpu", precision="bf16")
     outcome = table.attrs["outcome"]
     assert sorted(outcome.issues) == [0, 4, 8, 12] and {tuple(i) for i in outcome.issues.values()} == {
         ("NaN or infinite values in bf16", "the whole in fp32")}
@@ -193,8 +193,8 @@ def test_no_number_in_half_precision_is_computed_again(room, whole, monkeypatch)
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("broken", [1, 10])
-def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, value, broken):
-    bundle = read_bundle(room / "frozen")
+def test_a_member_that_gives_no_number_is_left_out(work, whole, monkeypatch, value, broken):
+    bundle = read_bundle(work / "frozen")
     plain = type(bundle).load_model
 
     def load_model(self, member):
@@ -203,8 +203,8 @@ def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, val
         return model
 
     monkeypatch.setattr(type(bundle), "load_model", load_model)
-    table = predict_competition(bundle, room / "data", room / "q.csv", device_type="cpu", precision="bf16")
-    issues = pd.read_csv(room / "q_issues.csv")
+    table = predict_competition(bundle, work / "data", work / "q.csv", device_type="cpu", precision="bf16")
+    issues = pd.read_csv(work / "q_issues.csv")
     if broken == 10:
         assert is_means(table).all() and set(issues.reason) == {"no member gave finite values"}
         assert set(issues.fallback) == {MEANS}
@@ -214,7 +214,7 @@ def test_a_member_that_gives_no_number_is_left_out(room, whole, monkeypatch, val
         assert not is_means(table).any()
         monkeypatch.undo()
         others = bundle._replace(manifest={**bundle.manifest, "members": bundle.members[1:]})
-        due = predict_competition(others, room / "data", room / "r.csv", device_type="cpu")
+        due = predict_competition(others, work / "data", work / "r.csv", device_type="cpu")
         assert_close(by_photo(table), by_photo(due))
 
 
@@ -226,7 +226,7 @@ def test_weights_of_the_members_that_are_left():
     assert np.allclose(combine_some(some, (1, 2), manifest), some.mean(0))
 
 
-def test_without_an_outcome_nothing_is_made_up(room, monkeypatch):
+def test_without_an_outcome_nothing_is_made_up(work, monkeypatch):
     overflow(monkeypatch, slice(None), everywhere=True)
     with pytest.raises(BiomassError, match="no member gave finite values; 16 of 16"):
-        predict_photos(room / "frozen", list_photos(room / "data/test"), device_type="cpu")
+        predict_photos(work / "frozen", list_photos(work / "data/test"), device_type="cpu")

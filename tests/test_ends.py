@@ -44,23 +44,23 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Six synthetic test photos and a bundle of 5 frozen folds of two grids: six passes for a batch."
-    room = tmp_path_factory.mktemp("ends")
-    write_dataset(room / "data", n_photos=4, n_test=6, seed=5, height=64)
-    untrained_bundle(room / "frozen")
-    return room
+    work = tmp_path_factory.mktemp("ends")
+    write_dataset(work / "data", n_photos=4, n_test=6, seed=5, height=64)
+    untrained_bundle(work / "frozen")
+    return work
 
 
 @pytest.fixture(scope="module")
-def whole(room):
+def whole(work):
     "The submission, undisturbed, a photo at a time."
-    return by_photo(predicted(room, room / "whole.csv", device_type="cpu"))
+    return by_photo(predicted(work, work / "whole.csv", device_type="cpu"))
 
 
-def predicted(room, out, **options):
+def predicted(work, out, **options):
     "The submission, a photo at a time."
-    return predict_competition(room / "frozen", room / "data", out, batch_size=1, **options)
+    return predict_competition(work / "frozen", work / "data", out, batch_size=1, **options)
 
 
 def by_photo(table): return table.target.to_numpy().reshape(-1, len(TARGETS))
@@ -128,9 +128,9 @@ def predicting_until(passes, hangs, *words):
     run_command("predict", *words)
 
 
-def interrupted(room, tmp_path, passes, *options):
+def interrupted(work, tmp_path, passes, *options):
     "Ctrl-C after so many backbone passes of `biomass_predict`; (exit code, what it said)."
-    words = ["--weights", room / "frozen", "--out", tmp_path / "s.csv", *SIMPLE, "--no-cache", *options]
+    words = ["--weights", work / "frozen", "--out", tmp_path / "s.csv", *SIMPLE, "--no-cache", *options]
     process = Started(predicting_until, passes, tmp_path / "hangs", *words, log=tmp_path / "said")
     process.wait_for((tmp_path / "hangs").exists)
     time.sleep(0.5)  # what was predicted before is handed over
@@ -138,20 +138,20 @@ def interrupted(room, tmp_path, passes, *options):
     return process.wait(60), process.said()
 
 
-def test_ctrl_c_during_prediction_saves_what_is_known(room, whole, tmp_path):
+def test_ctrl_c_during_prediction_saves_what_is_known(work, whole, tmp_path):
     (tmp_path / "s.csv").write_text("of yesterday")
-    code, said = interrupted(room, tmp_path, 2 * 6, "--data", room / "data")
+    code, said = interrupted(work, tmp_path, 2 * 6, "--data", work / "data")
     assert code == 130 and "terminate" not in said and "Traceback" not in said, said
     assert "s.csv holds predictions of 2 of 6 photos" in said and said.strip().endswith("interrupted")
-    table = check_submission(tmp_path / "s.csv", room / "data")
+    table = check_submission(tmp_path / "s.csv", work / "data")
     assert np.allclose(by_photo(table)[:2], whole[:2], atol=1e-3)
     assert is_means(table).tolist() == [False] * 2 + [True] * 4
     assert pd.read_csv(tmp_path / "s_issues.csv").reason.tolist() == ["not predicted yet"] * 4
 
 
-def test_ctrl_c_before_the_first_prediction_leaves_what_was_there(room, tmp_path):
+def test_ctrl_c_before_the_first_prediction_leaves_what_was_there(work, tmp_path):
     (tmp_path / "s.csv").write_text("of yesterday")
-    code, said = interrupted(room, tmp_path, 0, "--photos", room / "data/test")
+    code, said = interrupted(work, tmp_path, 0, "--photos", work / "data/test")
     assert code == 130 and said.strip().endswith("interrupted") and "Traceback" not in said, said
     assert (tmp_path / "s.csv").read_text() == "of yesterday" and not list(tmp_path.glob("s_*"))
 
@@ -170,11 +170,11 @@ def interrupts(after):
 
 @pytest.mark.parametrize("predict, source", [(predict_competition, "data"), (predict_folder, "data/test")])
 @pytest.mark.parametrize("before", [None, "of yesterday"])
-def test_no_table_of_means_is_left_by_an_error(room, tmp_path, monkeypatch, predict, source, before):
+def test_no_table_of_means_is_left_by_an_error(work, tmp_path, monkeypatch, predict, source, before):
     out, issues = tmp_path / "s.csv", tmp_path / "s_issues.csv"
     for path in (out, issues) if before else (): path.write_text(before)
     with pytest.raises(KeyboardInterrupt):
-        predict(room / "frozen", room / source, out, device_type="cpu", progress=interrupts(0))
+        predict(work / "frozen", work / source, out, device_type="cpu", progress=interrupts(0))
     seen = []
 
     def fails(self, *args):
@@ -182,37 +182,37 @@ def test_no_table_of_means_is_left_by_an_error(room, tmp_path, monkeypatch, pred
         raise MemoryError
 
     monkeypatch.setattr(Ensemble, "__init__", fails)
-    with pytest.raises(MemoryError): predict(room / "frozen", room / source, out, device_type="cpu")
+    with pytest.raises(MemoryError): predict(work / "frozen", work / source, out, device_type="cpu")
     assert seen and min(seen) > 100, "while it worked, there was a table of means"
     for path in (out, issues): assert (path.read_text() if path.exists() else None) == before
 
 
-def test_on_kaggle_the_means_stay_whatever_fails(room, tmp_path, monkeypatch):
+def test_on_kaggle_the_means_stay_whatever_fails(work, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        predict_inputs(room / "frozen", room / "data", tmp_path, device_type="cpu", progress=interrupts(0))
-    assert is_means(check_submission(tmp_path / "submission.csv", room / "data")).all()
+        predict_inputs(work / "frozen", work / "data", tmp_path, device_type="cpu", progress=interrupts(0))
+    assert is_means(check_submission(tmp_path / "submission.csv", work / "data")).all()
     monkeypatch.setattr(Ensemble, "__init__", lambda *_: {}["gone"])
-    table = predict_inputs(room / "frozen", room / "data", tmp_path)
+    table = predict_inputs(work / "frozen", work / "data", tmp_path)
     said = summary_lines(table)
     assert is_means(table).all() and "6 got training means" in said[1] and "all devices failed" in said[1]
     assert "cpu failed (KeyError: 'gone'); no other device is left" in said
 
 
-def test_interrupted_later_what_is_known_is_saved(room, whole, tmp_path):
+def test_interrupted_later_what_is_known_is_saved(work, whole, tmp_path):
     out = tmp_path / "s.csv"
     out.write_text("of yesterday")
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="holds predictions of 3 of 6 "
                                                                            "photos"):
-        predicted(room, out, device_type="cpu", progress=interrupts(3))
-    table = check_submission(out, room / "data")
+        predicted(work, out, device_type="cpu", progress=interrupts(3))
+    table = check_submission(out, work / "data")
     assert np.allclose(by_photo(table)[:3], whole[:3], atol=1e-3)
     assert is_means(table).tolist() == [False] * 3 + [True] * 3
 
 
-def test_a_list_of_issues_that_cannot_be_written_costs_no_submission(room, tmp_path):
+def test_a_list_of_issues_that_cannot_be_written_costs_no_submission(work, tmp_path):
     (tmp_path / "s_issues.csv").mkdir()
-    table = predict_competition(room / "frozen", room / "data", tmp_path / "s.csv", device_type="cpu")
-    assert not is_means(check_submission(tmp_path / "s.csv", room / "data")).any()
+    table = predict_competition(work / "frozen", work / "data", tmp_path / "s.csv", device_type="cpu")
+    assert not is_means(check_submission(tmp_path / "s.csv", work / "data")).any()
     assert any("s_issues.csv" in line for line in summary_lines(table))
 
 
@@ -224,7 +224,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_a_device_raises_its_photos_go_to_the_other(room, whole, tmp_path, monkeypatch, fault):
+def test_whatever_a_device_raises_its_photos_go_to_the_other(work, whole, tmp_path, monkeypatch, fault):
     first, plain, lock = [], Ensemble.predict_loaded, threading.Lock()
 
     def fails(self, *args):
@@ -233,13 +233,13 @@ def test_whatever_a_device_raises_its_photos_go_to_the_other(room, whole, tmp_pa
         return plain(self, *args)
 
     monkeypatch.setattr(Ensemble, "predict_loaded", fails)
-    table = predicted(room, tmp_path / "s.csv", devices=[CPU, CPU])
+    table = predicted(work, tmp_path / "s.csv", devices=[CPU, CPU])
     assert np.allclose(by_photo(table), whole, atol=1e-3) and not table.attrs["outcome"].issues
     (line,) = table.attrs["outcome"].notes
     assert line.startswith("cpu failed (") and line.endswith("went to cpu")
 
 
-def test_all_devices_fail_after_some_photos(room, whole, tmp_path, monkeypatch):
+def test_all_devices_fail_after_some_photos(work, whole, tmp_path, monkeypatch):
     done, plain = [], Ensemble.predict_loaded
 
     def fails(self, *args):
@@ -248,24 +248,24 @@ def test_all_devices_fail_after_some_photos(room, whole, tmp_path, monkeypatch):
         return plain(self, *args)
 
     monkeypatch.setattr(Ensemble, "predict_loaded", fails)
-    table = predicted(room, tmp_path / "s.csv", device_type="cpu")
+    table = predicted(work, tmp_path / "s.csv", device_type="cpu")
     assert np.allclose(by_photo(table)[:2], whole[:2], atol=1e-3)
     assert is_means(table).tolist() == [False] * 2 + [True] * 4
     assert set(pd.read_csv(tmp_path / "s_issues.csv").reason) == {"all devices failed"}
     done.clear()
-    photos = list((room / "data/test").iterdir())
+    photos = list((work / "data/test").iterdir())
     with pytest.raises(OSError, match="Input/output"):
-        predict_photos(room / "frozen", photos, device_type="cpu", batch_size=1)
+        predict_photos(work / "frozen", photos, device_type="cpu", batch_size=1)
 
 
-def test_a_damaged_bundle_is_the_end_whatever_was_predicted(room, tmp_path, monkeypatch):
+def test_a_damaged_bundle_is_the_end_whatever_was_predicted(work, tmp_path, monkeypatch):
     def damaged(self, *asked): raise BiomassError("weights do not fit")
     monkeypatch.setattr(Bundle, "load_backbone", damaged)
     with pytest.raises(BiomassError, match="do not fit"):
-        predict_inputs(room / "frozen", room / "data", tmp_path)
+        predict_inputs(work / "frozen", work / "data", tmp_path)
 
 
-def test_a_device_that_hangs_while_its_models_are_built_holds_nobody_up(room, whole, tmp_path, monkeypatch):
+def test_a_device_that_hangs_while_its_models_are_built_holds_nobody_up(work, whole, tmp_path, monkeypatch):
     "No deadline: the other device predicts all photos, and that is the end."
     never, lock, built, plain = threading.Event(), threading.Lock(), [], Backbone.to
 
@@ -276,7 +276,7 @@ def test_a_device_that_hangs_while_its_models_are_built_holds_nobody_up(room, wh
 
     monkeypatch.setattr(Backbone, "to", to)
     began = time.monotonic()
-    table = predicted(room, tmp_path / "s.csv", devices=[CPU, CPU])
+    table = predicted(work, tmp_path / "s.csv", devices=[CPU, CPU])
     assert time.monotonic() - began < 100 and at_work(0)
     assert np.allclose(by_photo(table), whole, atol=1e-3)
     never.set()
@@ -284,10 +284,10 @@ def test_a_device_that_hangs_while_its_models_are_built_holds_nobody_up(room, wh
 
 
 @pytest.mark.parametrize("gone", ["before anything gave a value", "where some members gave one"])
-def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch, gone):
+def test_a_photo_that_is_gone_when_it_is_read_again(work, tmp_path, monkeypatch, gone):
     some, reads = gone.startswith("where"), []
     plain_forward, plain_read = Backbone.forward, reading.read_photo
-    stuck = sorted((room / "data/test").iterdir())[2].name
+    stuck = sorted((work / "data/test").iterdir())[2].name
 
     def forward(self, tiles):
         out = plain_forward(self, tiles)
@@ -303,7 +303,7 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
 
     monkeypatch.setattr(Backbone, "forward", forward)
     monkeypatch.setattr(reading, "read_photo", read)
-    table = predicted(room, tmp_path / "s.csv", device_type="cpu", precision="bf16")
+    table = predicted(work, tmp_path / "s.csv", device_type="cpu", precision="bf16")
     issues = pd.read_csv(tmp_path / "s_issues.csv").set_index("photo")
     mine = issues.loc[next(n for n in issues.index if n.endswith(stuck))]
     assert "could not be read again (no such photo)" in mine.reason
@@ -313,19 +313,19 @@ def test_a_photo_that_is_gone_when_it_is_read_again(room, tmp_path, monkeypatch,
 
 # A home that takes no files
 
-def test_a_cache_that_nobody_asked_for(room, whole, tmp_path, monkeypatch):
+def test_a_cache_that_nobody_asked_for(work, whole, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no home can lie below a file")
     monkeypatch.setenv("HOME", str(tmp_path / "file/home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    words = ["--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", *SIMPLE]
+    words = ["--weights", work / "frozen", "--data", work / "data", "--out", tmp_path / "s.csv", *SIMPLE]
     done = command("predict", *words)
     assert done.returncode == 0 and done.stderr.count("features are not kept") == 1, done.stderr
     assert done.stdout.count("features are not kept") == 1, "among the closing lines"
-    assert np.allclose(by_photo(check_submission(tmp_path / "s.csv", room / "data")), whole, atol=1e-3)
+    assert np.allclose(by_photo(check_submission(tmp_path / "s.csv", work / "data")), whole, atol=1e-3)
     asked = command("predict", *words, "--cache-dir", tmp_path / "file/cache")
     assert asked.returncode == 2 and "give another --cache-dir" in asked.stderr
     assert "Traceback" not in asked.stderr
-    table = check_submission(tmp_path / "s.csv", room / "data")
+    table = check_submission(tmp_path / "s.csv", work / "data")
     assert np.allclose(by_photo(table), whole, atol=1e-3), "the table that was there"
 
 
@@ -378,13 +378,13 @@ def test_importing_the_library_changes_no_warnings():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_command_leaves_warnings_as_they_were(room, tmp_path, capsys):
+def test_a_command_leaves_warnings_as_they_were(work, tmp_path, capsys):
     from biomass_kit.predict import main
 
     with warnings.catch_warnings():
         before = warnings.filters[:], warnings.showwarning
         words = [
-            "--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache",
+            "--weights", work / "frozen", "--data", work / "data", "--out", tmp_path / "s.csv", "--no-cache",
             *SIMPLE]
         main(list(map(str, words)))
         assert (warnings.filters, warnings.showwarning) == before

@@ -13,7 +13,7 @@ from sources import ROOT
 from test_goes_on import cut_short, linked, played, predict, whole, write_photos
 from untrained import trusted_bundle
 
-from biomass_kit.data.synthetic import draw_photo
+from biomass_kit.data.synthetic import paint_photo
 from biomass_kit.data.targets import ENDS, KG_HA, TARGETS, BiomassError
 from biomass_kit.inference import folder as folder_table
 from biomass_kit.inference.bundle import read_bundle, sign_manifest
@@ -39,7 +39,7 @@ def write_farm(folder):
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.DateTimeOriginal: "2024:09:04 13:05:59"}
     exif[ExifTags.IFD.GPSInfo] = TASMANIA
-    Image.fromarray(draw_photo((20, 5, 3), seed=7, height=64)).save(folder / "west/21.jpg", exif=exif)
+    Image.fromarray(paint_photo((20, 5, 3), seed=7, height=64)).save(folder / "west/21.jpg", exif=exif)
     return folder
 
 
@@ -50,9 +50,9 @@ def farm(tmp_path_factory): return write_farm(tmp_path_factory.mktemp("farm") / 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
     "A bundle that knows the errors of photos alone."
-    room = tmp_path_factory.mktemp("earlier")
-    seen = write_photos(room / "seen", [f"{i}.png" for i in range(6)])
-    return trusted_bundle(room / "bundle", sorted(seen.iterdir()))
+    work = tmp_path_factory.mktemp("earlier")
+    seen = write_photos(work / "seen", [f"{i}.png" for i in range(6)])
+    return trusted_bundle(work / "bundle", sorted(seen.iterdir()))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_memory_of_a_farms_photo_is_a_few_hundred_bytes(bundle, farm, tmp_path, 
     "As of photos in one folder, with a paddock, a time and a place for each."
     monkeypatch.setattr(predict, "serve_all", played)
     monkeypatch.setattr(folder_table, "ROWS", 64)
-    monkeypatch.setattr(predict, "photo_likeness", lambda bundle, paths, **_: np.full(len(paths), 0.5))
+    monkeypatch.setattr(predict, "photo_p_values", lambda bundle, paths, **_: np.full(len(paths), 0.5))
     peaks = {}
     for count in (50, 50, 550):
         photos = tmp_path / f"{count}-{len(peaks)}"

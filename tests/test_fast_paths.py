@@ -4,15 +4,13 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, SHARED, assert_close, python
-from safetensors.torch import save_file
-from untrained import untrained_bundle
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.features import runner
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
@@ -25,20 +23,20 @@ SHARE = {"fp16": 0.01, "bf16": 0.05}
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Seven synthetic photos, a bundle of 3 frozen folds of two grids, another of 2 fine-tuned folds."
-    room = tmp_path_factory.mktemp("fast")
-    write_dataset(room / "data", n_photos=12, n_test=7, seed=6, height=64)
-    untrained_bundle(room / "frozen", folds=3)
-    untrained_bundle(room / "tuned", ((2, 2),), 2, fine_tuned=True)
-    return room
+    work = tmp_path_factory.mktemp("fast")
+    write_dataset(work / "data", n_photos=12, n_test=7, seed=6, height=64)
+    untrained_bundle(work / "frozen", folds=3)
+    untrained_bundle(work / "tuned", ((2, 2),), 2, fine_tuned=True)
+    return work
 
 
-def predicted(room, name, precision="fp32", change=lambda e: None, **options):
+def predicted(work, name, precision="fp32", change=lambda e: None, **options):
     "Grams of the test photos, by an ensemble that was changed."
-    ensemble = Ensemble(read_bundle(room / name), device_type="cpu", precision=precision, **options)
+    ensemble = Ensemble(read_bundle(work / name), device_type="cpu", precision=precision, **options)
     change(ensemble)
-    return ensemble.predict(list_photos(room / "data/test"), batch_size=3)
+    return ensemble.predict(list_photos(work / "data/test"), batch_size=3)
 
 
 def as_on_a_gpu(ensemble):
@@ -54,11 +52,11 @@ def share(found, due):
 
 
 @pytest.mark.parametrize("name", ["frozen", "tuned"])
-def test_blocks_over_views_and_grids_change_last_bits_alone(room, name):
-    assert_close(predicted(room, name, change=as_on_a_gpu), predicted(room, name))
+def test_blocks_over_views_and_grids_change_last_bits_alone(work, name):
+    assert_close(predicted(work, name, change=as_on_a_gpu), predicted(work, name))
 
 
-def test_two_grids_share_forwards(room, monkeypatch):
+def test_two_grids_share_forwards(work, monkeypatch):
     "13 tiles of a half, both halves, three views, three photos: 234 tiles in blocks of at most 60."
     seen, plain = [], Backbone.forward
 
@@ -72,13 +70,13 @@ def test_two_grids_share_forwards(room, monkeypatch):
         as_on_a_gpu(ensemble)
         for r in ensemble.runners.values(): r.most = 60
 
-    predicted(room, "frozen", change=larger)
+    predicted(work, "frozen", change=larger)
     assert seen[:4] == [(59, 3, 32, 32)] * 3 + [(57, 3, 32, 32)]
     assert sum(n for n, *_ in seen) == 7 * 2 * 13 * 3
 
 
 @pytest.mark.parametrize("name", ["frozen", "tuned"])
-def test_compiled_as_not_compiled(room, name, monkeypatch):
+def test_compiled_as_not_compiled(work, name, monkeypatch):
     "Blocks of one size, the last one of the last batch filled up."
     monkeypatch.setattr(runner, "BACKEND", "eager")
     sizes, plain = set(), runner._in_one_size
@@ -88,30 +86,30 @@ def test_compiled_as_not_compiled(room, name, monkeypatch):
         return plain(run, tiles, size)
 
     monkeypatch.setattr(runner, "_in_one_size", watched)
-    assert_close(predicted(room, name, compile="on"), predicted(room, name))
+    assert_close(predicted(work, name, compile="on"), predicted(work, name))
     assert sizes == {{"frozen": 234, "tuned": 72}[name]}
 
 
 @pytest.mark.long
-def test_really_compiled(room):
+def test_really_compiled(work):
     "By the compiler of this machine, where it has one."
     said = []
-    found = predicted(room, "frozen", compile="on", say=said.append)
-    assert_close(found, predicted(room, "frozen"))
+    found = predicted(work, "frozen", compile="on", say=said.append)
+    assert_close(found, predicted(work, "frozen"))
     if said: pytest.skip(f"no compiler: {said[0]}")
 
 
-def test_a_compiler_that_fails_is_noted(room, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_noted(work, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "BACKEND", "no such compiler")
     options = dict(device_type="cpu", cache_dir=None)
-    plain = predict_folder(room / "frozen", room / "data/test", tmp_path / "a.csv", **options)
-    table = predict_folder(room / "frozen", room / "data/test", tmp_path / "b.csv", compile="on", **options)
+    plain = predict_folder(work / "frozen", work / "data/test", tmp_path / "a.csv", **options)
+    table = predict_folder(work / "frozen", work / "data/test", tmp_path / "b.csv", compile="on", **options)
     assert any("test_vit runs uncompiled on cpu" in line for line in table.attrs["outcome"].notes)
     pd.testing.assert_frame_equal(table, plain, rtol=1e-5, atol=1e-4)
 
 
-def test_a_batch_is_given_before_the_last_one_is_read(room):
-    ensemble, events = Ensemble(read_bundle(room / "frozen"), device_type="cpu", precision="fp32"), []
+def test_a_batch_is_given_before_the_last_one_is_read(work):
+    ensemble, events = Ensemble(read_bundle(work / "frozen"), device_type="cpu", precision="fp32"), []
     as_on_a_gpu(ensemble)
     plain = ensemble.predict_loaded
 
@@ -121,29 +119,27 @@ def test_a_batch_is_given_before_the_last_one_is_read(room):
         return lambda: events.append(f"read {n}") or results()
 
     ensemble.predict_loaded = watched
-    ensemble.predict(list_photos(room / "data/test"), batch_size=3)
+    ensemble.predict(list_photos(work / "data/test"), batch_size=3)
     assert events == ["given 3", "given 3", "read 3", "given 1", "read 3", "read 1"]
 
 
 @pytest.mark.parametrize("precision", SHARE)
-def test_weights_in_half_precision(room, precision):
+def test_weights_in_half_precision(work, precision):
     "The overflow of no photo, and a difference that is there and small."
-    due = predicted(room, "frozen")
-    assert 0 < share(predicted(room, "frozen", precision), due) < SHARE[precision]
-    assert 0 < share(predicted(room, "frozen", precision, as_on_a_gpu), due) < SHARE[precision]
+    due = predicted(work, "frozen")
+    assert 0 < share(predicted(work, "frozen", precision), due) < SHARE[precision]
+    assert 0 < share(predicted(work, "frozen", precision, as_on_a_gpu), due) < SHARE[precision]
 
 
-def test_a_head_learns_from_the_features_that_it_will_see(room, tmp_path, monkeypatch):
+def test_a_head_learns_from_the_features_that_it_will_see(work, tmp_path, monkeypatch):
     "What training stored in bf16 is what prediction in bf16 would compute, so it is found."
-    torch.manual_seed(0)
-    body, size = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(body.model.state_dict(), tmp_path / "vit.safetensors")
     config = TrainConfig(
-        data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", precision="bf16",
-        backbone_weights=tmp_path / "vit.safetensors", tile_size=size, freeze_backbone=True, epochs=2,
+        data=work / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", precision="bf16",
+        backbone_weights=random_weights(tmp_path / "vit.safetensors"), tile_size=32, freeze_backbone=True,
+        epochs=2,
         cache_dir=tmp_path / "cache", device_type="cpu")
     train(config, log=lambda line: None)
-    photos, bundle = list_photos(room / "data/train"), read_bundle(config.out)
+    photos, bundle = list_photos(work / "data/train"), read_bundle(config.out)
     anew = Ensemble(bundle, device_type="cpu", precision="bf16").predict(photos, batch_size=1)
     calls, plain = [], Backbone.forward
     monkeypatch.setattr(Backbone, "forward", lambda self, tiles: calls.append(1) or plain(self, tiles))

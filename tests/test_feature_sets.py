@@ -6,19 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from commands import command, share
 from conftest import assert_close
-from safetensors.torch import save_file
+from runs import Killed, left, quiet
+from untrained import random_weights
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import OWN_ENDS, TARGETS, BiomassError
 from biomass_kit.evidence.probe import bundle_features
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.store import photo_batches
 from biomass_kit.inference import bundle as bundles
@@ -32,7 +31,6 @@ from biomass_kit.training import run as running
 from biomass_kit.training.config import NEURAL, TrainConfig, check_config
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
 ALL_SIX = "+".join(STATISTICS)
 SETS = {
@@ -47,24 +45,21 @@ every_head = pytest.mark.parametrize("head", HEADS)
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Sixteen synthetic photos; the weights of a tiny transformer and of a tiny convolutional network."
-    room = tmp_path_factory.mktemp("sets")
-    write_dataset(room / "data", n_photos=16, n_test=3, seed=4, height=96)
-    for name, size in (("test_vit", 32), ("test_efficientnet", 48)):
-        torch.manual_seed(0)
-        state = build_backbone(name, pretrained=False, tile_size=size)[0].model.state_dict()
-        save_file(state, room / f"{name}.safetensors")
-    return room
+    work = tmp_path_factory.mktemp("sets")
+    write_dataset(work / "data", n_photos=16, n_test=3, seed=4, height=96)
+    for name in ("test_vit", "test_efficientnet"): random_weights(work / f"{name}.safetensors", name)
+    return work
 
 
 @pytest.fixture(scope="module")
-def base(room):
+def base(work):
     "A frozen run of two folds whose features all runs here share."
     return TrainConfig(
-        data=room / "data", out=room / "run", n_folds=2, backbone="test_vit",
-        backbone_weights=room / "test_vit.safetensors", tile_size=32, freeze_backbone=True, epochs=2,
-        tta=("plain", "h", "swap"), cache_dir=room / "cache", device_type="cpu", num_workers=0)
+        data=work / "data", out=work / "run", n_folds=2, backbone="test_vit",
+        backbone_weights=work / "test_vit.safetensors", tile_size=32, freeze_backbone=True, epochs=2,
+        tta=("plain", "h", "swap"), cache_dir=work / "cache", device_type="cpu", num_workers=0)
 
 
 def with_set(config, of, head="neural", **more):
@@ -76,14 +71,14 @@ def with_set(config, of, head="neural", **more):
 
 
 @pytest.fixture(scope="module")
-def trained(base, room):
+def trained(base, work):
     "Feature set and head -> the folder of their finished run, trained when first asked for."
     found = {}
 
     def of(name, head):
         key = f"{name} {head}".replace(" ", "-")
         if key not in found:
-            config = with_set(base, name, head, out=room / "runs" / key)
+            config = with_set(base, name, head, out=work / "runs" / key)
             if head == "neural": config = dataclasses.replace(config, uncertainty=True)
             train(config, **quiet)
             found[key] = config.out
@@ -101,12 +96,6 @@ def passes(monkeypatch):
     return calls
 
 
-def left(folder):
-    "What a run leaves: digests of its members, its predictions and its history."
-    members = {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
-    return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
-
-
 def agrees(config, rtol=1e-5):
     "The raw out-of-fold predictions of a run, which its bundle's own members repeat."
     bundle, found = read_bundle(config.out), []
@@ -120,7 +109,7 @@ def agrees(config, rtol=1e-5):
 
 @every_head
 @every_set
-def test_a_bundle_predicts_what_training_scored(trained, of, head, room):
+def test_a_bundle_predicts_what_training_scored(trained, of, head, work):
     "Each fold's own member, alone, on the photos that it was scored on: values and ends."
     run = trained(of, head)
     bundle = read_bundle(run)
@@ -129,7 +118,7 @@ def test_a_bundle_predicts_what_training_scored(trained, of, head, room):
         rows = read_table(run / f"folds/{k}-oof.csv")
         alone = some_members(bundle, lambda m: m["fold"] == k)
         assert len(alone.members) == 1
-        paths = [room / "data" / p for p in rows.image_path]
+        paths = [work / "data" / p for p in rows.image_path]
         ends = head in SURE
         found = Ensemble(alone, device_type="cpu").predict(paths, intervals=ends)
         due = [rows[[t + suffix for t in TARGETS]] for suffix in ("_raw", *OWN_ENDS)[: 3 if ends else 1]]
@@ -139,12 +128,12 @@ def test_a_bundle_predicts_what_training_scored(trained, of, head, room):
 
 
 @pytest.mark.parametrize("head", ["neural", "kernel_ridge", "gaussian_process"])
-def test_a_folder_by_command(trained, room, tmp_path, head):
+def test_a_folder_by_command(trained, work, tmp_path, head):
     "A plan, then a table with intervals and its report; and the run's report once more."
     run = trained("two backbones", head)
-    words = ["--weights", run, "--photos", room / "data/test", "--device-type", "cpu"]
+    words = ["--weights", run, "--photos", work / "data/test", "--device-type", "cpu"]
     planned = command("predict", *words, "--dry-run")
-    assert planned.returncode == 0 and "4 backbone passes a photo" in planned.stdout, planned
+    assert planned.returncode == 0 and "4 backbone passes per photo" in planned.stdout, planned
     done = command("predict", *words, "--out", tmp_path / "t.csv", "--cache-dir", tmp_path / "cache")
     assert done.returncode == 0 and "no maps" not in done.stdout + done.stderr, done
     table = pd.read_csv(tmp_path / "t.csv")
@@ -159,9 +148,9 @@ def test_a_folder_by_command(trained, room, tmp_path, head):
     assert again.returncode == 0 and "no maps" not in again.stdout + again.stderr, again
 
 
-def test_members_without_attention_are_skipped_in_maps(trained, room, passes):
+def test_members_without_attention_are_skipped_in_maps(trained, work, passes):
     "No photo is read for heads that look nowhere; of two grids, both count."
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
     ridge, neural = trained("two grids", "ridge"), trained("two grids", "neural")
     passes.clear()
     assert photo_maps(ridge, photos, device_type="cpu") == [{}] * 3 and not passes
@@ -169,18 +158,18 @@ def test_members_without_attention_are_skipped_in_maps(trained, room, passes):
     assert [m["attention"].shape for m in maps] == [(6, 4)] * 3
 
 
-def test_validating_with_a_feature_set(trained, room, tmp_path, monkeypatch):
+def test_validating_with_a_feature_set(trained, work, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ["--data", room / "data", "--device-type", "cpu", "--n-folds", 2, "--strategies", "group_date"]
+    words = ["--data", work / "data", "--device-type", "cpu", "--n-folds", 2, "--strategies", "group_date"]
     for of, head in (("two blocks", "kernel_ridge"), ("two backbones", "neural")):
         done = command("validate", "--weights", trained(of, head), *words)
         assert done.returncode == 0 and "group_date" in done.stdout, done
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
     found = bundle_features(trained("two blocks", "ridge"), photos, device_type="cpu")
     assert found.shape == (3, 2, 4, 64 * 12)
 
 
-def test_statistics_and_blocks_are_one_pass(base, room, tmp_path, passes):
+def test_statistics_and_blocks_are_one_pass(base, work, tmp_path, passes):
     "Of all photos in four views, however many blocks and statistics; stored blocks are found by other runs."
     mine = dataclasses.replace(base, cache_dir=tmp_path / "cache", train_folds=(0,), epochs=60, head="ridge")
 
@@ -227,34 +216,34 @@ def test_a_closed_head_teaches_a_neural_one(base, trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def joined(base, room, trained):
+def joined(base, work, trained):
     "Runs that differ in blocks, statistics and heads, joined by command."
     runs = [trained("two blocks", "kernel_ridge"), trained("two grids", "neural")]
     blocks = {"mean": (2, 5), "std+cls": (1,)}  # by pooling
     for pooling, read in blocks.items():
-        more = dict(pooling=pooling, feature_blocks=read, out=room / "runs" / pooling)
+        more = dict(pooling=pooling, feature_blocks=read, out=work / "runs" / pooling)
         config = dataclasses.replace(base, epochs=TrainConfig.epochs, head="ridge", **more)
         train(config, **quiet)
         runs.append(config.out)
-    done = command("bundle", *runs, "--out", room / "joint", "--no-report-photos")
+    done = command("bundle", *runs, "--out", work / "joint", "--no-report-photos")
     assert done.returncode == 0, done
     return runs
 
 
-def test_a_joint_bundle_is_the_mean_of_its_parts(joined, room, passes):
+def test_a_joint_bundle_is_the_mean_of_its_parts(joined, work, passes):
     "Members that differ in blocks and statistics share a pass."
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
     parts = np.mean([Ensemble(read_bundle(run), device_type="cpu").predict(photos) for run in joined], 0)
     passes.clear()
-    joint = Ensemble(read_bundle(room / "joint"), device_type="cpu")
+    joint = Ensemble(read_bundle(work / "joint"), device_type="cpu")
     assert_close(joint.predict(photos, batch_size=3), parts)
     # of the blocks on 2x2, of the output on 2x2 and on 3x1; plain and h
     assert passes == [3] * 3 * 2
     assert len(joint.bundle.members) == 8 and joint.bundle.manifest["schema"] == 3
     with pytest.raises(BiomassError, match="no interval"): joint.predict(photos, intervals=True)
-    table = predict_folder(room / "joint", room / "data/test", room / "joint.csv", device_type="cpu")
+    table = predict_folder(work / "joint", work / "data/test", work / "joint.csv", device_type="cpu")
     assert np.isfinite(table[list(TARGETS)]).all(axis=None) and (table.flag == "").all()
-    assert all(m["attention"].shape == (6, 4) for m in photo_maps(room / "joint", photos, device_type="cpu"))
+    assert all(m["attention"].shape == (6, 4) for m in photo_maps(work / "joint", photos, device_type="cpu"))
 
 
 def test_stored_blocks_serve_a_joint_bundle(base, tmp_path, passes):
@@ -273,13 +262,13 @@ def test_stored_blocks_serve_a_joint_bundle(base, tmp_path, passes):
     assert_close(found, np.mean(parts, 0))
 
 
-def test_runs_weighed_against_each_other(joined, room, tmp_path):
+def test_runs_weighed_against_each_other(joined, work, tmp_path):
     done = command("bundle", *joined, "--out", tmp_path / "w", "--combine", "weighted", "--no-report-photos")
     assert done.returncode == 0, done
     bundle = read_bundle(tmp_path / "w")
     weights = bundle.manifest["combine"]["weights"]
     assert len(weights) == 8 and sum(weights) == pytest.approx(1)
-    photos = list_photos(room / "data/test")
+    photos = list_photos(work / "data/test")
     parts = np.stack([Ensemble(read_bundle(run), device_type="cpu").predict(photos) for run in joined])
     shares = np.reshape(weights, (4, 2)).sum(1)
     assert_close(Ensemble(bundle, device_type="cpu").predict(photos), np.einsum("r,rnt->nt", shares, parts))
@@ -339,10 +328,10 @@ def test_no_level_has_a_member_that_lacks_a_pass(members):
         assert above.work > level.work and (above.views, above.members) != (level.views, level.members)
 
 
-def test_every_level_of_a_joint_bundle_predicts(joined, room):
+def test_every_level_of_a_joint_bundle_predicts(joined, work):
     "What a deadline leaves is the mean of the members that are left."
-    photos = list_photos(room / "data/test")
-    whole = Ensemble(read_bundle(room / "joint"), device_type="cpu")
+    photos = list_photos(work / "data/test")
+    whole = Ensemble(read_bundle(work / "joint"), device_type="cpu")
     assert len(whole.levels) > 2
     for level in whole.levels:
         loaded = next(photo_batches(photos, whole.requests, 3))
@@ -363,9 +352,6 @@ def test_two_processes_share_the_members(base, tmp_path):
     train(alone, **quiet)
     share(2, training, both, log=tmp_path / "said")
     assert left(both.out) == left(alone.out)
-
-
-class Killed(Exception): pass
 
 
 @pytest.mark.parametrize("of, head", [("two backbones", "neural"), ("two grids", "gaussian_process")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from biomass_kit.data.synthetic import draw_photo
+from biomass_kit.data.synthetic import paint_photo
 from biomass_kit.data.targets import KG_HA, QUADRAT_CM, TARGETS, BiomassError, identity_residuals, kg_per_ha
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.features.backbone import build_backbone
@@ -52,7 +52,7 @@ def photos(tmp_path_factory):
     "Three photos, one of them cut short."
     folder = tmp_path_factory.mktemp("own")
     for i in range(3):
-        Image.fromarray(draw_photo((10 * i, 5, 3), seed=i, height=64)).save(folder / f"{i}.png")
+        Image.fromarray(paint_photo((10 * i, 5, 3), seed=i, height=64)).save(folder / f"{i}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:900])
     return folder
 

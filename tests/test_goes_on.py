@@ -17,7 +17,7 @@ from PIL import Image
 from untrained import trusted_bundle
 
 from biomass_kit.data import photos as reading
-from biomass_kit.data.synthetic import draw_photo
+from biomass_kit.data.synthetic import paint_photo
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference import folder as folder_table
@@ -40,7 +40,7 @@ def write_photos(folder, names):
     return folder
 
 
-def write_photo(path, seed): Image.fromarray(draw_photo((seed % 30, 5, 3), seed=seed, height=64)).save(path)
+def write_photo(path, seed): Image.fromarray(paint_photo((seed % 30, 5, 3), seed=seed, height=64)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def photos(drawn, tmp_path):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     "Two members that know intervals and remember the photos that they were trained on."
-    room = tmp_path_factory.mktemp("goes-on")
-    seen = write_photos(room / "seen", [f"{i}.png" for i in range(6)])
-    return trusted_bundle(room / "bundle", sorted(seen.iterdir()))
+    work = tmp_path_factory.mktemp("goes-on")
+    seen = write_photos(work / "seen", [f"{i}.png" for i in range(6)])
+    return trusted_bundle(work / "bundle", sorted(seen.iterdir()))
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +296,7 @@ def test_memory_of_a_photo_is_a_few_hundred_bytes(bundle, photos, tmp_path, monk
     "All that is held of each while a folder is predicted, its row in the table that is returned included."
     monkeypatch.setattr(predict, "serve_all", played)
     monkeypatch.setattr(folder_table, "ROWS", 64)  # or parts would be larger where there are more photos
-    monkeypatch.setattr(predict, "photo_likeness", lambda bundle, paths, **_: np.full(len(paths), 0.5))
+    monkeypatch.setattr(predict, "photo_p_values", lambda bundle, paths, **_: np.full(len(paths), 0.5))
     peaks = {}
     for count in (50, 50, 550):
         many = linked(tmp_path / f"{count}-{len(peaks)}", photos / "00.png", count)

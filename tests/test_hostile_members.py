@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from test_hostile_bundles import changed, manifest_of, resigned_file, rewritten_member, signed
 
-from biomass_kit.data.synthetic import draw_photo
+from biomass_kit.data.synthetic import paint_photo
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.bundle import HEADER, read_bundle, save_backbone, save_member, write_manifest
@@ -58,7 +58,7 @@ def wide(wide_sound, tmp_path): return shutil.copytree(wide_sound, tmp_path / "w
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photos") / "a.png"
-    Image.fromarray(draw_photo((10, 5, 3), seed=0, height=64)).save(path)
+    Image.fromarray(paint_photo((10, 5, 3), seed=0, height=64)).save(path)
     return path
 
 

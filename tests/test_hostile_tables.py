@@ -27,7 +27,7 @@ THOROUGH = dict(
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     """Four synthetic photos, the tables of which are written anew for every case; links that lead out;
     what the tables say."""
     folder = write_dataset(
@@ -109,10 +109,10 @@ def check_table(name, found, records, folder):
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
-def test_what_is_harmless_is_read_and_what_is_not_is_refused(room, name, examples):
+def test_what_is_harmless_is_read_and_what_is_not_is_refused(work, name, examples):
     """Some harmless mutations, in any encoding of the same table;
     and, in two cases of three, one that must be refused, by its own line."""
-    folder, plain = room
+    folder, plain = work
     harmful = IN_TRAINING if name == "train.csv" else IN_TEST
     met, pick = set(), st.sampled_from(sorted(harmful) * 2 + [None] * len(harmful))
 
@@ -157,10 +157,10 @@ def edited(content, rng):
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_whatever_is_read_is_what_another_reader_reads(room, examples):
+def test_whatever_is_read_is_what_another_reader_reads(work, examples):
     """Random edits of train.csv's bytes:
     refused by the file's name, or the very table that pandas and float() read from them."""
-    folder, plain = room
+    folder, plain = work
     seen = {"read": 0, "refused": 0}
 
     @settings(max_examples=examples, **THOROUGH)
@@ -193,9 +193,9 @@ SEVERAL = [  # what is written, and the file that is meant, or None where severa
 
 
 @pytest.mark.parametrize("written, meant", SEVERAL)
-def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
+def test_paths_that_fit_one_file_or_several(work, tmp_path, written, meant):
     "The file that agrees with most of the path is taken, with a warning where a folder is ignored."
-    for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(room[0], tmp_path / name)
+    for name in ("a/one.jpg", "b/one.jpg", "a/two.jpg", "a/three.jpg"): copied(work[0], tmp_path / name)
     (tmp_path / "test.csv").write_text(lines_of("a/three.jpg", written))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -210,18 +210,18 @@ def test_paths_that_fit_one_file_or_several(room, tmp_path, written, meant):
     assert len(said) == bool(words) and all(words in line for line in said), said
 
 
-def test_a_lost_photo_gets_no_other_photos_file(room, tmp_path):
+def test_a_lost_photo_gets_no_other_photos_file(work, tmp_path):
     "Neither one that the table names rightly, whatever way, nor one that fits two lost photos alike."
-    for name in ("a/one.jpg", "a/two.jpg", "b/x"): copied(room[0], tmp_path / name)
+    for name in ("a/one.jpg", "a/two.jpg", "b/x"): copied(work[0], tmp_path / name)
     alike = ("a/one.jpg", "c/two.jpg", "d/two.jpg")
     for named, *lost in (("a/two.jpg", "c/two.jpg"), ("b/../a/two.jpg", "c/two.jpg"), alike):
         (tmp_path / "test.csv").write_text(lines_of(named, *lost))
         assert read_test(tmp_path)[1] == {p: tmp_path / p for p in (named, *lost)}
 
 
-def test_training_refuses_a_path_that_fits_several_files(room, tmp_path):
+def test_training_refuses_a_path_that_fits_several_files(work, tmp_path):
     "And reads it when one of them is gone, under the path where it lies."
-    for name in ("a/one.jpg", "b/one.jpg"): copied(room[0], tmp_path / name)
+    for name in ("a/one.jpg", "b/one.jpg"): copied(work[0], tmp_path / name)
     rows = "".join(f"x__{t},one.jpg,2015/9/4,Tas,,{t},{g}\n" for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
     (tmp_path / "train.csv").write_text(",".join(TRAIN_COLUMNS) + "\n" + rows)
     words = r"line 2: image_path 'one.jpg' fits several files \(a/one.jpg, b/one.jpg\); write the path"
@@ -237,9 +237,9 @@ def copied(folder, path):
     return shutil.copy(next((folder / "train").glob("ID*.jpg")), path)
 
 
-def test_photos_of_equal_names_are_told_apart(room, tmp_path):
+def test_photos_of_equal_names_are_told_apart(work, tmp_path):
     "What a photo is called says which it is."
-    folder, _ = room
+    folder, _ = work
     for name in ("north/1.jpg", "south/1.jpg"): copied(folder, tmp_path / name)
     rows = "".join(f"{p}__{t},{p},2015/9/4,Tas,,{t},{g}\n" for p in ("north/1.jpg", "south/1.jpg")
                    for t, g in zip(TARGETS, (1, 2, 3, 4, 6)))
@@ -247,9 +247,9 @@ def test_photos_of_equal_names_are_told_apart(room, tmp_path):
     assert list(read_train(tmp_path).photo) == ["north/1", "south/1"]
 
 
-def test_heavy_quadrats_are_warned_of_once_and_missing_columns_explained(room):
+def test_heavy_quadrats_are_warned_of_once_and_missing_columns_explained(work):
     "A square metre of tall grass trains; State and Species must be there, and may be empty."
-    folder, plain = room
+    folder, plain = work
     i = plain["train.csv"][0].index("target")
     header, *rows = plain["train.csv"]
     heavy = [[*r[:i], f"{100 * float(r[i]) + 2000}", *r[i + 1 :]] for r in rows]
@@ -269,9 +269,9 @@ def check_words(said, folder):
     assert said.startswith(f"{folder / 'train.csv'}") and re.search("[;,] \\w", said), said
 
 
-def test_one_group_is_refused_with_the_reason(room):
+def test_one_group_is_refused_with_the_reason(work):
     "A table of one date, one state or one photo: each strategy that cannot work says so."
-    folder, plain = room
+    folder, plain = work
     i = plain["train.csv"][0].index("Sampling_Date")
     (folder / "train.csv").write_text(
         as_text(
@@ -286,9 +286,9 @@ def test_one_group_is_refused_with_the_reason(room):
         with pytest.raises(BiomassError, match="single group"): make_folds(table[:1], cv)
 
 
-def test_a_link_to_the_whole_folder_works(room, tmp_path):
+def test_a_link_to_the_whole_folder_works(work, tmp_path):
     "The folder itself may be a link, and so may train/ in it."
-    folder, plain = room
+    folder, plain = work
     for name, records in plain.items(): (folder / name).write_text(as_text(records))
     (tmp_path / "data").mkdir()
     for name in ("train.csv", "test.csv", "train", "test"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tokenize
 
-from sources import CODE, NOTEBOOKS, ROOT, TESTS, inside, syntax
+from sources import CODE, NOTEBOOKS, ROOT, TESTS, UPLOADED, inside, syntax
 
 MOST = {"module": 400, "class": 100, "function": 25}  # lines
 NOT_CODE = {getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
@@ -65,5 +65,5 @@ def test_nothing_is_too_large():
 
 def test_ruff_reads_library_notebooks_and_tests():
     read = {*checked("--show-files").stdout.split("\n")}
-    missed = [inside(path) for path in [*CODE, *TESTS, *NOTEBOOKS] if str(path) not in read]
+    missed = [inside(path) for path in [*CODE, *TESTS, *NOTEBOOKS, *UPLOADED] if str(path) not in read]
     assert not missed, f"ruff.toml leaves out {missed}"

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_close, launch
-from safetensors.torch import load_file, save_file
+from runs import quiet
+from safetensors.torch import load_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import TARGETS, BiomassError
@@ -28,23 +30,17 @@ from biomass_kit.training import loop
 from biomass_kit.training.member import set_mode
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
-
 
 def start(name, folder, size=64):
-    "A tiny backbone's random weights, as a file."
-    torch.manual_seed(0)
-    path = folder / f"{name}.safetensors"
-    save_file(build_backbone(name, pretrained=False, tile_size=size)[0].model.state_dict(), path)
-    return path
+    return random_weights(folder / f"{name}.safetensors", name, size)
 
 
 @pytest.fixture(scope="module")
 def adapting(config, tmp_path_factory):
     "A two-stage run on a tiny transformer whose second stage learns LoRA factors, for two folds."
-    room = tmp_path_factory.mktemp("lora")
-    return dataclasses.replace(config, out=room / "run", backbone="test_vit",
-                               backbone_weights=start("test_vit", room), freeze_backbone=False,
+    work = tmp_path_factory.mktemp("lora")
+    return dataclasses.replace(config, out=work / "run", backbone="test_vit",
+                               backbone_weights=start("test_vit", work), freeze_backbone=False,
                                two_stage=True, freeze_epochs=1, epochs=3, lora_rank=2, backbone_lr=1e-2,
                                train_folds=(0, 1), use_aux_heads=False)
 

@@ -1,15 +1,30 @@
 """Every notebook reads well from top to bottom, and what the exploratory ones store was drawn."""
 import ast
 import csv
+import functools
 import re
 from textwrap import dedent
 
 import pytest
 from conftest import SHARED
-from sources import EXPORTING, NOTEBOOKS, ROOT, cells, exported_as, inside, known_to_git, source
+from render_names import PAGE as NAMES
+from sources import (
+    EXPORTING,
+    NOTEBOOKS,
+    ROOT,
+    UPLOADED,
+    cells,
+    exported_as,
+    inside,
+    known_to_git,
+    natural,
+    source,
+)
 
 INDEX = ROOT / "nbs" / "index.ipynb"
 EXPLORE = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" / "explore"]
+CHAPTERS = sorted({p.parent for p in EXPORTING}, key=natural)
+OPENINGS = [p for p in NOTEBOOKS if p.name == "00_chapter.ipynb" and p.parent in CHAPTERS]
 DEFINITIONS = ast.FunctionDef, ast.ClassDef
 MOST_LINES = 25  # of code in a cell; empty lines and nbdev's directives are not counted
 MOST_BYTES = 150_000  # of a stored picture
@@ -45,7 +60,7 @@ LONGER = {
         "training.join": ["join_runs"],
         "evidence.compare": ["adversarial_validation"],
         "evidence.holdout": ["Trainer"],
-        "evidence.search": ["search", "conclude"],
+        "evidence.search": ["conclude"],
         "reports.figures": ["plot_predicted", "plot_learning"],
         "kaggle.packing": ["build_wheel", "pack"],
         "kaggle.sandbox": ["Sandbox"],
@@ -56,7 +71,6 @@ LONGER = {
     "a list or a text that is read as one": {
         "training.recipes": ["RECIPES = {"],
         "training.config": ["READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)"],
-        "kaggle.inference": ["NOTEBOOK_CELLS = ("],
         "kaggle.packing": ['UPLOAD = """# Upload to Kaggle'],
     },
     "an example whose steps need what came before them": {
@@ -130,7 +144,7 @@ NO_PICTURE = {  # module -> why its notebook has nothing to look at
 }
 
 
-def title_of(path): return exported_as(path) or path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+def title_of(path): return exported_as(path) or inside(path.with_suffix("")).removeprefix("nbs/")
 
 
 def headings(path):
@@ -166,10 +180,10 @@ def excused(path): return [name for group in LONGER.values() for name in group.g
 
 
 def test_every_notebook_that_git_knows_is_held_to_this():
-    "Each exports a module, explores or is the index; and the tables above name no notebook that is gone."
-    of_a_kind = {*EXPORTING, *EXPLORE, INDEX}
+    "Each is of a kind that the tests below know; and the tables above name no notebook that is gone."
+    of_a_kind = {*EXPORTING, *EXPLORE, *OPENINGS, INDEX, NAMES}
     stray = sorted(map(inside, {*NOTEBOOKS} - of_a_kind))
-    assert not stray, f"{stray}: neither exports a module, nor explores, nor is the index"
+    assert not stray, f"{stray}: none exports a module, explores, opens a chapter, is index or names"
     gone = {*NO_PICTURE, *(name for group in LONGER.values() for name in group)} - {*map(title_of, NOTEBOOKS)}
     assert not gone, f"LONGER or NO_PICTURE name {sorted(gone)}, which no notebook exports"
     try:
@@ -180,6 +194,7 @@ def test_every_notebook_that_git_knows_is_held_to_this():
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=title_of)
+also_uploaded = pytest.mark.parametrize("path", [*NOTEBOOKS, *UPLOADED], ids=title_of)
 
 
 @every_notebook
@@ -192,7 +207,7 @@ def test_opens_with_its_title_and_a_sentence(path):
     assert paragraph.rstrip().endswith("."), "the sentence has no end"
 
 
-@every_notebook
+@also_uploaded
 def test_headings_are_in_order(path):
     levels, texts = zip(*headings(path))
     assert levels[0] == 1 and levels.count(1) == 1, "one title"
@@ -200,7 +215,7 @@ def test_headings_are_in_order(path):
     assert len(set(texts)) == len(texts), "two headings share a name, so a link to one is a link to the other"
 
 
-@every_notebook
+@also_uploaded
 def test_cells_have_ids_of_their_own(path):
     ids = [c["id"] for c in cells(path)]
     assert len(set(ids)) == len(ids), "a merge by id would drop one of them"
@@ -225,21 +240,24 @@ def prose(path):
     return re.sub(r"`[^`\n]*`", "", "".join(text.split("```")[::2]))
 
 
+@functools.cache
 def anchors(path):
-    "What a link into a page or a notebook may name behind its `#`."
-    if path.suffix == ".ipynb": return {text.replace(" ", "-") for _, text in headings(path)}
+    "What a link into a page or a notebook may name behind its `#`: a heading, or a cell of a notebook."
+    if path.suffix == ".ipynb":
+        titles = {text.replace(" ", "-") for _, text in headings(path)}
+        return titles | {f"cell-id={c['id']}" for c in cells(path)}
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in titles}
 
 
 def leads_somewhere(path, link):
-    "Whether a link of this file names a file that is here, and a heading of it."
+    "Whether a link of this file names a file that is here, and a heading or cell of it."
     name, _, anchor = link.partition("#")
     target = path.parent / name if name else path
     return target.exists() and (not anchor or anchor in anchors(target))
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=inside)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *UPLOADED, *PAGES], ids=inside)
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)", prose(path))
     dead = [link for link in links if ":" not in link.split("#")[0] and not leads_somewhere(path, link)]
@@ -247,15 +265,41 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_readme_has_a_row_for_every_notebook():
-    rows = re.findall(r"^\|.*\]\(([^)]+\.ipynb)\) \|", prose(INDEX), re.M)
-    mapped = [(INDEX.parent / row).resolve() for row in rows]
-    missing = sorted(map(inside, {*EXPORTING, *EXPLORE} - {*mapped}))
+    rows = "\n".join(re.findall(r"^\|.*", prose(INDEX), re.M))
+    mapped = [(INDEX.parent / link).resolve() for link in re.findall(r"\]\(([^)]+\.ipynb)\)(?= \|)", rows)]
+    missing = sorted(map(inside, {*EXPORTING, *OPENINGS, *EXPLORE} - {*mapped}))
     assert not missing, f"nbs/index.ipynb has no row for {missing}"
-    in_order = [row for row in mapped if row in EXPORTING]
-    assert in_order == EXPORTING, "rows are not in the order of the notebooks"
+    in_order = sorted({*EXPORTING, *OPENINGS}, key=natural)
+    assert [path for path in mapped if path not in EXPLORE] == in_order, "not in the order of the notebooks"
 
 
-@every_notebook
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=inside)
+def test_a_chapter_opens_with_its_page(chapter):
+    "What comes in and goes out, a link to each of its notebooks, and one picture with an `assert` behind it."
+    page = chapter / "00_chapter.ipynb"
+    assert page.exists(), f"{inside(chapter)}: write a page that says what comes in and what goes out"
+    own = [p for p in NOTEBOOKS if p.parent == chapter]
+    assert own[0] == page, f"{inside(page)} does not stand first"
+    text = prose(page)
+    assert "\n| in" in text and "\n| out" in text
+    linked = {(chapter / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", text)}
+    assert not {*own[1:]} - linked, f"not linked: {sorted(map(inside, {*own[1:]} - linked))}"
+    pictures = [kind for o in stored(page) for kind in o.get("data", {}) if kind.startswith("image/")]
+    assert len(pictures) == 1 and any("\nassert " in source(c) for c in cells(page, "code"))
+
+
+@pytest.mark.parametrize("page", OPENINGS, ids=inside)
+def test_a_chapters_page_uses_its_own_chapter_and_those_before(page):
+    "And what draws it, which stands in the chapter of reports."
+    before = CHAPTERS[:CHAPTERS.index(page.parent) + 1]
+    may = {exported_as(p) for p in EXPORTING if p.parent in before} | {"reports.flow", "reports.html"}
+    code = ast.parse("\n".join(map(source, cells(page, "code"))))
+    used = {n.module.removeprefix("biomass_kit.") for n in ast.walk(code)
+            if isinstance(n, ast.ImportFrom) and n.module.startswith("biomass_kit.")}
+    assert used and used <= may, f"{sorted(used - may)} stand in later chapters"
+
+
+@also_uploaded
 def test_cells_are_short(path):
     surplus = sorted(set(long_cells(path)) - set(excused(path)))
     assert not surplus, (
@@ -270,7 +314,7 @@ def shows(path):
     return drawn or any("![" in source(c) for c in cells(path, "markdown"))
 
 
-@pytest.mark.parametrize("path", [*EXPORTING, *EXPLORE], ids=title_of)
+@pytest.mark.parametrize("path", [*EXPORTING, *OPENINGS, *EXPLORE], ids=title_of)
 def test_has_something_to_look_at(path):
     excuse = title_of(path) in NO_PICTURE
     assert shows(path) != excuse, "draw something, or say in NO_PICTURE why there is nothing to see; not both"
@@ -298,6 +342,18 @@ def test_outputs_are_stored_and_clean(path):
             pictures = any("image/png" in o.get("data", {}) for o in c["outputs"])
             assert pictures, f"run it: {source(c)[:60]}"
         if prints or body and shown(body[-1]): assert c["outputs"], f"run it: {source(c)[:60]}"
+        values = [o for o in c["outputs"] if o["output_type"] == "execute_result"]
+        stale = values and not isinstance(body[-1], ast.Expr)
+        assert not stale, f"run it, its last line has no value and one is stored: {source(c)[:60]}"
+
+
+@pytest.mark.parametrize("path", UPLOADED, ids=title_of)
+def test_uploaded_as_it_was_written(path):
+    "Without the outputs that Jupyter stores, and without logic, which is the library's."
+    ran = [c["id"] for c in cells(path, "code") if c["outputs"] or c["execution_count"]]
+    assert not ran, f"clear the outputs of {ran}"
+    codes = [ast.parse(source(c)) for c in cells(path, "code")]
+    assert not [n for code in codes for n in ast.walk(code) if isinstance(n, DEFINITIONS)]
 
 
 @pytest.mark.parametrize("path", EXPLORE, ids=title_of)

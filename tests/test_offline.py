@@ -12,19 +12,17 @@ import zipfile
 
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, SHARED, assert_close, run
-from safetensors.torch import save_file
+from untrained import random_weights
 
-from biomass_kit.data.files import file_digest
+from biomass_kit.data.files import file_digest, write_json
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
-from biomass_kit.kaggle import inference, sessions
+from biomass_kit.kaggle import inference, packing, sessions
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
-from biomass_kit.kaggle.metadata import LIB, WEIGHTS
+from biomass_kit.kaggle.metadata import LIB, NOTEBOOK, WEIGHTS
 from biomass_kit.kaggle.packing import pack, write_tracked
 from biomass_kit.kaggle.sandbox import SOCKET_GUARD, knock, network_cut, run_offline, unrouted
 from biomass_kit.kaggle.verify import verify
@@ -49,6 +47,16 @@ def check(done, bundle, data, tmp_path):
     assert_close(there.target, here.target)
     assert "as at packing" in printed(done["notebook"])
     assert "NOT as at packing" not in printed(done["notebook"])
+
+
+def upload_instead(monkeypatch, folder, code, n_kept=None):
+    "Let packing and its checks take an inference notebook of some or all of its cells and another one."
+    notebook = json.loads((inference.NOTEBOOKS / NOTEBOOK).read_text(encoding="utf-8"))
+    cell = {"cell_type": "code", "id": "another", "metadata": {}, "execution_count": None, "outputs": []}
+    cells = [*notebook["cells"][:n_kept], cell | {"source": code}]
+    copy = shutil.copytree(inference.NOTEBOOKS, folder / "notebooks", dirs_exist_ok=True)
+    write_json(copy / NOTEBOOK, notebook | {"cells": cells})
+    monkeypatch.setattr(packing, "NOTEBOOKS", copy)
 
 
 def refused(call, *arguments, **options):
@@ -111,9 +119,7 @@ def test_own_photos_and_a_wheel_of_ones_own_by_command(finished, data, tmp_path,
     photos = tmp_path / "quadrats"
     for part in ("north", "south"): shutil.copytree(data / "test", photos / part)
     (photos / "south/broken.jpg").write_bytes(b"no photo")
-    cells = [
-        *inference.NOTEBOOK_CELLS, ("code", "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")]
-    monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
+    upload_instead(monkeypatch, tmp_path, "import quadrat_ruler\nprint('ruler', quadrat_ruler.length)")
     write_tracked(out, "grass")
     biomass_verify(
         ["--packed", str(out), "--photos", str(photos), "--out", str(tmp_path / "kept"), "--share",
@@ -178,22 +184,19 @@ def test_a_notebook_that_misbehaves_is_refused(wheel, finished, data, tmp_path, 
     """It is caught when it tries the network, though it hides the error,
     and when it writes where Kaggle lets nobody write."""
     def packed_with(code):
-        monkeypatch.setattr(inference, "NOTEBOOK_CELLS", [*inference.NOTEBOOK_CELLS[:2], ("code", code)])
+        upload_instead(monkeypatch, tmp_path, code, n_kept=2)
         return pack(finished, tmp_path / "misbehaves", wheel=wheel)
 
     hide = "try: {}\nexcept OSError: print('hidden')"
-    cells = inference.NOTEBOOK_CELLS
     tries = hide.format("socket.create_connection(('192.0.2.1', 80), timeout=2)")
     said = refused(run_offline, packed_with("import socket\n" + tries), data, tmp_path / "kept")
     assert "tried to reach the network" in said and "192.0.2.1" in said
     if network_cut():  # a process that the guard does not see, counted by the kernel
-        monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
         program = "import socket; socket.create_connection((\"192.0.2.1\", 80), timeout=2)"
         quiet = f"subprocess.run([sys.executable, '-I', '-c', '{program}'], capture_output=True)"
         assert "no route" in refused(run_offline, packed_with(quiet), data, tmp_path / "kept")
-    monkeypatch.setattr(inference, "NOTEBOOK_CELLS", cells)
     writes = packed_with("(next(inputs.rglob('test.csv')).parent / 'notes.txt').write_text('x')")
-    if "--mount" in network_cut():
+    if network_cut():
         said = refused(run_offline, writes, data, tmp_path / "kept")
         assert "Read-only file system" in said + printed_errors(tmp_path / "kept")
     monkeypatch.setattr("biomass_kit.kaggle.sandbox.network_cut", lambda: [])
@@ -252,7 +255,7 @@ ATTEMPT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)
 
 
 def test_the_cut_network_is_cut_and_attempts_are_counted(tmp_path):
-    """A connection that succeeds here fails behind the namespace and behind the guard;
+    """A forbidden connection fails behind the namespace and behind the guard;
     both counters count, the loopback does not."""
     assert "failed, counted by the guard" in knock(tmp_path, network_cut())
     log = tmp_path / "log"
@@ -304,8 +307,7 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     """
     name, file = "vit_small_patch16_dinov3", tmp_path / "weights.safetensors"
     data = write_dataset(tmp_path / "data", n_photos=4, n_test=1, seed=3, height=96)
-    torch.manual_seed(0)
-    save_file(build_backbone(name, pretrained=False)[0].model.state_dict(), file)
+    random_weights(file, name, None)
     frozen = dict(freeze_backbone=True)
     tuned = dict(
         freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
@@ -330,11 +332,9 @@ FEATURE_SETS = {  # head, and what it reads
 @pytest.mark.parametrize("name", FEATURE_SETS)
 def test_a_feature_set_offline(name, config, wheel, data, tmp_path):
     "A head in closed form on two grids, a neural one on two backbones: packed, and checked as for upload."
-    torch.manual_seed(0)
-    weights = build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict()
-    save_file(weights, tmp_path / "vit.safetensors")
+    vit = random_weights(tmp_path / "vit.safetensors")
     options = {"epochs": TrainConfig.epochs, "use_aux_heads": False, **FEATURE_SETS[name]}
-    options["also"] = tuple(text.format(vit=tmp_path / "vit.safetensors") for text in options["also"])
+    options["also"] = tuple(text.format(vit=vit) for text in options["also"])
     run = dataclasses.replace(config, out=tmp_path / "run", n_folds=2, **options)
     train(run, log=lambda line: None)
     packed = pack(run.out, tmp_path / "packed", wheel=wheel)

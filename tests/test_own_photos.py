@@ -12,7 +12,7 @@ from untrained import untrained_bundle
 
 from biomass_kit.data import photos
 from biomass_kit.data.photos import crop_of, list_photos, photo_names, photo_size, read_photo, split_pair
-from biomass_kit.data.synthetic import draw_photo, write_dataset
+from biomass_kit.data.synthetic import paint_photo, write_dataset
 from biomass_kit.data.table import read_test, read_train
 from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.inference.issues import MEANS, summary_lines
@@ -23,7 +23,7 @@ from biomass_kit.training.setup import prepare
 from biomass_kit.validate import compare as biomass_compare
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as an iPhone's file begins; its pixels are missing
-PHOTO = draw_photo((30, 10, 5), seed=1, height=64)
+PHOTO = paint_photo((30, 10, 5), seed=1, height=64)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def phone_folder(folder):
     "What a phone, a card and a Mac leave: subfolders, equal names, HEIC, raw and hidden files."
     saved(folder / "IMG_1.JPG")
     saved(folder / "north/IMG_1.jpe", format="JPEG")
-    saved(folder / "south/IMG_1.jfif", draw_photo((5, 20, 1), seed=2, height=64), format="JPEG")
+    saved(folder / "south/IMG_1.jfif", paint_photo((5, 20, 1), seed=2, height=64), format="JPEG")
     (folder / "south/IMG_2.HEIC").write_bytes(HEIC_HEADER)
     (folder / "south/IMG_3.jpg").write_bytes(HEIC_HEADER)
     others = ("south/IMG_4.dng", "film.MOV", "notes.txt")
@@ -248,7 +248,7 @@ def test_a_photo_that_loses_much_says_how_much(bundle, tmp_path, capfd):
     sizes = {"a_square": (64, 64, "50%"), "b_phone": (96, 128, "33%"), "c_held": (128, 96, "33%"),
              "d_wide": (64, 256, "50%"), "e_near": (64, 122, "")}
     for name, (height, width, _) in sizes.items():
-        big = draw_photo((30, 10, 5), seed=3, height=128)
+        big = paint_photo((30, 10, 5), seed=3, height=128)
         saved(tmp_path / f"photos/{name}.png", np.asarray(Image.fromarray(big).resize((width, height))))
     out = tmp_path / "grams.csv"
     predict_photos_by_command(bundle, tmp_path / "photos", out)

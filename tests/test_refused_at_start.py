@@ -8,35 +8,32 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.train import main as biomass_train
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "Twelve synthetic photos of 128x64 pixels; weights of a tiny transformer with patches of 16."
-    room = tmp_path_factory.mktemp("start")
-    write_dataset(room / "data", n_photos=12, n_test=1, seed=2, height=64)
-    torch.manual_seed(0)
-    save_file(
-        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
-        room / "vit.safetensors")
-    return room
+    work = tmp_path_factory.mktemp("start")
+    write_dataset(work / "data", n_photos=12, n_test=1, seed=2, height=64)
+    random_weights(work / "vit.safetensors")
+    return work
 
 
 @pytest.fixture
-def base(room, tmp_path, monkeypatch):
+def base(work, tmp_path, monkeypatch):
     "A sound frozen run, in which nobody may compute a feature."
     def forward(self, tiles): raise AssertionError("a backbone was run before the refusal")
     monkeypatch.setattr(Backbone, "forward", forward)
-    return TrainConfig(data=room / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit",
-                       backbone_weights=room / "vit.safetensors",
+    return TrainConfig(data=work / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit",
+                       backbone_weights=work / "vit.safetensors",
                        tile_size=32, freeze_backbone=True, epochs=2, cache_dir=tmp_path / "cache",
                        device_type="cpu")
 
@@ -92,31 +89,31 @@ def test_refused(base, name):
     assert words in refused(base, **options)
 
 
-def data_with(room, tmp_path, change):
+def data_with(work, tmp_path, change):
     "The drawn data with another train.csv."
-    shutil.copytree(room / "data", tmp_path / "data")
+    shutil.copytree(work / "data", tmp_path / "data")
     change(pd.read_csv(tmp_path / "data/train.csv")).to_csv(tmp_path / "data/train.csv", index=False)
     return tmp_path / "data"
 
 
-def test_one_date(base, room, tmp_path):
+def test_one_date(base, work, tmp_path):
     "No fold can be made; and where two dates make two folds, none is left inside to choose an epoch on."
-    one = data_with(room, tmp_path / "one", lambda t: t.assign(Sampling_Date="2015/9/4"))
+    one = data_with(work, tmp_path / "one", lambda t: t.assign(Sampling_Date="2015/9/4"))
     said = refused(base, data=one)
     assert "--cv group_date: the data has a single group, so nothing would be left to train on" in said
-    photos = sorted(set(pd.read_csv(room / "data/train.csv").image_path))
+    photos = sorted(set(pd.read_csv(work / "data/train.csv").image_path))
     two = data_with(
-        room, tmp_path / "two",
+        work, tmp_path / "two",
         lambda t: t.assign(
             Sampling_Date=["2015/9/4" if p in photos[:6] else "2015/9/5" for p in t.image_path]))
     assert "--checkpoint best: the training part has one sampling date" in refused(
         base, data=two, checkpoint="best")
 
 
-def test_photos_that_are_smaller_than_others(base, room, tmp_path):
+def test_photos_that_are_smaller_than_others(base, work, tmp_path):
     """The smallest photo decides about the grid, and is named;
     a photo whose header cannot be read is named before any hour is spent."""
-    data = data_with(room, tmp_path, lambda t: t)
+    data = data_with(work, tmp_path, lambda t: t)
     path = sorted((data / "train").iterdir())[7]
     Image.open(path).resize((96, 48)).save(path)
     assert f"a tile of {path}, whose halves are 48 pixels" in refused(base, data=data, grid=(4, 4))

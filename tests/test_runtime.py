@@ -30,24 +30,24 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def test_time_enough_changes_nothing(room, whole, monkeypatch):
+def test_time_enough_changes_nothing(work, whole, monkeypatch):
     slow = SlowBackbones(monkeypatch)
     table = predict_competition(
-        room / "frozen", room / "data", room / "a.csv", Deadline(2 * slow.whole(16), lambda: slow.now),
+        work / "frozen", work / "data", work / "a.csv", Deadline(2 * slow.whole(16), lambda: slow.now),
         device_type="cpu")
-    assert (room / "a.csv").read_bytes() == (room / "whole.csv").read_bytes()
-    assert not table.attrs["outcome"].issues and not (room / "a_issues.csv").exists()
+    assert (work / "a.csv").read_bytes() == (work / "whole.csv").read_bytes()
+    assert not table.attrs["outcome"].issues and not (work / "a_issues.csv").exists()
     assert slow.passes == [1, 1] + [4] * 6 * 4, "two to measure, then the plan"
 
 
 @pytest.mark.parametrize("share, fallback", [
     (0.75, "2 backbone views, 10 members"), (0.45, "1 backbone view, 10 members"),
     (0.2, "1 backbone view, 5 members")])
-def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback):
+def test_the_plan_is_cut_to_what_fits(work, whole, monkeypatch, share, fallback):
     slow = SlowBackbones(monkeypatch)
     deadline = Deadline(share * slow.whole(16), lambda: slow.now)
-    table = predict_competition(room / "frozen", room / "data", room / "b.csv", deadline, device_type="cpu")
-    issues = pd.read_csv(room / "b_issues.csv")
+    table = predict_competition(work / "frozen", work / "data", work / "b.csv", deadline, device_type="cpu")
+    issues = pd.read_csv(work / "b_issues.csv")
     assert deadline.left() >= 0 and issues.fallback.value_counts().index[0] == fallback
     assert set(issues.reason) == {
         f"deadline of {deadline.text}"}
@@ -56,17 +56,17 @@ def test_the_plan_is_cut_to_what_fits(room, whole, monkeypatch, share, fallback)
     assert f"{(issues.fallback == fallback).sum()} got {fallback}" in "\n".join(summary_lines(table))
 
 
-def test_fine_tuned_folds_go_one_by_one(room, monkeypatch):
-    slow, names = SlowBackbones(monkeypatch), list(map(str, list_photos(room / "data/test")))
+def test_fine_tuned_folds_go_one_by_one(work, monkeypatch):
+    slow, names = SlowBackbones(monkeypatch), list(map(str, list_photos(work / "data/test")))
     outcome, one = Outcome(names), slow.whole(16, 1, 4)  # one fold, one view
     predict_photos(
-        room / "tuned", names, deadline=Deadline(2.6 * one, lambda: slow.now), outcome=outcome,
+        work / "tuned", names, deadline=Deadline(2.6 * one, lambda: slow.now), outcome=outcome,
         device_type="cpu")
     assert {i.fallback for i in outcome.issues.values()} >= {"1 backbone view, 2 members"} and MEANS not in {
         i.fallback for i in outcome.issues.values()}
 
 
-def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
+def test_a_machine_that_slows_down_still_ends_in_time(work, monkeypatch):
     slow = SlowBackbones(monkeypatch)
     deadline = Deadline(1.3 * slow.whole(16), lambda: slow.now)
     steps, plain = [], Ensemble.predict_loaded
@@ -79,25 +79,25 @@ def test_a_machine_that_slows_down_still_ends_in_time(room, monkeypatch):
 
     monkeypatch.setattr(Ensemble, "predict_loaded", watched)
     table = predict_competition(
-        room / "frozen", room / "data", room / "c.csv", deadline, device_type="cpu", batch_size=1)
+        work / "frozen", work / "data", work / "c.csv", deadline, device_type="cpu", batch_size=1)
     levels = steps[2:]
     assert levels[:5] == [0] * 5 and len(levels) == 16 and 0 not in levels[5:12], levels
     assert deadline.left() >= 0 and not is_means(table).any()
     assert len(table.attrs["outcome"].issues) == 16 - levels.count(0)
 
 
-def test_no_time_for_anything_but_means(room, monkeypatch):
+def test_no_time_for_anything_but_means(work, monkeypatch):
     slow = SlowBackbones(monkeypatch)
     table = predict_competition(
-        room / "frozen", room / "data", room / "d.csv", Deadline(slow.whole(1) / 100, lambda: slow.now),
+        work / "frozen", work / "data", work / "d.csv", Deadline(slow.whole(1) / 100, lambda: slow.now),
         device_type="cpu")
     assert is_means(table).all() and slow.passes == [1]
-    assert check_submission(room / "d.csv", room / "data") is not None
-    assert pd.read_csv(room / "d_issues.csv").fallback.tolist() == [MEANS] * 16
+    assert check_submission(work / "d.csv", work / "data") is not None
+    assert pd.read_csv(work / "d_issues.csv").fallback.tolist() == [MEANS] * 16
     assert "16 got training means" in "\n".join(summary_lines(table))
 
 
-def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
+def test_a_batch_that_never_ends_does_not_hold_the_deadline(work, monkeypatch):
     "On the real clock: a backbone hangs, the call returns with what there is."
     hangs, plain, before = threading.Event(), Backbone.forward, set(threading.enumerate())
 
@@ -106,7 +106,7 @@ def test_a_batch_that_never_ends_does_not_hold_the_deadline(room, monkeypatch):
         return plain(self, tiles)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    table = predict_competition(room / "frozen", room / "data", room / "e.csv", "6s", device_type="cpu")
+    table = predict_competition(work / "frozen", work / "data", work / "e.csv", "6s", device_type="cpu")
     hangs.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(30)  # or it would do its batch in the next test
@@ -121,24 +121,24 @@ def predicting_for_ever(*words):
     run_command("predict", *words)
 
 
-def test_the_command_ends_well_while_a_device_is_busy(room, tmp_path):
+def test_the_command_ends_well_while_a_device_is_busy(work, tmp_path):
     "Python's own way out would abort the process, and its exit code would say that there is no submission."
     words = [
-        "--weights", room / "frozen", "--data", room / "data", "--out", tmp_path / "s.csv", "--no-cache",
+        "--weights", work / "frozen", "--data", work / "data", "--out", tmp_path / "s.csv", "--no-cache",
         "--device-type", "cpu"]
     process = Started(predicting_for_ever, *words, "--deadline", "5s", log=tmp_path / "said")
     assert process.wait(60) == 0, process.said()
     assert "16 got training means" in process.said() and "terminate" not in process.said(), process.said()
-    assert is_means(check_submission(tmp_path / "s.csv", room / "data")).all()
+    assert is_means(check_submission(tmp_path / "s.csv", work / "data")).all()
 
 
-def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monkeypatch):
+def test_a_valid_file_comes_first_and_is_replaced_now_and_then(work, whole, monkeypatch):
     slow, seen, saves = SlowBackbones(monkeypatch), [], []
     build, plain = Ensemble.__init__, predict.write_submission
 
     def first(self, *args, **options):
-        means = is_means(check_submission(room / "f.csv", room / "data")).all()
-        seen.append((means, set(pd.read_csv(room / "f_issues.csv").reason), slow.passes[:]))
+        means = is_means(check_submission(work / "f.csv", work / "data")).all()
+        seen.append((means, set(pd.read_csv(work / "f_issues.csv").reason), slow.passes[:]))
         build(self, *args, **options)
 
     monkeypatch.setattr(Ensemble, "__init__", first)
@@ -147,15 +147,15 @@ def test_a_valid_file_comes_first_and_is_replaced_now_and_then(room, whole, monk
         saves.append((slow.now, np.isclose(grams, 20).all(1).sum())) or plain(path, rows, photos, grams)))
     monkeypatch.setattr(predict, "SAVE_EVERY", 1.5 * slow.whole(4))
     predict_competition(
-        room / "frozen", room / "data", room / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now),
+        work / "frozen", work / "data", work / "f.csv", Deadline(10 * slow.whole(16), lambda: slow.now),
         device_type="cpu")
     assert seen == [(True, {"not predicted yet"}, [])], "before anything is loaded or seen"
     assert saves[0] == (0, 16) and saves[-1][1] == 0 and 3 <= len(saves) <= 4, saves
-    assert (room / "f.csv").read_bytes() == (room / "whole.csv").read_bytes()
-    assert not (room / "f_issues.csv").exists()
+    assert (work / "f.csv").read_bytes() == (work / "whole.csv").read_bytes()
+    assert not (work / "f_issues.csv").exists()
 
 
-def test_a_write_that_fails_meanwhile_stops_nothing(room, monkeypatch):
+def test_a_write_that_fails_meanwhile_stops_nothing(work, monkeypatch):
     monkeypatch.setattr(predict, "SAVE_EVERY", 0)
     plain, calls = predict.write_submission, []
 
@@ -165,7 +165,7 @@ def test_a_write_that_fails_meanwhile_stops_nothing(room, monkeypatch):
         with atomic_path(args[0]): raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(predict, "write_submission", full)
-    table = predict_competition(room / "frozen", room / "data", room / "g.csv", device_type="cpu")
+    table = predict_competition(work / "frozen", work / "data", work / "g.csv", device_type="cpu")
     assert len(calls) == 1 + 4 + 1 and any("No space left" in line for line in summary_lines(table))
     assert not is_means(table).any()
 
@@ -189,16 +189,16 @@ def spoil(data, names):
     Image.open(huge).resize((14_400, 7_200), Image.NEAREST).save(huge, "JPEG", quality=80)  # 104 megapixels
 
 
-def test_every_kind_of_bad_photo(room, whole, tmp_path, monkeypatch):
+def test_every_kind_of_bad_photo(work, whole, tmp_path, monkeypatch):
     "One of each kind among good ones: those get the means and are named, and the good ones do not feel it."
     data = tmp_path / "data"
     (data / "test").mkdir(parents=True)
-    names = list(read_test(room / "data")[1])
+    names = list(read_test(work / "data")[1])
     for name in ("test.csv", "sample_submission.csv", *names):
-        (data / name).write_bytes((room / "data" / name).read_bytes())
+        (data / name).write_bytes((work / "data" / name).read_bytes())
     spoil(data, names)
     out = tmp_path / "submission.csv"
-    table = predict_competition(room / "frozen", data, out, device_type="cpu", batch_size=1)
+    table = predict_competition(work / "frozen", data, out, device_type="cpu", batch_size=1)
     issues = pd.read_csv(tmp_path / "submission_issues.csv").set_index("photo")
     unreadable = "not a readable photo"
     said = (unreadable, "no such photo", "shows nothing", "too small", "over 64 million", unreadable)
@@ -230,16 +230,16 @@ def test_a_huge_photo_takes_little_memory(tmp_path):
         "decoded whole, it would take 300 MB for each of its copies")
 
 
-def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
+def test_a_photo_whose_reading_hangs(work, whole, monkeypatch):
     "Whoever reads it waits for ever: it gets the means, and all others are read."
     plain, never = reading.read_photo, threading.Event()
-    stuck = list_photos(room / "data/test")[5].name
+    stuck = list_photos(work / "data/test")[5].name
     monkeypatch.setattr(store, "READ_TIMEOUT", 3.0)
     monkeypatch.setattr(
         reading, "read_photo",
         lambda path: never.wait(60) or plain(path) if str(path).endswith(stuck) else plain(path))
     table = predict_competition(
-        room / "frozen", room / "data", room / "h.csv", device_type="cpu", batch_size=1)
+        work / "frozen", work / "data", work / "h.csv", device_type="cpu", batch_size=1)
     never.set()
     (row, issue), = table.attrs["outcome"].issues.items()
     assert table.attrs["outcome"].names[row].endswith(stuck) and "was not read in 3 s, twice" in issue.reason
@@ -249,16 +249,16 @@ def test_a_photo_whose_reading_hangs(room, whole, monkeypatch):
     assert_close(by_photo(table)[others], by_photo(whole)[others])
 
 
-def test_a_wrong_option_writes_nothing(room):
+def test_a_wrong_option_writes_nothing(work):
     wrong = {"views": ["diagonal"]}, {"device_type": "tpu"}, {"deadline": "8:30"}, {"threshold": 0.1}
     for options in wrong:
         with pytest.raises(BiomassError):
-            predict_competition(room / "frozen", room / "data", room / "never.csv", **options)
-    assert not (room / "never.csv").exists()
+            predict_competition(work / "frozen", work / "data", work / "never.csv", **options)
+    assert not (work / "never.csv").exists()
 
 
-def test_a_table_keeps_its_intervals_and_its_deadline(room, tmp_path):
+def test_a_table_keeps_its_intervals_and_its_deadline(work, tmp_path):
     table = predict_folder(
-        room / "frozen", room / "data/test", tmp_path / "t.csv", deadline="1h", device_type="cpu")
+        work / "frozen", work / "data/test", tmp_path / "t.csv", deadline="1h", device_type="cpu")
     assert len(table) == 16 and not table.attrs["outcome"].issues and "16 photos" in summary_lines(table)[0]
     assert "cpu in fp32" in summary_lines(table)[0]

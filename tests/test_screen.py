@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 import torch
 from commands import command
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import read_train
 from biomass_kit.data.targets import TARGETS, weighted_r2
 from biomass_kit.evidence import screen
 from biomass_kit.evidence.splits import splits
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.tiles import TileSpec
 from biomass_kit.training.config import TrainConfig, check_config
@@ -26,29 +26,27 @@ PLANTED = 2, "max"  # block and statistic
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def work(tmp_path_factory):
     "A few synthetic photos and the weights of a tiny transformer."
-    room = tmp_path_factory.mktemp("screen")
-    write_dataset(room / "data", n_photos=PHOTOS, n_test=1, seed=4, height=64)
-    torch.manual_seed(0)
-    built, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(built.model.state_dict(), room / "vit.safetensors")
-    return room
+    work = tmp_path_factory.mktemp("screen")
+    write_dataset(work / "data", n_photos=PHOTOS, n_test=1, seed=4, height=64)
+    random_weights(work / "vit.safetensors")
+    return work
 
 
 @pytest.fixture
-def config(room, tmp_path):
+def config(work, tmp_path):
     return check_config(TrainConfig(
-        data=room / "data", out=tmp_path / "out", backbone="test_vit", tile_size=32,
-        backbone_weights=room / "vit.safetensors", cache_dir=tmp_path / "cache", device_type="cpu",
+        data=work / "data", out=tmp_path / "out", backbone="test_vit", tile_size=32,
+        backbone_weights=work / "vit.safetensors", cache_dir=tmp_path / "cache", device_type="cpu",
         freeze_backbone=True, head="ridge", fit_views=False))
 
 
 @pytest.fixture
-def words(room, tmp_path):
+def words(work, tmp_path):
     "A screen on the command line."
-    places = ["--data", room / "data", "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
-    backbone = ["--backbone", "test_vit", "--backbone-weights", room / "vit.safetensors", "--tile-size", 32]
+    places = ["--data", work / "data", "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    backbone = ["--backbone", "test_vit", "--backbone-weights", work / "vit.safetensors", "--tile-size", 32]
     return [*places, *backbone, "--device-type", "cpu", "--screen", "--splits", SPLITS]
 
 
@@ -129,11 +127,8 @@ def test_a_cell_is_scored_as_its_own_features_would_be(config):
     assert abs(found["mean"] - np.mean(scores)) < 1e-4
 
 
-def test_the_command_writes_a_table_and_a_picture(words, room, tmp_path, passes):
-    net = tmp_path / "net.safetensors"
-    torch.manual_seed(1)
-    built, _ = build_backbone("test_efficientnet", pretrained=False, tile_size=32)
-    save_file(built.model.state_dict(), net)
+def test_the_command_writes_a_table_and_a_picture(words, work, tmp_path, passes):
+    net = random_weights(tmp_path / "net.safetensors", "test_efficientnet")
     further = ["--screen-backbones", f"test_efficientnet={net}", "--screen-tile-sizes", 48]
     done = command("search", *words, "--screen-blocks", 0.5, *further)
     assert done.returncode == 0, done.stderr

@@ -8,16 +8,14 @@ import time
 
 import pandas as pd
 import pytest
-import torch
 import tyro
 from commands import Started, run_command
-from safetensors.torch import save_file
 from sources import CODE, MODULES, inside, outside_imports, own_imports, syntax, when_loaded
+from untrained import random_weights
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, weighted_r2
 from biomass_kit.evidence.space import SPACE, as_options
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.train import TrainArgs
 from biomass_kit.training import run as running
 from biomass_kit.training.config import TrainConfig
@@ -54,13 +52,11 @@ def searching(out, processes, hangs_at, *words):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     "Twelve synthetic photos and a tiny frozen backbone."
-    room = tmp_path_factory.mktemp("search")
-    data = write_dataset(room / "data", n_photos=12, n_test=2, seed=2, height=64)
-    torch.manual_seed(0)
-    save_file(build_backbone("test_vit", pretrained=False)[0].model.state_dict(), room / "vit.safetensors")
-    return TrainConfig(data=data, out=room / "out", n_folds=2, backbone="test_vit",
-                       backbone_weights=room / "vit.safetensors", tile_size=32,
-                       freeze_backbone=True, epochs=1, cache_dir=room / "cache", device_type="cpu")
+    work = tmp_path_factory.mktemp("search")
+    data = write_dataset(work / "data", n_photos=12, n_test=2, seed=2, height=64)
+    return TrainConfig(data=data, out=work / "out", n_folds=2, backbone="test_vit",
+                       backbone_weights=random_weights(work / "vit.safetensors"), tile_size=32,
+                       freeze_backbone=True, epochs=1, cache_dir=work / "cache", device_type="cpu")
 
 
 def start(config, out, processes=1, hangs_at=0, log="said"):

@@ -51,16 +51,16 @@ def test_one_notebook_makes_one_module():
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     "The project's sources elsewhere, exported and cleaned again."
-    room = tmp_path_factory.mktemp("copy")
-    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT / name, room)
+    work = tmp_path_factory.mktemp("copy")
+    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT / name, work)
     left_behind = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("nbs", "biomass_kit"): shutil.copytree(ROOT / name, room / name, ignore=left_behind)
-    for path in MODULES.values(): (room / path.relative_to(ROOT)).unlink()
+    for name in ("nbs", "biomass_kit"): shutil.copytree(ROOT / name, work / name, ignore=left_behind)
+    for path in MODULES.values(): (work / path.relative_to(ROOT)).unlink()
     export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     for call in (export, "from nbdev.clean import nbdev_clean; nbdev_clean()"):
-        done = python("-c", call, cwd=room)
+        done = python("-c", call, cwd=work)
         assert done.returncode == 0, done.stderr
-    return room
+    return work
 
 
 def test_library_is_what_the_notebooks_export(copy):

@@ -11,11 +11,11 @@ from biomass_kit.data.folds import floor_predictions
 from biomass_kit.data.targets import TARGETS, BiomassError, per_target_scores, weighted_r2
 from biomass_kit.evidence.splits import (
     date_split,
-    draw_holdout,
     floor_scores,
     holdout_lines,
     holdout_table,
     nadeau_bengio,
+    plot_holdout,
     score_row,
     split_scores,
     splits,
@@ -150,7 +150,7 @@ def test_one_split_has_a_difference_and_no_interval():
     assert table[["sd", "mean_low", "mean_high", "difference_low", "difference_high"]].isna().to_numpy().all()
     text = "\n".join(holdout_lines(table))
     assert text.startswith("1 split ") and "+0.100" in text and "(" not in text and "nan" not in text
-    assert len(draw_holdout(scores, "base").axes) == 1
+    assert len(plot_holdout(scores, "base").axes) == 1
 
 
 @pytest.mark.parametrize("scores, said", [
@@ -165,7 +165,7 @@ def test_scores_that_cannot_be_paired_are_refused(scores, said):
 
 def test_the_picture_has_a_row_for_each_other_recipe():
     scores = scored(base=[0.5, 0.4, 0.6], other=[0.6, 0.5, 0.5], third=[0.1, 0.2, 0.3])
-    ax = draw_holdout(scores, "base").axes[0]
+    ax = plot_holdout(scores, "base").axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["other", "third"]
     assert [t.get_text() for t in ax.texts] == ["67% won", "0% won"]
     dots = [np.sort(c.get_offsets()[:, 0]) for c in ax.collections if len(c.get_offsets()) == 3]

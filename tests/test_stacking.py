@@ -175,26 +175,26 @@ def test_weights_that_are_NaN_are_refused_for_one_per_member_too():
 @pytest.fixture(scope="module")
 def joined(data, tmp_path_factory):
     "Two runs of two folds, stacked by command: their folder, and what the command said."
-    room = tmp_path_factory.mktemp("joined")
+    work = tmp_path_factory.mktemp("joined")
     tiny = "--n-folds 2 --backbone test_vit --no-pretrained --tile-size 32 --epochs 1".split()
     for seed in (0, 1):
         options = [*tiny, "--device-type", "cpu", "--seed", seed, "--no-report-photos"]
-        done = ask(main, "--data", data, *options, "--out", room / str(seed))
+        done = ask(main, "--data", data, *options, "--out", work / str(seed))
         assert done.code == 0, done.err
-    done = ask(bundle, room / "0", room / "1", "--out", room / "both", "--combine", "stacked")
+    done = ask(bundle, work / "0", work / "1", "--out", work / "both", "--combine", "stacked")
     assert done.code == 0, done.err
-    return room, done.out
+    return work, done.out
 
 
 def test_the_command_says_a_run_s_weights_of_all_targets(joined):
     "As the bundle and the report hold them; each run's are shared by its two members."
-    room, out = joined
+    work, out = joined
     lines = [line for line in out.splitlines() if ", weights Dry_Green_g " in line]
     said = np.array([re.findall(r"_g (\d\.\d\d)", line) for line in lines], dtype=float)
-    weights = np.array(read_bundle(room / "both").manifest["combine"]["weights"])
+    weights = np.array(read_bundle(work / "both").manifest["combine"]["weights"])
     assert said.shape == (2, 5) and np.abs(said.sum(0) - 1).max() < 0.011
     assert weights.shape == (4, 5) and np.abs(weights.reshape(2, 2, 5).sum(1) - said).max() < 0.006
-    report = (room / "both/report.html").read_text(encoding="utf-8")
+    report = (work / "both/report.html").read_text(encoding="utf-8")
     assert all(f"Weight {t.lower().replace('_', ' ')}" in report for t in TARGETS)
 
 

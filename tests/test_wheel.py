@@ -7,12 +7,13 @@ import zipfile
 
 import pytest
 from conftest import python
-from sources import CODE, LIBRARY, ROOT, TEMPLATES, inside, known_to_git
+from sources import CODE, LIBRARY, ROOT, TEMPLATES, UPLOADED, inside, known_to_git
 
-from biomass_kit.kaggle.metadata import KERNEL, NOTEBOOK
+from biomass_kit.kaggle.metadata import KERNEL
 from biomass_kit.kaggle.packing import build_wheel
 
 TRACKED = ROOT / "kaggle_datasets"
+DATA = [*TEMPLATES, *UPLOADED]
 IMPORTS = (  # what notebooks import from biomass_kit.kaggle that were uploaded with earlier releases
     "check_reference, find_inputs, predict_competition, print_progress",
     "check_reference, find_inputs, predict_inputs, print_progress, show_predictions",
@@ -25,11 +26,9 @@ strange = {home for home in homes if not home.startswith(sys.argv[1])}
 assert homes and not strange, f"{strange} are not the wheel's"
 """
 WRITE = """
-import json, sys
-from biomass_kit.kaggle.inference import inference_notebook
+import sys
 from biomass_kit.kaggle.packing import write_tracked
 write_tracked(*sys.argv[2:])
-print(json.dumps(inference_notebook()))
 """
 
 
@@ -53,15 +52,16 @@ def from_wheel(folder, code, *words):
     return done.stdout
 
 
-def test_it_holds_every_module_package_and_template(wheel):
+def test_it_holds_every_module_template_and_notebook(wheel):
     "Also those that git knows and no list of the tests."
     with zipfile.ZipFile(wheel) as packed:
         held = {name: packed.read(name) for name in packed.namelist() if name.startswith(f"{LIBRARY}/")}
-    due = {inside(path): path.read_bytes() for path in [*CODE, *TEMPLATES, ROOT / LIBRARY / "_modidx.py"]}
-    assert sorted(held) == sorted(due), "setup.py packs packages, folders with an __init__.py, and templates"
+    due = {inside(path): path.read_bytes() for path in [*CODE, *DATA, ROOT / LIBRARY / "_modidx.py"]}
+    assert sorted(held) == sorted(due), "setup.py packs folders with an __init__.py, and package_data"
     assert held == due
     try:
-        known = {path for suffix in (".py", ".html", ".css") for path in known_to_git(LIBRARY, suffix)}
+        suffixes = ".py", ".html", ".css", ".ipynb"
+        known = {path for suffix in suffixes for path in known_to_git(LIBRARY, suffix)}
     except LookupError as reason:
         pytest.skip(f"not compared with git: {reason}")
     assert {*map(inside, known)} <= {*held}
@@ -74,17 +74,17 @@ def test_a_source_distribution_holds_what_a_wheel_is_built_of(tmp_path):
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("dist/*.tar.gz"))) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}
-    assert {"setup.py", "settings.ini", "README.md", *map(inside, [*CODE, *TEMPLATES])} <= held
+    assert {"setup.py", "settings.ini", "README.md", *map(inside, [*CODE, *DATA])} <= held
 
 
 def test_it_writes_what_is_tracked(unpacked, tmp_path):
     metadata = TRACKED / KERNEL / "kernel-metadata.json"
     user = json.loads(metadata.read_text(encoding="utf-8"))["id"].split("/")[0]
-    notebook = json.loads(from_wheel(unpacked, WRITE, tmp_path, user))
+    from_wheel(unpacked, WRITE, tmp_path, user)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(made) == 7
     assert made == {path: (TRACKED / path).read_bytes() for path in made}
-    assert notebook == json.loads((TRACKED / KERNEL / NOTEBOOK).read_text(encoding="utf-8"))
+    for path in UPLOADED: assert path.read_bytes() in made.values(), inside(path)
 
 
 def test_earlier_notebooks_find_what_they_import(unpacked):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from commands import command
-from sources import NOTEBOOKS, ROOT, commands, inside, source
+from sources import NOTEBOOKS, ROOT, UPLOADED, commands, inside, source
 
 INSTEAD = {  # what is not said -> what is
     r"\bfigures? (?:for|of) (?:a|each|every) photo|(?:its|their|five|ensemble's) figures?\b":
@@ -44,7 +44,7 @@ def test_words_are_found():
 def test_pages(page): assert not faults((ROOT / page).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: inside(path))
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *UPLOADED], ids=lambda path: inside(path))
 def test_prose_of_notebooks(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     assert not faults("\n\n".join(source(c) for c in cells if c["cell_type"] == "markdown"))

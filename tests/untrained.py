@@ -1,6 +1,7 @@
-"""Bundles of untrained members: as heavy and as many-headed as real ones, made in a second."""
+"""Random weights; bundles of untrained members, as heavy and many-headed as real ones, made in a second."""
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import Backbone, build_backbone
@@ -17,6 +18,14 @@ from biomass_kit.inference.physics import METHODS
 from biomass_kit.inference.predict import plain_features
 from biomass_kit.inference.uncertainty import make_reference
 from biomass_kit.model.model import BiomassModel
+
+
+def random_weights(path, backbone="test_vit", tile_size=32):
+    "A tiny backbone's random weights as a file: what `--backbone-weights` wants."
+    torch.manual_seed(0)
+    save_file(
+        build_backbone(backbone, pretrained=False, tile_size=tile_size)[0].model.state_dict(), path)
+    return path
 
 
 def untrained_bundle(

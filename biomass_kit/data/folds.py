@@ -240,26 +240,27 @@ def bootstrap_scores(
     measured,  # [N, 5] grams, NaN where unknown
     predictions: list,  # of [N, 5] grams, all scored on the same resamples
     dates,  # [N] the sampling date of each photo
-    n_draws: int = 2000,
+    n_resamples: int = 2000,
     seed: int = 0,
-) -> np.ndarray:  # [len(predictions), n_draws] weighted R2; nan where the resampled labels do not vary
+) -> np.ndarray:  # [len(predictions), n_resamples] weighted R2; nan where the resampled labels do not vary
     "Weighted R2 on bootstrap resamples of whole sampling dates."
     y, w = as_labels(measured, "measured"), np.asarray(WEIGHTS)
     unknown = np.isnan(y)
     names, of = np.unique(np.asarray(dates), return_inverse=True)
-    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_draws)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), n_resamples)
 
-    def drawn(column): return times @ np.bincount(of, column)
+    def resampled(column): return times @ np.bincount(of, column)
 
-    counts = drawn(~unknown @ w) if unknown.any() else drawn(np.full(len(y), w.sum()))
+    counts = resampled(~unknown @ w) if unknown.any() else resampled(np.full(len(y), w.sum()))
     errors = [(y - as_grams(p)) ** 2 for p in predictions]
     if unknown.any():
         y = np.where(unknown, 0, y)
         errors = [np.where(unknown, 0, e) for e in errors]
         counts = np.where(counts > 0, counts, np.nan)
-    spread = drawn(y**2 @ w) - drawn(y @ w) ** 2 / counts
+    spread = resampled(y**2 @ w) - resampled(y @ w) ** 2 / counts
     spread = np.where(spread > 1e-9, spread, np.nan)
-    return np.stack([1 - drawn(e @ w) / spread for e in errors])
+    return np.stack([1 - resampled(e @ w) / spread for e in errors])
 
 # %% ../../nbs/1_data/8_folds.ipynb #f124f316
 def date_interval(
@@ -267,12 +268,12 @@ def date_interval(
     predicted,  # [N, 5] grams
     dates,  # [N]
     level: float = 0.9,
-    **options,  # n_draws and seed of `bootstrap_scores`
+    **options,  # n_resamples and seed of `bootstrap_scores`
 ) -> list:  # [lower, upper]; None where there are fewer than two dates
     "Bootstrap interval of the weighted R2 over sampling dates."
     if len(set(np.asarray(dates))) < 2: return None
-    draws = bootstrap_scores(measured, [predicted], dates, **options)[0]
-    return [float(q) for q in np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])]
+    resampled = bootstrap_scores(measured, [predicted], dates, **options)[0]
+    return [float(q) for q in np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])]
 
 # %% ../../nbs/1_data/8_folds.ipynb #8406c366
 def score_beside_floors(

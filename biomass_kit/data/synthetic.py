@@ -6,9 +6,9 @@
 __all__ = ['SHADOW_HEIGHT', 'SOILS', 'BLADES_PER_GRAM', 'STRAWS_PER_GRAM', 'LEAVES_PER_GRAM', 'GREENS', 'STRAWS', 'CLOVERS',
            'CHEVRON', 'MIN_CANVAS', 'SAMPLINGS', 'STATE_PHOTOS', 'STATE_MEANS', 'NO_CLOVER', 'NO_GREEN', 'NO_DEAD',
            'MOST', 'MOST_TOTAL', 'GAMMA_SHAPE', 'GRASSES', 'MIXTURES', 'CLOVERS_ALONE', 'TEST_INDEX', 'stroke_outlines',
-           'paint', 'cast_shadow', 'noise_field', 'draw_soil', 'element_count', 'scatter', 'shades', 'draw_blades',
-           'straw_layer', 'draw_straw', 'leaflet_outlines', 'draw_clover', 'light', 'draw_photo', 'draw_samplings',
-           'draw_amounts', 'name_species', 'make_table', 'long_rows', 'write_photo', 'write_dataset']
+           'paint', 'cast_shadow', 'noise_field', 'paint_soil', 'element_count', 'scatter', 'shades', 'paint_blades',
+           'straw_layer', 'paint_straw', 'leaflet_outlines', 'paint_clover', 'light', 'paint_photo', 'random_visits',
+           'random_amounts', 'name_species', 'make_table', 'long_rows', 'write_photo', 'write_dataset']
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #4e4f2242
 from pathlib import Path
@@ -89,7 +89,7 @@ def noise_field(
 SOILS = np.array([[122, 98, 76], [96, 74, 60], [84, 76, 74], [142, 118, 94], [66, 54, 50]])  # RGB
 
 
-def draw_soil(
+def paint_soil(
     rng,
     height: int,  # pixels
 ) -> np.ndarray:  # uint8 [height, 2 * height, 3]
@@ -143,7 +143,7 @@ def shades(
     return (0.6 * photo + 0.4 * own) * np.linspace(dark, 1.15, n)[:, None] * rng.normal(1, 0.1, (n, 1))
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #56614201
-def draw_blades(canvas, rng, grams):
+def paint_blades(canvas, rng, grams):
     "Green grass: curved tapering blades that lean out of their tufts; changes `canvas`."
     n, size = element_count(rng, grams, BLADES_PER_GRAM)
     base, away = scatter(rng, n, groups=34, spread=0.035, stray=0.3)
@@ -172,7 +172,7 @@ def straw_layer(
     return outlines, shades(rng, STRAWS, n, 0.75)
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #59392cde
-def draw_straw(canvas, layer, start: float, stop: float):
+def paint_straw(canvas, layer, start: float, stop: float):
     "Paint the part of a straw layer between two fractions of it; changes `canvas`."
     outlines, colours = (a[int(start * len(a)) : int(stop * len(a))] for a in layer)
     cast_shadow(canvas, outlines, strength=0.3, shift=0.004)
@@ -198,7 +198,7 @@ CLOVERS = np.array([[62, 116, 46], [84, 136, 52], [66, 120, 62]])  # RGB
 CHEVRON = np.array([172, 200, 152])
 
 
-def draw_clover(canvas, rng, grams):
+def paint_clover(canvas, rng, grams):
     "Clover: trifoliate leaves in patches, each leaflet with a pale chevron; changes `canvas`."
     n, size = element_count(rng, grams, LEAVES_PER_GRAM)
     centre, _ = scatter(rng, n, groups=14, spread=0.13, stray=0.3)
@@ -234,7 +234,7 @@ def _check_height(height):
             f"height {height}: a synthetic photo needs an even height of {MIN_HEIGHT} pixels or more")
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #90712ef6
-def draw_photo(
+def paint_photo(
     amounts,  # (green, dead, clover) grams
     seed,  # an int or a sequence of ints, such as [seed, index]
     height=1000,  # pixels, even; the photo is twice as wide
@@ -247,12 +247,12 @@ def draw_photo(
             f"amounts {amounts}: give three finite grams, (green, dead, clover), each 0 or more")
     green, dead, clover = grams
     soil, straw, grass, leaves, sky = np.random.default_rng(seed).spawn(5)
-    canvas = draw_soil(soil, height * -(-MIN_CANVAS // height))
+    canvas = paint_soil(soil, height * -(-MIN_CANVAS // height))
     litter = straw_layer(straw, dead)
-    draw_straw(canvas, litter, 0, 0.8)
-    draw_blades(canvas, grass, green)
-    draw_straw(canvas, litter, 0.8, 1)
-    draw_clover(canvas, leaves, clover)
+    paint_straw(canvas, litter, 0, 0.8)
+    paint_blades(canvas, grass, green)
+    paint_straw(canvas, litter, 0.8, 1)
+    paint_clover(canvas, leaves, clover)
     light(canvas, sky)
     return canvas if len(canvas) == height else cv2.resize(
         canvas, (2 * height, height), interpolation=cv2.INTER_AREA)
@@ -272,7 +272,7 @@ NO_GREEN = {"Tas": 0.04, "Vic": 0.04, "NSW": 0.04, "WA": 0.35}  # share of the p
 NO_DEAD = {"Tas": 0.024, "Vic": 0.024, "NSW": 0.024, "WA": 1.0}
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #0ff74faf
-def draw_samplings(
+def random_visits(
     rng,
     n: int,  # photos
 ) -> tuple:  # (states [n], days [n] such as "9/4", groups [n]: number of the sampling, 0 to 29)
@@ -294,7 +294,7 @@ def _below(x, limit, sharp=4):
     return x / (1 + (x / limit) ** sharp) ** (1 / sharp)
 
 
-def draw_amounts(
+def random_amounts(
     rng,
     states,  # [n]
     groups,  # [n] number of the sampling
@@ -343,8 +343,8 @@ def make_table(
     "Labels and metadata of a synthetic data set, sorted by photo; both identities hold to 4 decimals."
     rng = np.random.default_rng(seed)
     photos = [f"ID{k}" for k in np.sort(rng.choice(10**9, n, replace=False) + 10**9)]
-    states, days, groups = draw_samplings(rng, n)
-    green, dead, clover = draw_amounts(rng, states, groups).T
+    states, days, groups = random_visits(rng, n)
+    green, dead, clover = random_amounts(rng, states, groups).T
     gdm = np.round(green + clover, 4)
     ndvi = 0.25 + 0.62 * (1 - np.exp(-gdm / 25)) - 0.15 * dead / (dead + gdm) + rng.normal(0, 0.04, n)
     cm = (1.5 + 0.12 * green + 0.05 * clover) * np.exp(rng.normal(0, 0.3, n))
@@ -370,7 +370,7 @@ def long_rows(
 # %% ../../nbs/1_data/7_synthetic.ipynb #c458c793
 def write_photo(path, amounts, seed, height):
     "Draw one photo and save it as JPEG of quality 90."
-    image = Image.fromarray(draw_photo(amounts, seed, height))
+    image = Image.fromarray(paint_photo(amounts, seed, height))
     with atomic_path(path) as tmp: image.save(tmp, "JPEG", quality=90)
 
 # %% ../../nbs/1_data/7_synthetic.ipynb #52d031b5
@@ -393,7 +393,7 @@ def write_dataset(
     test["image_path"] = [f"test/{p}.jpg" for p in test["photo"]]
     jobs = [(p, a, [seed, first + i]) for table, first in ((train, 0), (test, TEST_INDEX))
             for i, (p, a) in enumerate(zip(table["image_path"], table[list(TARGETS[:3])].to_numpy()))]
-    for image_path, amounts, index in progress(jobs, desc="drawing", unit="photo"):
+    for image_path, amounts, index in progress(jobs, desc="painting", unit="photo"):
         write_photo(out / image_path, amounts, index, height)
     rows = long_rows(test)
     write_csv(out / "test.csv", rows[["sample_id", "image_path", "target_name"]])

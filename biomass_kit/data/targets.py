@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GREEN', 'DEAD', 'CLOVER', 'GDM', 'TOTAL', 'WEIGHTS', 'ENDS', 'OWN_ENDS', 'QUADRAT_CM', 'KG_HA',
-           'LOG_TARGETS', 'LINKED', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError', 'in_one_line',
-           'as_grams', 'as_labels', 'label_counts', 'label_masks', 'identity_residuals', 'weighted_r2',
+           'LEAST_SIDE_CM', 'LOG_TARGETS', 'LINKED', 'LINKS', 'TRIM', 'COMBINATIONS', 'WEIGHED', 'BiomassError',
+           'in_one_line', 'as_grams', 'as_labels', 'label_counts', 'label_masks', 'identity_residuals', 'weighted_r2',
            'per_target_scores', 'quadrat_area', 'quadrat_text', 'kg_per_ha', 'Link', 'to_link', 'from_link',
            'trimmed_mean', 'mixture', 'combine']
 
@@ -132,15 +132,18 @@ QUADRAT_CM = (70.0, 30.0)  # of the competition's photos
 KG_HA = tuple(t.removesuffix("g") + "kg_ha" for t in TARGETS)  # names of the targets in kg DM/ha
 
 
+LEAST_SIDE_CM = 5.0  # of a quadrat's sides; below it, somebody means metres
+
+
 def quadrat_area(
     quadrat_cm,  # its two sides in centimetres
 ) -> float:  # square centimetres
     "Area of a quadrat; raises `BiomassError` for sides that none can have."
     a, b = quadrat_cm
     area = a * b
-    if not (min(a, b) > 0 and 0 < area < float("inf")):
+    if not (min(a, b) >= LEAST_SIDE_CM and area < float("inf")):
         raise BiomassError(
-            f"--quadrat-cm {a:g} {b:g}: both sides must be positive and finite, in centimetres")
+            f"--quadrat-cm {a:g} {b:g}: sides are in cm, at least {LEAST_SIDE_CM:g}; half a metre is 50")
     return area
 
 
@@ -155,7 +158,7 @@ def kg_per_ha(
     grams,  # of dry matter in the quadrat
     quadrat_cm=QUADRAT_CM,  # its sides in centimetres
 ):
-    "Grams in a quadrat as kilograms of dry matter a hectare."
+    "Grams in a quadrat as kilograms of dry matter per hectare."
     return grams * (1e5 / quadrat_area(quadrat_cm))
 
 # %% ../../nbs/1_data/1_targets.ipynb #033b9a12

@@ -334,13 +334,16 @@ def label_file(
 ) -> Path:
     "The table of labels in a folder: the one asked for, train.csv, or the only table there."
     folder = Path(folder)
+    if not folder.is_dir():
+        raise BiomassError(f"{folder}: no such folder; --data names the one with the table of labels")
     if table is not None:
         path = folder / table
         if path.suffix.lower() in SHEETS and path.is_file(): return path
+        if not path.exists(): raise BiomassError(f"--table {table}: {folder} holds no such file")
         raise BiomassError(
             f"--table {table}: {path} is no table; give a file in {folder} that ends in {' '.join(SHEETS)}")
     train = folder / "train.csv"
-    if train.is_file() or not folder.is_dir(): return train
+    if train.is_file(): return train
     own = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SHEETS and p.suffix.lower() != ".txt"]
     own = [p for p in own if p.is_file() and p.name not in NO_LABELS and not p.name.startswith((".", "~$"))]
     if len(own) > 1:

@@ -26,17 +26,17 @@ def paired_difference(
     second,  # likewise
     dates,  # [N]
     level: float = 0.9,
-    **options,  # n_draws and seed of `bootstrap_scores`
+    **options,  # n_resamples and seed of `bootstrap_scores`
 ) -> dict:  # {"difference", "interval", "share_positive"}: mean weighted R2 of first minus that of second
     "Paired bootstrap over sampling dates of the difference in weighted R2."
     scores = bootstrap_scores(measured, [*first, *second], dates, **options)
-    draws = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
+    resampled = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
     plain = np.mean([weighted_r2(measured, p) for p in first]) - np.mean(
         [weighted_r2(measured, p) for p in second])
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return {
         "difference": float(plain), "interval": [float(low), float(high)],
-        "share_positive": float(np.mean(draws > 0))}
+        "share_positive": float(np.mean(resampled > 0))}
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #6a1f0c52
 def difference_text(
@@ -82,7 +82,7 @@ def adversarial_validation(
     first_names,  # [N1]
     second_names,  # [N2]
     first_dates=None,  # [N1] sampling dates, where known
-    n_draws: int = 100,  # of each reference
+    n_resamples: int = 100,  # of each reference
     seed: int = 0,
     most_foreign: int = 5,  # photos to name in each set
 ) -> dict:  # auc, chance, p_value, other_dates, photos, foreign
@@ -103,15 +103,15 @@ def adversarial_validation(
 
     def of(x, l): return roc_auc_score(l, _second_probability(x, l, int(rng.integers(2**31))))
 
-    null = [of(x, rng.permutation(label)) for _ in range(n_draws)]
+    null = [of(x, rng.permutation(label)) for _ in range(n_resamples)]
 
     other_dates = None
     if first_dates is not None:
-        other_dates = _date_reference(first, np.asarray(first_dates), sizes, of, n_draws, rng)
+        other_dates = _date_reference(first, np.asarray(first_dates), sizes, of, n_resamples, rng)
     return {
         "auc": float(auc),
         "chance": _middle(null),
-        "p_value": (1 + sum(a >= auc for a in null)) / (1 + n_draws),
+        "p_value": (1 + sum(a >= auc for a in null)) / (1 + n_resamples),
         "other_dates": other_dates,
         "photos": list(sizes),
         "foreign": {
@@ -134,12 +134,12 @@ def _most_foreign(
 def _middle(values): return [float(q) for q in np.quantile(values, [0.05, 0.95])]
 
 # %% ../../nbs/6_evidence/2_compare.ipynb #73c91b03
-def _date_reference(features, dates, sizes, auc_of, n_draws, rng):
+def _date_reference(features, dates, sizes, auc_of, n_resamples, rng):
     """Range of the AUC between a part of the dates, with the second set's share of photos, and the rest;
     None where no part has five photos."""
     if len(set(dates)) < 2: return None
     x, wanted = _directions(features), sizes[1] / sum(sizes) * len(dates)
-    parts = [_some_dates(dates, wanted, rng) for _ in range(n_draws)]
+    parts = [_some_dates(dates, wanted, rng) for _ in range(n_resamples)]
     values = [auc_of(x, part) for part in parts if 5 <= part.sum() <= len(part) - 5]
     return _middle(values) if values else None
 

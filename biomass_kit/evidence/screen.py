@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL', 'PROBE', 'SPEC', 'CAUTION', 'PANELS', 'screened_backbone', 'start_sources', 'read_rows', 'Cell', 'screen_cells',
-           'held_out_grams', 'pooled_r2', 'screen_table', 'run_screen', 'screen_lines', 'draw_screen']
+           'held_out_grams', 'pooled_r2', 'screen_table', 'run_screen', 'screen_lines', 'plot_screen']
 
 # %% ../../nbs/6_evidence/9_screen.ipynb #c157004
 import warnings
@@ -268,7 +268,7 @@ def _panel(ax, own, column, scale):
     return image
 
 # %% ../../nbs/6_evidence/9_screen.ipynb #c157019
-def draw_screen(
+def plot_screen(
     table: pd.DataFrame,  # from `screen_table`
 ):  # the Figure
     "Heat maps of blocks x statistics, six for every backbone, grid and tile size: all and each target."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Split', 'date_split', 'refuse_gaps', 'splits', 'split_scores', 'score_row', 'floor_scores', 'nadeau_bengio',
-           'holdout_table', 'holdout_lines', 'draw_holdout']
+           'holdout_table', 'holdout_lines', 'plot_holdout']
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117004
 import math
@@ -247,7 +247,7 @@ def holdout_lines(
     return [*lines, "", "R2 of each target, of all splits together", *_aligned(own, table["recipe"])]
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117036
-def _draw_recipe(ax, at, row, differences):
+def _plot_recipe(ax, at, row, differences):
     "One recipe's dots, mean, interval and share won, at a height of the picture."
     beside = at + np.random.default_rng(at).uniform(-0.22, 0.22, len(differences))
     ax.scatter(differences, beside, s=12, alpha=0.6, color="#0072b2", linewidths=0)
@@ -256,7 +256,7 @@ def _draw_recipe(ax, at, row, differences):
     ax.text(1.02, at, f"{row.won:.0%} won", transform=ax.get_yaxis_transform(), va="center", fontsize=9.5)
 
 # %% ../../nbs/6_evidence/7_splits.ipynb #59117040
-def draw_holdout(
+def plot_holdout(
     scores: pd.DataFrame,  # rows as from `score_row`
     baseline: str,  # the recipe that the others are compared with
     ax=None,  # matplotlib's axes to draw into; None is a figure of its own
@@ -272,7 +272,7 @@ def draw_holdout(
         ax = Figure(figsize=size, layout="constrained", facecolor="white").subplots()
     ax.axvline(0, color="#999999", lw=1, zorder=0)
     for at, row in enumerate(others.itertuples()):
-        _draw_recipe(ax, at, row, apart[row.recipe])
+        _plot_recipe(ax, at, row, apart[row.recipe])
     ax.set_yticks(range(len(others)), others["recipe"], fontsize=9.5, parse_math=False)
     ax.set_ylim(len(others) - 0.5, -0.5)
     ax.set_xlabel(f"weighted R² minus that of {baseline}", fontsize=11, parse_math=False)

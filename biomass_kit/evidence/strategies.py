@@ -26,7 +26,7 @@ def strategy_table(
     n_folds: int = None,  # of the strategies that leave a choice; None is their default
     seed: int = 0,  # of their fold assignment
     against: str = "group_date",  # the strategy to which the differences are taken
-    **options,  # n_draws of `bootstrap_scores`
+    **options,  # n_resamples of `bootstrap_scores`
 ) -> pd.DataFrame:  # one row per strategy: folds, shared_dates, weighted R2 of probe and floors, difference
     "The linear probe's score under each CV strategy, beside the floors."
     y, dates = table[list(TARGETS)], units_of(table)

@@ -314,11 +314,11 @@ class _Run:
 # %% ../../nbs/4_inference/6_ensemble.ipynb #7db70db7
 def describe_plan(ensemble: Ensemble) -> str:
     "The distinct backbone passes of an ensemble, one line each, beside what the naive form would run."
-    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles a half, views "
+    lines = [f"  {len(p.views)} passes: {p.backbone}, {p.spec} tiles per half, views "
              f"{', '.join(map(str, p.views))}; read by {counted(len(p.members), 'member')}"
              for p in ensemble.passes]
     planned, naive = sum(len(p.views) for p in ensemble.passes), len(ensemble.models) * len(ensemble.views)
-    return "\n".join([f"{planned} backbone passes a photo (a model for every member and view would run "
+    return "\n".join([f"{planned} backbone passes per photo (a model for every member and view would run "
                       f"{naive}), on {ensemble.device.type} in {ensemble.precision}:", *lines])
 
 # %% ../../nbs/4_inference/6_ensemble.ipynb #e0e00001
@@ -335,7 +335,7 @@ def probe(
     paths: list,  # all photos that would be predicted
     batch_size: int = 4,
     num_workers: int = 1,
-) -> dict:  # {"photos", "photos_a_second", "expected_s", "peak_bytes"}
+) -> dict:  # {"photos", "photos_per_second", "expected_s", "peak_bytes"}
     """Predict one batch to warm up and the next two against the clock, then extrapolate;
     where there is but one batch, again that one."""
     paths = list(paths)
@@ -344,5 +344,5 @@ def probe(
     ensemble.predict(timed, batch_size, num_workers, faults={})
     rate = len(timed) / (time.perf_counter() - start)
     return {
-        "photos": len(paths), "photos_a_second": rate, "expected_s": len(paths) / rate,
+        "photos": len(paths), "photos_per_second": rate, "expected_s": len(paths) / rate,
         "peak_bytes": peak_memory(ensemble.device)}

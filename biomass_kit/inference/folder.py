@@ -18,7 +18,7 @@ from ..data.exif import Places
 from ..data.files import write_csv, write_csv_parts
 from ..data.photos import FolderPhotos, lost_words
 from ..data.progress import counted
-from ..data.targets import ENDS, KG_HA, TARGETS, kg_per_ha, quadrat_area
+from ..data.targets import ENDS, KG_HA, TARGETS, kg_per_ha, quadrat_area, quadrat_text
 from ..data.xlsx import write_sheets
 from .bundle import Bundle
 from .issues import Outcome
@@ -32,7 +32,7 @@ from biomass_kit.inference.paddocks import (
     paddocks_path,
     xlsx_path,
 )
-from .uncertainty import UNLIKE, has_intervals, widen
+from .uncertainty import P_VALUE_LIMIT, has_intervals, widen
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b260005
 FOLDER_PHYSICS = "project"  # in a folder's table values are read together, so they add up
@@ -96,6 +96,11 @@ def target_columns(
     return [c for c in table if c.removesuffix(ENDS[0]).removesuffix(ENDS[1]) in names]
 
 
+def _rounded(table):
+    "Numbers with the four decimals that they have in the CSV; dates as they are."
+    return table.round(dict.fromkeys(table.select_dtypes("number").columns, 4))
+
+
 def flags(
     outcome: Outcome,
     alike: np.ndarray,  # [N], or None
@@ -107,7 +112,7 @@ def flags(
     def flag(i):
         said = []
         if i in outcome.issues: said.append(f"{outcome.issues[i].fallback}: {outcome.issues[i].reason}")
-        if alike is not None and alike[i] <= UNLIKE: said.append("unlike the training photos")
+        if alike is not None and alike[i] <= P_VALUE_LIMIT: said.append("unlike the training photos")
         if i in outcome.crops: said.append(lost_words(outcome.crops[i]))
         return sys.intern("; ".join(filter(None, said)))  # many photos say the same
 
@@ -179,7 +184,7 @@ class FolderTable(NamedTuple):
         else: drop_earlier(self.out)
 
     def note_widths(self):
-        "Say where intervals are not what was measured for such predictions."
+        "Say where intervals are not what was measured, and where photos cannot be flagged."
         margins, say = self.bundle.margins, self.outcome.note
         if margins and self.method not in margins:
             measured = ", ".join(margins)
@@ -188,11 +193,13 @@ class FolderTable(NamedTuple):
         if self.paddocks and margins and not knows_means(self.bundle):
             say("the bundle knows the errors of photos, not of paddocks' means, so these get intervals as "
                 "wide as if photos shared their whole error; biomass_bundle RUN --out NEW measures a run's")
+        if "reference" not in self.bundle.trust:
+            say("the bundle remembers no training photos: none can be flagged as out of distribution")
 
     def write_xlsx(self, grams: np.ndarray, alike: np.ndarray = None):
         "The same tables as sheets of one file, rounded as in the CSV."
-        sheets = {"photos": (part.round(4) for part in self.parts(grams, alike))}
-        if self.paddocks: sheets["paddocks"] = [self.means(grams, alike).round(4)]
+        sheets = {"photos": map(_rounded, self.parts(grams, alike))}
+        if self.paddocks: sheets["paddocks"] = [_rounded(self.means(grams, alike))]
         write_sheets(xlsx_path(self.out), sheets)
 
     def whole(self, grams: np.ndarray, alike: np.ndarray = None) -> pd.DataFrame:
@@ -208,7 +215,7 @@ class FolderTable(NamedTuple):
         table.insert(0, "photo", self.outcome.names)
         table["flag"] = words
         for name, values in labels.items(): table[name] = values
-        table.attrs["outcome"] = self.outcome
+        table.attrs |= {"outcome": self.outcome, "quadrat_cm": self.quadrat_cm}
         return table
 
 # %% ../../nbs/4_inference/6b_folder.ipynb #6b26000e
@@ -220,6 +227,8 @@ def written_lines(
     "What was written, a line for each table."
     means = table.attrs["outcome"].paddocks
     lines = [f"{out}: {counted(len(table), 'row')}"]
+    sides = table.attrs.get("quadrat_cm")
+    if sides: lines[0] += f"; grams in a quadrat of {quadrat_text(sides)}"
     if means is not None: lines.append(f"{paddocks_path(out)}: {counted(len(means), 'paddock')}")
     if xlsx: lines.append(f"{xlsx_path(out)}: the same as a spreadsheet")
     return lines

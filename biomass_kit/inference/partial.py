@@ -251,7 +251,7 @@ class Partial:
         found = [{"grams": g} | words for g, words in zip(np.asarray(grams, np.float64).tolist(), said)]
         self._add([self.mine[row] for row in rows], found)
 
-    def keep_likeness(
+    def keep_p_values(
         self,
         rows,  # of all photos
         alike: np.ndarray,  # p-values, nan for photos that were not read

@@ -191,11 +191,14 @@ RESERVE = 0.02  # share of a deadline that is not spent on predictions
 
 
 def read_duration(
-    text,  # "8h30m", "45m", "1h 5m 10s", or a number of seconds
+    text,  # "8h30m", "45m", "1h 5m 10s", or seconds as a number
 ) -> float:  # seconds
     "A stretch of time, from how a person writes it."
     words = re.sub(r"\s", "", str(text).lower())
-    if re.fullmatch(r"\d+(\.\d+)?", words): words += "s"
+    if re.fullmatch(r"\d+(\.\d+)?", words):
+        if isinstance(text, str):
+            raise BiomassError(f"--deadline {text}: give its unit, such as {text}h, {text}m or {text}s")
+        words += "s"
     found = re.findall(r"(\d+(?:\.\d+)?)([hms])", words)
     units = [unit for _, unit in found]
     seconds = sum(float(n) * UNITS[unit] for n, unit in found)

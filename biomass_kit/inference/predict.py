@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAVE_EVERY', 'SAVE_SECONDS', 'PENDING', 'COMPARED', 'PredictOptions', 'is_alone', 'predict_photos',
-           'predict_competition', 'some_members', 'plain_features', 'photo_likeness', 'predict_folder']
+           'predict_competition', 'some_members', 'plain_features', 'photo_p_values', 'predict_folder']
 
 # %% ../../nbs/4_inference/7_predict.ipynb #67af383a
 import os
@@ -40,7 +40,7 @@ from .paddocks import find_paddocks, paddocks_path, xlsx_path
 from .partial import Partial, run_key, whole_blocks
 from .physics import apply_physics
 from .plan import Deadline
-from .uncertainty import Reference, bound_intervals, check_intervals, likeness
+from .uncertainty import Reference, bound_intervals, check_intervals, p_values
 
 # %% ../../nbs/4_inference/7_predict.ipynb #7570c70f
 SAVE_EVERY = 60.0  # seconds between two writes of all that is known, a hundred times what a write takes
@@ -383,13 +383,13 @@ def _compare(reference: Reference, batches, rows, alike: np.ndarray, size: int, 
         late, count = deadline and deadline.left() <= 0, sum(map(len, means))
         if count < size and start + count < len(rows) and not late: continue
         at = rows[start : start + count]
-        alike[at] = likeness(reference, np.concatenate(means))
+        alike[at] = p_values(reference, np.concatenate(means))
         if keep: keep(at, alike[at])
         if late: break
         means, start = [], start + count
 
 # %% ../../nbs/4_inference/7_predict.ipynb #c4663391
-def photo_likeness(
+def photo_p_values(
     bundle: Bundle,  # with a reference of its training photos
     paths: list,
     batch_size: int = 4,
@@ -410,13 +410,13 @@ def photo_likeness(
     if kept: alike[known] = kept.alike[known]
     found = _mean_features(ensemble, (paths[row] for row in rows), batch_size, num_workers)
     batches = progress(found, desc="likeness", unit="batch", total=-(-len(rows) // batch_size))
-    _compare(reference, batches, rows, alike, size, deadline, kept and kept.keep_likeness)
+    _compare(reference, batches, rows, alike, size, deadline, kept and kept.keep_p_values)
     found.close()
     return alike
 
 # %% ../../nbs/4_inference/7_predict.ipynb #3a25063a
-def _likeness_in_time(bundle, paths, deadline, outcome, kept, options) -> np.ndarray:  # [N], or None
-    """`photo_likeness` where there is a reference and time for it;
+def _p_values_in_time(bundle, paths, deadline, outcome, kept, options) -> np.ndarray:  # [N], or None
+    """`photo_p_values` where there is a reference and time for it;
     a device that fails or hangs never costs the table."""
     if "reference" not in bundle.trust or deadline.left() <= 0: return None
     seconds = None if deadline.text is None else deadline.left()
@@ -425,7 +425,7 @@ def _likeness_in_time(bundle, paths, deadline, outcome, kept, options) -> np.nda
         k: options[k] for k in ("precision", "cache_dir", "batch_size", "num_workers", "progress")
         if k in options}
     own |= {"deadline": deadline, "device_type": device, "say": outcome.note, "kept": kept}
-    run = partial(photo_likeness, bundle, paths, **own)
+    run = partial(photo_p_values, bundle, paths, **own)
     try: return in_time(run, seconds, "device")
     except Exception as e:
         outcome.note(f"how much the photos are like those trained on could not be told ({in_one_line(e)})")
@@ -483,7 +483,7 @@ def predict_folder(
         if not is_main_process(): return None
         table.note_widths()
         save(grams)
-        alike = _likeness_in_time(bundle, paths, deadline, outcome, kept, options)
+        alike = _p_values_in_time(bundle, paths, deadline, outcome, kept, options)
         if alike is not None: save(grams, alike)
         if xlsx: table.write_xlsx(grams, alike)
         _close(outcome, out)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PREDICT_REQUIREMENTS', 'MOUNTED_BELOW', 'SUBMISSION', 'GRAMS', 'REFERENCE', 'REFERENCE_TABLE', 'REFERENCE_TOLERANCE',
-           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'ATTACH', 'SET_UP', 'NOTEBOOK_CELLS', 'input_files', 'only',
-           'by_input', 'find_inputs', 'predict_inputs', 'write_reference', 'check_reference', 'draw_predictions',
-           'show_predictions', 'notebook_of', 'inference_notebook']
+           'SAME', 'DIFFERENT', 'AFTERWARDS_SECONDS', 'NOTEBOOKS', 'input_files', 'only', 'by_input', 'find_inputs',
+           'is_competition', 'predict_inputs', 'write_reference', 'check_reference', 'plot_predictions',
+           'show_predictions']
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #102860a6
 import io
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+import biomass_kit
 from ..data.files import file_digest, is_hidden, write_csv
 from ..data.interrupts import in_time
 from ..data.photos import list_photos, photo_files, read_photo, split_pair
@@ -66,15 +67,17 @@ def by_input(
 
 def _photo_folders(root, weights: Path) -> dict:
     "For each input the folder that holds all its photos, and what is in it; the packed reference is none."
-    tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
 
     def size(photo): return photo.stat().st_size if photo.exists() else None
 
+    tops = by_input(root, [photo for photo in photo_files(root) if weights not in photo.parents])
     return {top: tuple((p.relative_to(top), size(p)) for p in photos) for top, photos in tops.items()}
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #a13d0161
-def _without_parts(manifests: list) -> list:
+def _bundles(root) -> list:  # their manifests
     "Bundles, without those of runs inside the folder of the run that joined them."
+    found = input_files(root, MANIFEST)
+    manifests = [p for p in found if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
     tops = [m.parent.parent for m in manifests if m.parent.name == "bundle"]
     return [m for m in manifests if not {*m.parent.parent.parents} & {*tops}]
 
@@ -83,10 +86,7 @@ def find_inputs(
     root="/kaggle/input",  # where Kaggle mounts competition and datasets, at any depth
 ) -> tuple:  # (the competition's folder, or one with photos; the folder with the bundle)
     "Find what shall be predicted and the packed weights, by content; a competition goes before photos."
-    manifests = input_files(root, MANIFEST)
-    manifests = [p for p in manifests if '"members"' in p.read_text(encoding="utf-8", errors="replace")]
-    manifests = _without_parts(manifests)
-    weights = only({p.parent: file_digest(p) for p in manifests}, f"weights dataset ({MANIFEST})", root)
+    weights = only({p.parent: file_digest(p) for p in _bundles(root)}, f"weights dataset ({MANIFEST})", root)
     tests = [p.with_name("test.csv") for p in input_files(root, "sample_submission.csv")]
     found = {p.parent: file_digest(p) for p in tests if p.is_file()} or _photo_folders(root, weights)
     what = "competition (test.csv beside sample_submission.csv) or folder of photos"
@@ -96,6 +96,11 @@ def find_inputs(
 SUBMISSION, GRAMS = "submission.csv", "grams.csv"
 
 
+def is_competition(data) -> bool:
+    "Whether a folder asks for a submission, or holds photos alone."
+    return (Path(data) / "test.csv").is_file()
+
+
 def predict_inputs(
     weights,  # the packed weights
     data,  # the competition's folder, or one with photos, as `find_inputs` tells
@@ -103,8 +108,7 @@ def predict_inputs(
     **options,  # of `predict_photos`
 ) -> pd.DataFrame:  # the checked submission, or photo and the five targets in grams
     "Write `submission.csv` for a competition, `grams.csv` for photos."
-    is_competition = (Path(data) / "test.csv").is_file()
-    run, name = (predict_competition, SUBMISSION) if is_competition else (predict_folder, GRAMS)
+    run, name = (predict_competition, SUBMISSION) if is_competition(data) else (predict_folder, GRAMS)
     return run(weights, data, Path(working) / name, keep_means=True, **options)
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #99ad3d90
@@ -121,12 +125,12 @@ def write_reference(
     **options,  # progress of `predict_photos`
 ):
     "Draw reference photos into a packed bundle and save their predictions (made on the CPU in fp32)."
-    from biomass_kit.data.synthetic import draw_photo
+    from biomass_kit.data.synthetic import paint_photo
 
     folder = Path(weights) / REFERENCE
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_photos):
-        photo = draw_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)
+        photo = paint_photo((15 + 20 * i, 5 + 5 * i, 8 * i), seed=i, height=400)
         Image.fromarray(photo).save(folder / f"{i}.png")
     how = dict(physics="none", device_type="cpu", batch_size=1)
     grams = predict_photos(weights, list_photos(folder), **how, **options)
@@ -160,14 +164,15 @@ def check_reference(
 ) -> pd.DataFrame:  # photo, the five predictions in grams, "difference" (largest); None without an answer
     "Predict the reference photos again and compare with packing; prints the verdict, and raises nothing."
     table, why = _afterwards(partial(_reference_again, weights, options), seconds)
-    if why: return print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
+    if why:
+        print(f"reference photos: inconclusive ({why}); nothing of the submission depends on them")
+        return None
     if table is None:
         print(f"reference photos: none in {weights}, so {DIFFERENT}; upload the dataset with --dir-mode zip")
         return None
     worst = table["difference"].max()
-    print(
-        f"reference photos: largest difference {worst:.2g} g, "
-        f"{SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT}")
+    verdict = SAME if worst <= REFERENCE_TOLERANCE else DIFFERENT
+    print(f"reference photos: largest difference {worst:.2g} g, {verdict}")
     return table
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #5ca80ded
@@ -175,12 +180,13 @@ def _grams_by_photo(data, table: pd.DataFrame) -> tuple:
     "(paths, [N, 5] grams) of a submission or a table of grams."
     if "photo" in table: return [Path(data) / p for p in table["photo"]], table[list(TARGETS)].to_numpy()
     rows, photos = read_test(data)
-    grams = rows.assign(grams=table.set_index("sample_id")["target"].loc[rows["sample_id"]].to_numpy()).pivot(
-        index="image_path", columns="target_name", values="grams")
+    grams_of = table.set_index("sample_id")["target"]
+    rows = rows.assign(grams=grams_of.loc[rows["sample_id"]].to_numpy())
+    grams = rows.pivot(index="image_path", columns="target_name", values="grams")
     return list(photos.values()), grams.reindex(index=list(photos), columns=list(TARGETS)).to_numpy()
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #53a7bd22
-def draw_predictions(
+def plot_predictions(
     shown: list,  # (title, photo uint8 [H, W, 3], [5] grams)
 ) -> Image.Image:
     "One row per photo: a thumbnail, and a bar for each target."
@@ -210,13 +216,16 @@ def draw_predictions(
 def _picture(data, table: pd.DataFrame, n_photos: int) -> tuple:  # (the picture or None, what is to be said)
     "Some photos with their grams, from the lightest to the heaviest."
     paths, grams = _grams_by_photo(data, table)
-    order, shown, said = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable"), [], []
-    for i in order[np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))]:
+    order = np.argsort(grams[:, TARGETS.index("Dry_Total_g")], kind="stable")
+    ranks = np.unique(np.linspace(0, len(order) - 1, n_photos).round().astype(int))
+    shown = []
+    said = []
+    for i in order[ranks]:
         try: seen = np.concatenate(list(split_pair(read_photo(paths[i]))), 1)
         except BiomassError as e: said.append(f"not shown: {e}")
         else: shown.append((os.path.relpath(paths[i], data), seen, grams[i]))
     if not shown: said.append("no picture of the predictions: none of these photos could be read")
-    return draw_predictions(shown) if shown else None, said
+    return plot_predictions(shown) if shown else None, said
 
 
 def show_predictions(
@@ -233,82 +242,4 @@ def show_predictions(
     return picture
 
 # %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7bf
-ATTACH = "the dataset with the library, the one with the weights, and the photos"
-SET_UP = (
-    "import os, subprocess, sys\nfrom pathlib import Path\n\n"
-    "inputs = Path(os.environ.get(\"KAGGLE_INPUT\", \"/kaggle/input\"))\n"
-    "working = Path(os.environ.get(\"KAGGLE_WORKING\", \"/kaggle/working\"))\n"
-    "wheels = [p for p in sorted(inputs.rglob(\"*.whl\")) "
-    "if \"__MACOSX\" not in p.parts and not p.name.startswith(\".\")]\n"
-    "library = next((p.parent for p in wheels if p.name.startswith(\"biomass_kit-\")), None)\n"
-    "assert library, (f\"no biomass_kit-*.whl under {inputs}: \"\n"
-    f"                 \"attach {ATTACH}\")\n"
-    "wheels = [p for p in wheels if p.parent == library]\n"
-    "pip = [sys.executable, \"-m\", \"pip\", \"install\", \"--quiet\", \"--no-index\", \"--no-deps\"]\n"
-    "subprocess.run([*pip, *wheels], check=True)")
-
-# %% ../../nbs/8_kaggle/1_inference.ipynb #fa53c7b2
-NOTEBOOK_CELLS = (
-    ("markdown", "# Pasture biomass from photographs\n\n"
-     "How much feed stands in a paddock? This notebook looks at top-view photos of pasture and says, for "
-     "each, how many grams of dry matter "
-     "lie in the frame: green, dead, clover, green + clover (GDM) and total. It was made for *CSIRO - "
-     "Image2Biomass Prediction*; "
-     "with your own photos attached instead of the competition, it predicts those.\n\n"
-     "It needs no internet. Under *Input*, three things are attached: a dataset with the library "
-     "`biomass_kit`, one with the trained weights, "
-     "and the photos. Everything that happens below lives in that library, whose own notebooks explain and "
-     "test each step.\n\n"
-     "## Set up\n\nThe library is installed from its dataset; the rest is what Kaggle provides."),
-    ("code", SET_UP),
-    ("markdown", "## Predict\n\n"
-     "The inputs are found by content, wherever Kaggle mounts them. Each photo is decoded once and cut into "
-     "tiles at its full resolution; "
-     "a backbone turns the tiles into features, and several small trained heads (folds, tile grids, mirrored "
-     "views) each give their five values, "
-     "which are averaged, kept within what was measured in training, and mended where they contradict each "
-     "other.\n\n"
-     "The result is `submission.csv`, checked against `sample_submission.csv`: every row, in its order, a "
-     "plausible number of grams. "
-     "For your own photos it is `grams.csv`, one row a photo: grams in a quadrat like those trained on, and "
-     "kg DM/ha. "
-     "A photo that cannot be read is named in a table beside it.\n\n"
-     "A valid file is there from the first minute and becomes better as photos are done. The run is watched: "
-     "where the deadline comes near, the photos that are left get fewer views, then fewer grids, then fewer "
-     "models, and the closing lines say how many."),
-    ("code", "from biomass_kit.kaggle import check_reference, find_inputs, predict_inputs, print_progress, "
-             "show_predictions, summary_lines\n\n"
-     "data, weights = find_inputs(inputs)\n"
-     "table = predict_inputs(weights, data, working, deadline=\"8h30m\", "
-     "progress=print_progress)\nprint(*summary_lines(table), sep=\"\\n\")\ntable.head(10)"),
-    ("markdown", "## Does it look right?\n\nA few photos, from the lightest predicted to the heaviest. "
-     "A bare quadrat beside a long bar would be a reason to stop."),
-    ("code", "show_predictions(data, table)"),
-    ("markdown", "## The same answer as at home?\n\nThree synthetic photos travel with the weights, with the "
-                 "predictions that were made when they were packed. "
-     "`difference` is in grams and should be near zero; a large one means that this machine computes "
-     "something else."),
-    ("code", "check_reference(weights)"),
-)
-
-# %% ../../nbs/8_kaggle/1_inference.ipynb #b7184117
-def notebook_of(
-    cells,  # (kind, text) each
-) -> dict:  # nbformat 4.5
-    "A Kaggle notebook as JSON."
-    def cell(i, kind, text):
-        made = {
-            "cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(keepends=True)}
-        return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
-
-    kernel = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"}}
-    return {
-        "cells": [cell(i, *c) for i, c in enumerate(cells)], "metadata": kernel, "nbformat": 4,
-        "nbformat_minor": 5}
-
-
-def inference_notebook() -> dict:  # nbformat 4.5
-    "The notebook that predicts."
-    return notebook_of(NOTEBOOK_CELLS)
+NOTEBOOKS = Path(biomass_kit.__file__).parent / "kaggle" / "notebooks"  # the two that are uploaded

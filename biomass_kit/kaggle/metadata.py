@@ -23,9 +23,8 @@ TRAINING = "training.ipynb"
 COMPETITION = "csiro-biomass"
 DEFAULT_USER = "your-kaggle-name"
 ABOUT = {  # slug -> (licence, description)
-    LIB: (
-        "apache-2.0", "The Python library biomass_kit as a wheel: photographs of pasture in, grams of dry "
-                      "matter out."),
+    LIB: ("apache-2.0", "The Python library biomass_kit as a wheel: photographs of pasture in, grams of dry "
+          "matter out."),
     WEIGHTS: ("other", "Weights trained by biomass_kit, with its manifest and reference predictions. "
               "Their licence follows from the backbone's and the training photos'."),
 }
@@ -88,7 +87,8 @@ def check_user(user: str) -> str:
 # %% ../../nbs/8_kaggle/1c_metadata.ipynb #74ea4c78
 def _common_faults(made: dict):
     "What Kaggle would refuse in a dataset's or a notebook's metadata."
-    title, (user, _, slug) = made.get("title", ""), made.get("id", "").partition("/")
+    title = made.get("title", "")
+    user, _, slug = made.get("id", "").partition("/")
     if not 6 <= len(title) <= 50: yield f"title '{title}' has {len(title)} characters; make it 6 to 50"
     if not (SLUG.fullmatch(user) and SLUG.fullmatch(slug)):
         yield (f"id '{made.get('id')}' is not user/slug in lower-case letters, digits and single dashes; "
@@ -98,7 +98,7 @@ def _common_faults(made: dict):
 
 def _dataset_faults(made: dict):
     "The dataset's own."
-    names = [l.get("name") for l in made.get("licenses", [])]
+    names = [licence.get("name") for licence in made.get("licenses", [])]
     if len(names) != 1: yield f"licenses {names}: give exactly one"
     elif names[0] not in LICENCES:
         yield f"licence '{names[0]}' is not in Kaggle's list; take one of {', '.join(LICENCES)}"
@@ -112,15 +112,16 @@ def _kernel_faults(made: dict, folder: Path):
     fixed = {"enable_internet": trains, "enable_gpu": True, "language": "python", "kernel_type": "notebook"}
     for key, due in fixed.items():
         if made.get(key) != due: yield f"{key} is {made.get(key)!r}; write {json.dumps(due)}"
-    if made.get("id", "").partition("/")[2] != made.get("title", "").lower().replace(" ", "-"):
+    slug = made.get("id", "").partition("/")[2]
+    if slug != made.get("title", "").lower().replace(" ", "-"):
         yield (f"id '{made.get('id')}' does not end in the title with dashes for spaces, which is the slug "
                "that Kaggle makes; mend one of them")
     if not (folder / made.get("code_file", "")).is_file():
         yield f"code_file '{made.get('code_file')}' is not in {folder}; pack again"
     sources = made.get("dataset_sources", [])
     needed = (LIB,) if trains or made.get("kernel_sources") else (LIB, WEIGHTS)
-    missing = [s for s in needed if s not in {d.partition("/")[2] for d in sources}]
-    if missing: yield f"dataset_sources {sources} lack {', '.join(missing)}; add user/slug"
+    missing = {*needed} - {source.partition("/")[2] for source in sources}
+    if missing: yield f"dataset_sources {sources} lack {', '.join(sorted(missing))}; add user/slug"
     if COMPETITION not in made.get("competition_sources", []) and len(sources) <= len(needed):
         yield (f"neither competition_sources name {COMPETITION}, nor dataset_sources a third dataset, with "
                "photos; add one")

@@ -19,7 +19,7 @@ from ..data.targets import BiomassError
 from ..features.backbone import build_backbone
 from .metadata import TRAINER, TRAINING
 from .packing import check_packed
-from .sandbox import ROOM_BYTES, library_and_photos, mounted, run_notebook
+from .sandbox import library_and_photos, mounted, run_notebook
 from .training import OPTIONS, RUN
 
 # %% ../../nbs/8_kaggle/4b_sessions.ipynb #ks000005
@@ -43,8 +43,7 @@ def write_backbone(folder) -> Path:
 
 def one_finished(working: Path) -> bool:
     "Whether a session's first member is finished."
-    try: return any((working / RUN / "folds").glob("[0-9].json"))
-    except OSError: return False  # the folder is gone, as the session is
+    return any((working / RUN / "folds").glob("[0-9].json"))
 
 
 def bundle_digests(working: Path) -> dict:  # path in the run's folder -> digest
@@ -56,30 +55,32 @@ def bundle_digests(working: Path) -> dict:  # path in the run's folder -> digest
 # %% ../../nbs/8_kaggle/4b_sessions.ipynb #ks000006
 def run_sessions(
     packed,  # kaggle_datasets/ from `pack`
-    room,  # empty folder for photos and weights
+    work,  # empty folder for photos and weights
     keep,  # takes what each session leaves
     python=None,  # as `run_notebook` takes it
-    room_bytes: int = ROOM_BYTES,
     say: Callable = print,
 ) -> tuple:  # (folder that the second session left, folder of the competition)
     "Train in two sessions and in one; raises `BiomassError` unless both end with the same bits."
-    packed, room, keep = Path(packed), Path(room), Path(keep)
+    packed = Path(packed)
+    work = Path(work)
+    keep = Path(keep)
     user = check_packed(packed)["user"]
-    data = write_dataset(room / "competition", n_photos=24, n_test=4, seed=0, height=96)
-    inputs = [*library_and_photos(packed, data), ("datasets", "backbone", write_backbone(room / "backbone"))]
+    data = write_dataset(work / "competition", n_photos=24, n_test=4, seed=0, height=96)
+    inputs = [*library_and_photos(packed, data), ("datasets", "backbone", write_backbone(work / "backbone"))]
 
     def session(name, form, *more, until=None):
         say(f"running the training notebook, {name}, inputs mounted by {form}; it says:")
         shutil.rmtree(keep / name, ignore_errors=True)  # an earlier proof's
         mounts = mounted([*inputs, *more], form, user)
-        run_notebook(packed / TRAINER / TRAINING, mounts, keep / name, python, room_bytes, say, until)
+        run_notebook(packed / TRAINER / TRAINING, mounts, keep / name, python, say, until)
         return keep / name
 
     first = session("killed", "slug", until=one_finished)
     if (first / RUN / "results.json").exists():
         raise BiomassError("the training notebook was done before it could be killed; try again")
     second = session("goes-on", "kind", ("notebooks", TRAINER, first))
-    left, due = bundle_digests(second), bundle_digests(session("undisturbed", "slug"))
+    left = bundle_digests(second)
+    due = bundle_digests(session("undisturbed", "slug"))
     differ = sorted(name for name in {*left, *due} if left.get(name) != due.get(name))
     if differ or not left:
         raise BiomassError(f"a killed session that went on ended with other bits than an undisturbed one: "

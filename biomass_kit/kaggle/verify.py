@@ -6,8 +6,6 @@
 __all__ = ['check_run', 'describe_run', 'verify']
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #6b936904
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,37 +14,42 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
+from ..data.files import read_json
 from ..data.photos import list_photos, photo_names
 from ..data.progress import counted
 from ..data.synthetic import write_dataset
 from ..data.table import check_submission, read_test
 from ..data.targets import TARGETS, BiomassError
 from .environment import bare_python, kaggle_python, pip_install, versions
-from .inference import GRAMS, SAME
-from .metadata import LIB
-from .packing import KAGGLE_IMAGE, check_packed
-from .sandbox import FORMS, KAGGLE_LIMITS, ROOM_BYTES, UNITS, run_offline
+from .inference import GRAMS, SAME, is_competition
+from .packing import check_packed
+from .sandbox import FORMS, KAGGLE_LIMITS, run_offline
 from .sessions import run_sessions
 from .training import TRAIN_EXTRAS
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #c6d86b6e
 def _outputs(notebook) -> list:
     "All outputs of an executed notebook."
-    notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
-    return [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    return [output for cell in read_json(notebook)["cells"] for output in cell.get("outputs", [])]
 
 
-def _in_units(kind: str, found: float) -> str:
-    "A value beside Kaggle's limit."
-    one, unit = UNITS[kind]
-    return f"{kind} {found / one:.5g} of {KAGGLE_LIMITS[kind] / one:g} {unit}"
+def _in_units(kind: str, value: float) -> str:
+    "Seconds or bytes, for people."
+    if kind != "seconds": return f"{round(value / 1e9, 4):g} GB"
+    return f"{value / 3600:.3g} h" if value >= 3600 else f"{value:g} s"
+
+
+def _beside_limit(done: dict, kind: str) -> str:
+    "A value of a run beside Kaggle's limit."
+    return f"{kind} {_in_units(kind, done[kind])} of {_in_units(kind, KAGGLE_LIMITS[kind])}"
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #16c00008
 def _count_rows(done: dict, data) -> int:
     "Rows of a run's table; raises `BiomassError` unless every photo has its grams."
-    if (Path(data) / "test.csv").is_file(): return len(check_submission(done["submission"], data))
+    if is_competition(data): return len(check_submission(done["submission"], data))
     path = done["submission"].with_name(GRAMS)
-    table, due = pd.read_csv(path), photo_names(data, list_photos(data))
+    table = pd.read_csv(path)
+    due = photo_names(data, list_photos(data))
     grams = table[list(TARGETS)]
     if list(table["photo"]) != due or not (np.isfinite(grams) & (grams >= 0)).all(axis=None):
         raise BiomassError(
@@ -65,12 +68,11 @@ def check_run(
     found = [line for line in lines if line.startswith("reference photos:")]
     said = found[0] if found else "reference photos: nothing was said"
     if not said.endswith(f"g, {SAME}"):
-        raise BiomassError(
-            f"{said}; the environment's versions compute something else than packing did, see "
-            f"{done['notebook']}")
+        raise BiomassError(f"{said}; the environment's versions compute something else than packing did, "
+                           f"see {done['notebook']}")
     if not any("image/png" in o.get("data", {}) for o in outputs):
         raise BiomassError(f"the notebook shows no picture of its predictions; see {done['notebook']}")
-    over = [_in_units(kind, done[kind]) for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
+    over = [_beside_limit(done, kind) for kind, limit in KAGGLE_LIMITS.items() if done[kind] > limit]
     if over: raise BiomassError(f"over Kaggle's limits: {', '.join(over)}")
     return {"rows": rows, "reference": said}
 
@@ -79,32 +81,10 @@ def describe_run(
     done: dict,  # from `run_offline`, with what `check_run` found
 ) -> str:
     "One run in numbers, each with its margin to Kaggle's limit."
-
-    def spare(kind): return f"{1 - done[kind] / KAGGLE_LIMITS[kind]:.1%} to spare"
-
-    def gigabytes(kind, digits):
-        limit = KAGGLE_LIMITS[kind] / 1e9
-        return f"  {kind:7s} {done[kind] / 1e9:9.{digits}f} GB of {limit:g} GB  {spare(kind)}"
-
-    return "\n".join([
-        f"inputs mounted by {done['form']}: {counted(done['rows'], 'row')}, valid; {done['reference']}",
-        f"  time    {done['seconds']:9.1f} s  of {KAGGLE_LIMITS['seconds'] / 3600:g} h    {spare('seconds')}",
-        gigabytes("memory", 2),
-        gigabytes("disk", 4),
-    ])
-
-
-def _check_wheels(packed: Path):
-    "Wheels packed for Kaggle's Python must be installable in the Python that verifies."
-    from packaging.tags import sys_tags
-    from packaging.utils import parse_wheel_filename
-
-    for path in sorted((packed / LIB).glob("*.whl")):
-        if parse_wheel_filename(path.name)[3].isdisjoint(sys_tags()):
-            wanted = KAGGLE_IMAGE["python"]
-            raise BiomassError(f"{path.name}: cannot be installed in this Python {sys.version.split()[0]}; "
-                               "verify under "
-                               f"Kaggle's Python {wanted} (make PYTHON=python{wanted} demo builds its .venv)")
+    lines = [f"inputs mounted by {done['form']}: {counted(done['rows'], 'row')}, valid; {done['reference']}"]
+    for kind, limit in KAGGLE_LIMITS.items():
+        lines.append(f"  {_beside_limit(done, kind)}, {1 - done[kind] / limit:.1%} to spare")
+    return "\n".join([*lines, f"  network attempts: {done['attempts']}"])
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #d6f79079
 def _build_python(
@@ -129,13 +109,12 @@ def _build_python(
     return python, found
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #ve00000b
-def _proved(done: dict, data, room_bytes: int, say: Callable) -> dict:
+def _proved(done: dict, data, say: Callable) -> dict:
     "A finished run that is worth submitting, and said so."
     done |= check_run(done, data)
-    n_photos = len(read_test(data)[1]) if (Path(data) / "test.csv").is_file() else len(list_photos(data))
-    say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; "
-        f"working folder: {room_bytes / 1e6:g} MB; photos: {n_photos}")
-    say(describe_run(done) + f"\n  network attempts: {done['attempts']}")
+    n_photos = len(read_test(data)[1]) if is_competition(data) else len(list_photos(data))
+    say(f"network: {done['network']}; {done['knock']}; input: {done['input']}; photos: {n_photos}")
+    say(describe_run(done))
     return done
 
 # %% ../../nbs/8_kaggle/5_verify.ipynb #ve000001
@@ -145,7 +124,6 @@ def verify(
     keep="runs/verify",  # takes submission and executed notebook of each run
     share: bool = False,  # share this environment's packages instead of building one with Kaggle's versions
     forms=FORMS,
-    room_bytes: int = ROOM_BYTES,
     say: Callable = print,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     training: bool = False,  # also the training notebook, and inference with the bundle that it leaves
@@ -161,22 +139,21 @@ def verify(
     bundle = check_packed(packed)["bundle"]
     if not bundle and not training:
         raise BiomassError(f"{packed}: holds no weights, so its training must be proved; drop --no-training")
-    _check_wheels(packed)
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        if data is None: data = write_dataset(room / "drawn", n_photos=2, n_test=4, seed=0, height=400)
-        python, found = _build_python(room / "venv", share, say, progress)
+        work = Path(folder)
+        if data is None: data = write_dataset(work / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        python, found = _build_python(work / "venv", share, say, progress)
         runs = []
         for form in forms if bundle else ():
             say(f"running the packed notebook, inputs mounted by {form}; it says:")
-            done = run_offline(packed, data, Path(keep) / form, python, form, room_bytes, say)
-            runs.append(_proved(done, data, room_bytes, say))
+            done = run_offline(packed, data, Path(keep) / form, python, form, say)
+            runs.append(_proved(done, data, say))
         if training:
             if not share: pip_install(python, TRAIN_EXTRAS, progress)
             kept = Path(keep) / "training"
-            trained, drawn = run_sessions(packed, room / "round", kept, python, room_bytes, say)
+            trained, data = run_sessions(packed, work / "round", kept, python, say)
             say("running the packed notebook with the bundle that was trained; it says:")
-            done = run_offline(packed, drawn, kept / "inference", python, "kind", room_bytes, say, trained)
-            runs.append(_proved(done, drawn, room_bytes, say))
+            done = run_offline(packed, data, kept / "inference", python, "kind", say, trained)
+            runs.append(_proved(done, data, say))
     say(f"verified: submission and executed notebook are under {keep}")
     return {"versions": found, "runs": runs}

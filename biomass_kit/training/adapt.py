@@ -26,6 +26,7 @@ from biomass_kit.data.targets import (
     BiomassError,
     per_target_scores,
     quadrat_area,
+    quadrat_text,
     weighted_r2,
 )
 from ..features.tta import parse_view
@@ -39,7 +40,7 @@ from biomass_kit.inference.bundle import (
 )
 from ..inference.card import photo_facts
 from ..inference.means import mean_margins
-from ..inference.members import member_dims, member_files, member_specs
+from ..inference.members import member_dims, member_files, member_quadrat, member_specs
 from ..inference.physics import clamp_folds, error_covariance, training_bounds
 from ..inference.pooled import Pooled, load_pooled, photo_digests, photo_groups, save_pooled_rows
 from biomass_kit.inference.uncertainty import (
@@ -212,7 +213,7 @@ def write_adapted(
 
 # %% ../../nbs/5_training/12_adapt.ipynb #ada97016
 def own_photos(
-    table: pd.DataFrame,  # from `read_train`
+    table: pd.DataFrame,  # from `read_labels`
     bundle: Bundle,
     quadrat_cm: tuple = None,  # sides of the own quadrat; None is the bundle's
 ) -> tuple:  # (table of what is new, [n, 5] grams in the bundle's quadrat, lines to say)
@@ -241,13 +242,13 @@ def verdict_lines(adapter: Adapter, verdict: Verdict) -> list:
     how = "each date left out in turn"
     if dates < 2: how = "each photo left out in turn, which is optimistic where days repeat"
     of = counted(dates, "date") if dates else "unknown dates"
-    lines = [f"{counted(len(adapter.grams), 'own photo')} of {of}, {how}:"]
+    quadrat = quadrat_text(member_quadrat(adapter.manifest["members"][0]))
+    lines = [f"{counted(len(adapter.grams), 'own photo')} of {of}, {how}; grams in {quadrat}:"]
     for name, p in (("before", adapter.before), ("after", verdict.after)):
         off = np.sqrt(((adapter.grams - p) ** 2).mean(0))
         r2 = weighted_r2(adapter.grams, p)
-        lines.append(
-            f"  {name:6s} weighted R2 {r2:6.3f}, RMSE of the total {off[TOTAL]:.1f} g, of GDM {off[GDM]:.1f} "
-            "g")
+        lines.append(f"  {name:6s} weighted R2 {r2:6.3f}, "
+                     f"RMSE of the total {off[TOTAL]:.1f} g, of GDM {off[GDM]:.1f} g")
     if verdict.helps:
         return [*lines, f"adapting helps; each own photo counts as {verdict.weight:g} of the bundle's"]
     return [
@@ -265,7 +266,7 @@ def own_table(adapter: Adapter, verdict: Verdict, table: pd.DataFrame) -> pd.Dat
 # %% ../../nbs/5_training/12_adapt.ipynb #ada97017a
 def adapt(
     weights,  # a bundle folder, or a checked Bundle
-    table: pd.DataFrame,  # own photos with labels, as from `read_train`
+    table: pd.DataFrame,  # own photos with labels, as from `read_labels`
     out,  # folder of the new bundle; written only where adapting helps
     quadrat_cm: tuple = None,  # sides of the own quadrat in cm; None is the bundle's
     log: Callable = print,  # one line at a time

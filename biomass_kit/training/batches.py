@@ -22,15 +22,15 @@ from biomass_kit.features.augment import (
     PairAugment,
     cutmix_batch,
     cutmix_tiles,
-    draw_cutmix,
-    draw_mixup,
-    draw_rng,
-    draw_seed,
-    draw_view,
     mix,
+    named_rng,
+    named_seed,
     pixel_transform,
+    random_cutmix,
+    random_mixup,
+    random_view,
 )
-from ..features.store import Draw, StoredFeatures
+from ..features.store import AugmentedCopy, StoredFeatures
 from ..features.tiles import TileSpec, cut_tiles
 from ..features.tta import View, arrange, flip_pixels, places_of_each
 from .config import TrainConfig
@@ -57,9 +57,9 @@ class Batches:
         "Photo indices and how this batch is mixed, named by its first photo: by a box, or else by MixUp."
         c, n, named = self.config, len(photos), (*self.named, photos[0])
         share, box = 1.0, Box()
-        if c.use_cutmix: box, partner = draw_cutmix(draw_rng("cutmix", *named), n, c.cutmix_prob, cells)
+        if c.use_cutmix: box, partner = random_cutmix(named_rng("cutmix", *named), n, c.cutmix_prob, cells)
         if box == Box():
-            share, partner = draw_mixup(draw_rng("mixup", *named), n, c.mixup_prob if c.use_mixup else 0)
+            share, partner = random_mixup(named_rng("mixup", *named), n, c.mixup_prob if c.use_mixup else 0)
         return {
             "photo": torch.tensor(photos), "share": share, "partner": torch.from_numpy(partner), "box": box}
 
@@ -102,17 +102,17 @@ class StoredBatches(Batches):
         super().__init__(config, fold)
         self.stored = stored
         self.grids = grids
-        self.draws = [v for v in stored[0].variants if isinstance(v, Draw)]
+        self.copies = [v for v in stored[0].variants if isinstance(v, AugmentedCopy)]
 
-    def _draw(self, photo: int) -> tuple:
+    def _variant(self, photo: int) -> tuple:
         "What this epoch shows of a photo: (the stored variant, the view that it is arranged for)."
-        rng = draw_rng("view", *self.named, photo)
-        view = draw_view(rng, self.config.augment != "none", self.config.swap_prob)
-        if not self.draws: return view.backbone, view
-        return self.draws[-1 - int(rng.integers(len(self.draws)))], View(swap=view.swap)
+        rng = named_rng("view", *self.named, photo)
+        view = random_view(rng, self.config.augment != "none", self.config.swap_prob)
+        if not self.copies: return view.backbone, view
+        return self.copies[-1 - int(rng.integers(len(self.copies)))], View(swap=view.swap)
 
     def __getitem__(self, photos: list) -> dict:
-        variants, views = map(list, zip(*map(self._draw, photos)))
+        variants, views = map(list, zip(*map(self._variant, photos)))
         batch = self.batch(photos, self.grids[0])
         box, partner = batch["box"], batch["partner"]
         each = [
@@ -149,12 +149,12 @@ class PixelBatches(Batches):
     def pair(self, photo: int) -> np.ndarray:
         "One photo's halves, augmented for this epoch."
         pair = self.read(self.paths[photo])
-        return self.augment(pair, draw_seed("pixels", *self.named, photo)) if self.augment else pair
+        return self.augment(pair, named_seed("pixels", *self.named, photo)) if self.augment else pair
 
     def _tiles(self, pair: np.ndarray, photo: int) -> torch.Tensor:
         "Tiles uint8 `[2, T, 3, s, s]` in this epoch's view of the photo."
-        rng = draw_rng("view", *self.named, photo)
-        view = draw_view(rng, self.config.augment == "flips", self.config.swap_prob)
+        rng = named_rng("view", *self.named, photo)
+        view = random_view(rng, self.config.augment == "flips", self.config.swap_prob)
         return arrange(flip_pixels(cut_tiles(pair, self.spec), view)[None], view, self.spec.grid)[0]
 
     def of_pairs(self, photos: list, pairs: list) -> dict:
@@ -179,7 +179,6 @@ class PixelBatches(Batches):
         with closing(pairs):
             yield from read_ahead(lambda job: job[0].of_pairs(*job[1:]), whole, -(-workers // CUT_TILES), 1)
 
-
 # %% ../../nbs/5_training/2_batches.ipynb #721a49ac
 class Part(NamedTuple):
     "Which part of each batch a process takes."
@@ -196,7 +195,7 @@ def epoch_order(
     """One epoch: each photo once, its order named by (seed, fold, epoch);
     a last batch too small to share joins the one before."""
     size = dataset.config.batch_size
-    order = photos[draw_rng("order", *dataset.of_epoch(epoch).named).permutation(len(photos))]
+    order = photos[named_rng("order", *dataset.of_epoch(epoch).named).permutation(len(photos))]
     batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
     if len(batches) > 1 and len(batches[-1]) <= part.processes:
         rest = batches.pop()

@@ -119,7 +119,7 @@ class AugmentConfig:
 
     # full = flips and pixel transforms; auto = full, or flips on stored features
     augment: Literal["auto", "none", "flips", "full"] = "auto"
-    stored_draws: Natural = 0  # pixel augmentations stored a photo, for a frozen backbone with --augment full
+    stored_draws: Natural = 0  # augmented copies stored per photo, for a frozen backbone with --augment full
     # the pixels that full changes: the photo's own, or as many as its tiles show, which is faster and gives
     # other augmented copies
     augment_size: Literal["native", "tiles"] = "native"

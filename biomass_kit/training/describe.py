@@ -39,7 +39,7 @@ def _spec_text(c: TrainConfig) -> str:
     "A feature spec in words."
     blocks = f", blocks {' '.join(map(str, c.feature_blocks))}" if c.feature_blocks else ""
     pooling = f", {c.pooling}" if c.pooling != "auto" else ""
-    return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px a half"
+    return f"{c.backbone}{blocks}{pooling}, {c.grid[0]}x{c.grid[1]} tiles of {c.tile_size} px per half"
 
 # %% ../../nbs/5_training/7b_describe.ipynb #ru000004
 def _units(table) -> str:

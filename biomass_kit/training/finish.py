@@ -19,7 +19,7 @@ from ..inference.bundle import save_member, save_reference, save_spec, write_man
 from ..inference.card import photo_facts
 from ..inference.physics import training_bounds
 from ..inference.pooled import Pooled, kept_views, photo_digests, photo_groups, save_pooled_rows
-from ..inference.uncertainty import UNLIKE, make_reference, oof_likeness
+from ..inference.uncertainty import P_VALUE_LIMIT, make_reference, oof_p_values
 from ..model.closed import known_means, photo_rows
 from .config import config_record
 from .folder import member_config, member_name
@@ -99,8 +99,9 @@ def remember_photos(
     if reference is None: return None, {}
     tensors = {name: torch.from_numpy(v) for name, v in reference._asdict().items()}
     file = save_reference(run.config.out / "bundle", tensors)
-    flagged = float((oof_likeness(features, dates, run.fold) <= UNLIKE).mean())
-    return {"file": file, "member": members[0]["name"]}, {"unlike": {"limit": UNLIKE, "flagged": flagged}}
+    flagged = float((oof_p_values(features, dates, run.fold) <= P_VALUE_LIMIT).mean())
+    facts = {"limit": P_VALUE_LIMIT, "flagged": flagged}
+    return {"file": file, "member": members[0]["name"]}, {"unlike": facts}
 
 # %% ../../nbs/5_training/7e_finish.ipynb #2967211f
 def score_others(run, others: dict) -> dict:  # name -> [N, 5] grams

@@ -24,7 +24,7 @@ from ..data.folds import HELD_OUT, fold_name, inner_split, units_of
 from ..data.photos import read_pair
 from ..data.table import AUX_VALUES, class_labels
 from ..data.targets import OWN_ENDS, TARGETS, weighted_r2
-from ..features.augment import draw_seed
+from ..features.augment import named_seed
 from ..features.backbone import Backbone, adapted_layers
 from ..features.store import FeatureRequest, StoredFeatures, feature_batches
 from ..features.tiles import TileSpec
@@ -171,7 +171,7 @@ class MemberTrainer:
         if c.head != "neural":
             self.model = head_class(c.head)(dims, **closed_options(c)).to(self.accelerator.device)
             return
-        set_seed(draw_seed("head", c.seed, self.k) % 2**32)
+        set_seed(named_seed("head", c.seed, self.k) % 2**32)
         self.model = BiomassModel(dims if len(dims) > 1 else dims[0], **model_options(c))
         self.model.fit_output(self.grams[self.fit])
         self.model.to(self.accelerator.device)

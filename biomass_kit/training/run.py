@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from ..data.folds import EVERY_FOLD, fold_name
 from ..data.targets import BiomassError
-from ..features.augment import draw_seed
+from ..features.augment import named_seed
 from ..features.backbone import add_lora, lora_layers, take_lora
 from ..features.device import pick_device, pick_precision
 from ..features.pairs import PairStore
@@ -147,7 +147,7 @@ class Run:
         "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
         self._start_again()
         if config.lora_rank:
-            add_lora(self.backbone, config.lora_rank, self.lora_layers, draw_seed("head", config.seed, k, 1))
+            add_lora(self.backbone, config.lora_rank, self.lora_layers, named_seed("head", config.seed, k, 1))
         self.backbone.to(self.accelerator.device)
         if config.grad_checkpointing: self.backbone.model.set_grad_checkpointing()
         f = MemberTrainer(

@@ -38,10 +38,10 @@ from biomass_kit.data.folds import (
 from ..data.photos import crop_lines, crop_of, photo_size
 from ..data.targets import BiomassError, quadrat_area, quadrat_text
 from ..data.wide import read_labels
-from ..features.augment import PairAugment, draw_seed, pixel_transform
+from ..features.augment import PairAugment, named_seed, pixel_transform
 from ..features.backbone import Backbone, build_backbone, patch_size
 from ..features.pairs import PairStore, decode_pair
-from ..features.store import Draw
+from ..features.store import AugmentedCopy
 from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View
 from ..inference.bundle import read_bundle
@@ -103,10 +103,11 @@ def stored_variants(c: TrainConfig) -> list:
     told = json.dumps(augment.transform.to_dict(), sort_keys=True, default=str)
     recipe = hashlib.sha256(told.encode()).hexdigest()[:8]
 
-    def draw(number):
-        return lambda pair, digest: augment(pair, draw_seed("stored", number, int(digest[:16], 16)))
+    def augmented(number):
+        return lambda pair, digest: augment(pair, named_seed("stored", number, int(digest[:16], 16)))
 
-    return [*STORED_VIEWS, *(Draw(f"draw-{recipe}-{i}", draw(i)) for i in range(c.stored_draws))]
+    copies = (AugmentedCopy(f"draw-{recipe}-{i}", augmented(i)) for i in range(c.stored_draws))
+    return [*STORED_VIEWS, *copies]
 
 # %% ../../nbs/5_training/7_setup.ipynb #38137211
 def possible_physics(

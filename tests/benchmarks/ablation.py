@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
+from real_photos import RealPhotos
 
 from biomass_kit.command import command
 from biomass_kit.data.files import write_csv
@@ -40,26 +41,19 @@ GRIDS = "3x3 tiles beside, averaged"  # the one row of two runs
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Compare large steps."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     out: Path = Path("runs/ablation")
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     rows: tuple[str, ...] = (*ROWS, GRIDS)
     splits: int = 15
     first_seed: int = 0
-    processes: int = 0  # 0 is one a core
+    processes: int = 0  # 0 is one per core
 
 
 def contenders(a: Args) -> dict:  # row -> Contender
     "The recipe's runs, changed."
-    base = TrainConfig(
-        data=a.data, out=Path("unused"), backbone=a.backbone, backbone_weights=a.backbone_weights,
-        tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
+    base = TrainConfig(**a.options(), out=Path("unused"))
     changed = {row: [values] for row, values in ROWS.items()} | {GRIDS: list(TWO_GRIDS)}
     (plain,) = recipe_runs(base, DEFAULT)
     runs = {row: [check_config(replace(plain, **values)) for values in changed[row]] for row in a.rows}

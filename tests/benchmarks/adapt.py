@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from real_photos import RealPhotos
 
 from biomass_kit.data.table import read_train
 from biomass_kit.data.targets import TARGETS, WEIGHTS, weighted_r2
@@ -38,15 +39,10 @@ CSV = Path(__file__).with_name("adapt.csv")
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "The learning curve of adapting."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     out: Path = CSV
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     recipes: tuple[str, ...] = ("quick", "linear")
     states: tuple[str, ...] = ("Tas", "Vic")
     labels: tuple[int, ...] = (5, 10, 20)
@@ -108,11 +104,10 @@ def scored(whole: Adapter, own: int, bundle, rows, table, numbers, config) -> li
         ("own alone", alone, np.nan)]
 
 
-def one_state(a: Args, table, recipe: str, state: str, room: Path) -> list:  # of rows
+def one_state(a: Args, table, recipe: str, state: str, work: Path) -> list:  # of rows
     "The curve of one state, and the bundle that never saw it."
-    base = TrainConfig(
-        data=without_state(a.data, state, room / "data"), out=room / "run", backbone=a.backbone,
-        backbone_weights=a.backbone_weights, tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
+    known = without_state(a.data, state, work / "data")
+    base = TrainConfig(**a.options() | {"data": known, "out": work / "run"})
     config = with_recipe(base, recipe)
     train(config, log=print)
     bundle = read_bundle(config.out)
@@ -128,8 +123,8 @@ def main():
     found = []
     for recipe in a.recipes:
         for state in a.states:
-            with tempfile.TemporaryDirectory() as room:
-                found += one_state(a, table, recipe, state, Path(room))
+            with tempfile.TemporaryDirectory() as work:
+                found += one_state(a, table, recipe, state, Path(work))
     scores = pd.DataFrame(found)
     scores.to_csv(a.out, index=False, float_format="%.4f")
     print(scores.groupby(["recipe", "state", "labels", "way"], sort=False)[["error_g", "weighted_r2"]].mean())

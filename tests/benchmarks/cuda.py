@@ -66,7 +66,7 @@ class Job(NamedTuple):
     args: dict
     photos: str  # folder
     bundle: str
-    room: str
+    work: str
     old: Optional[str]  # source tree
 
 
@@ -113,7 +113,7 @@ def time_plan(job: Job, until: float, name: str, **options) -> dict:
     some = paths[: max(a["batch_size"], int(again * (until - time.time()) / SHARES))]
     found = []
     per_second = rate(lambda: found.append(ensemble.predict(some, *reading)), len(some), job, until)
-    np.save(Path(job.room) / f"{name}.npy", found[-1])
+    np.save(Path(job.work) / f"{name}.npy", found[-1])
     return {"rate": per_second, "warm": warm, "precision": ensemble.precision}
 
 
@@ -180,8 +180,8 @@ def training_table(job: Job):
 
     from biomass_kit.data.table import read_train
 
-    labels = read_train(Path(job.room) / "data")
-    count, folder = job.args["photos"], Path(job.room) / "training"
+    labels = read_train(Path(job.work) / "data")
+    count, folder = job.args["photos"], Path(job.work) / "training"
     folder.mkdir()
     table = pd.concat([labels] * -(-count // len(labels)), ignore_index=True)[:count]
     for i, path in enumerate(table["path"]):
@@ -202,10 +202,10 @@ def training_member(job: Job):
     from biomass_kit.training.member import MemberTrainer, Source, stages
     from biomass_kit.training.setup import make_accelerator, photo_reader
 
-    a, room = job.args, Path(job.room)
+    a, work = job.args, Path(job.work)
     options = {name: a[name] for name in ("backbone", "tile_size", "batch_size", "num_workers")}
     config = check_config(TrainConfig(
-        data=room / "data", out=room / "run", cache_dir=room / "pairs", freeze_backbone=False,
+        data=work / "data", out=work / "run", cache_dir=work / "pairs", freeze_backbone=False,
         use_aux_heads=False, pretrained=False, **options))
     torch.manual_seed(0)
     device = pick_device(a["device"])
@@ -276,7 +276,7 @@ SIDES = {
 
 def ask(side: str, tree, job: Job, seconds: float) -> dict:
     "What a side says, in a process that imports the kit from a source tree."
-    order = Path(job.room) / f"{side}.json"
+    order = Path(job.work) / f"{side}.json"
     order.write_text(json.dumps({"job": job._asdict(), "until": time.time() + 0.6 * seconds}))
     environment = {**os.environ, "PYTHONPATH": str(tree), "NO_ALBUMENTATIONS_UPDATE": "1"}
     command = [sys.executable, __file__, "side", side, str(order)]
@@ -288,7 +288,7 @@ def ask(side: str, tree, job: Job, seconds: float) -> dict:
 
 def gap(job: Job, a: str, b: str) -> float:
     "The largest difference in grams of two sides' predictions."
-    found, due = (np.load(Path(job.room) / f"{name}.npy") for name in (a, b))
+    found, due = (np.load(Path(job.work) / f"{name}.npy") for name in (a, b))
     both = min(len(found), len(due))
     return np.abs(found[:both] - due[:both]).max()
 
@@ -328,16 +328,16 @@ def fine_tuning(job: Job, seconds: float) -> list:  # Rows
 SECTIONS = {"Prediction": prediction, "Fine-tuning": fine_tuning}
 
 
-def old_tree(a: Args, room: Path) -> Optional[str]:
+def old_tree(a: Args, work: Path) -> Optional[str]:
     "The source tree of the older version; None where it cannot be had."
     if a.old: return str(a.old.resolve())
-    made = subprocess.run(["git", "archive", "-o", room / "old.tar", BEFORE], cwd=ROOT, capture_output=True)
+    made = subprocess.run(["git", "archive", "-o", work / "old.tar", BEFORE], cwd=ROOT, capture_output=True)
     if made.returncode: return None
-    shutil.unpack_archive(room / "old.tar", room / "old")
-    return str(room / "old")
+    shutil.unpack_archive(work / "old.tar", work / "old")
+    return str(work / "old")
 
 
-def prepared(a: Args, room: Path) -> Job:
+def prepared(a: Args, work: Path) -> Job:
     "Photos and an untrained bundle."
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from untrained import untrained_bundle
@@ -345,16 +345,16 @@ def prepared(a: Args, room: Path) -> Job:
     from biomass_kit.data.photos import list_photos
     from biomass_kit.data.synthetic import write_dataset
 
-    drawn = write_dataset(room / "data", n_photos=2, n_test=min(DISTINCT, a.photos), seed=1, height=a.height)
-    photos = room / "photos"
+    drawn = write_dataset(work / "data", n_photos=2, n_test=min(DISTINCT, a.photos), seed=1, height=a.height)
+    photos = work / "photos"
     photos.mkdir()
     sources = list_photos(drawn / "test")
     for i in range(a.photos):
         source = sources[i % len(sources)]
         shutil.copy(source, photos / f"{i:04d}{source.suffix}")
-    bundle = untrained_bundle(room / "bundle", backbone=a.backbone, tile_size=a.tile_size)
+    bundle = untrained_bundle(work / "bundle", backbone=a.backbone, tile_size=a.tile_size)
     args = {k: v for k, v in asdict(a).items() if k != "old"}
-    return Job(args, str(photos), str(bundle), str(room), old_tree(a, room))
+    return Job(args, str(photos), str(bundle), str(work), old_tree(a, work))
 
 
 def table(title: str, rows: list) -> str:
@@ -379,8 +379,8 @@ def main():
     if a.small: a = Args(**{**asdict(a), **SMALL})
     end = time.time() + 60 * a.minutes
     parts = []
-    with tempfile.TemporaryDirectory() as room:
-        job = prepared(a, Path(room))
+    with tempfile.TemporaryDirectory() as work:
+        job = prepared(a, Path(work))
         for title, section in SECTIONS.items():
             left = end - time.time()
             if section is prediction: left *= SHARE_OF_PREDICTION

@@ -98,7 +98,8 @@ def compare(name: str, folder: Path, paths, a: Args):
 
     def ratio(top, bottom): return median(r[top] / r[bottom] for r in rounds)
 
-    print(f"{name}: {passes:g} backbone passes a photo (naive {len(ensemble.models) * len(ensemble.views)}), "
+    unplanned = len(ensemble.models) * len(ensemble.views)
+    print(f"{name}: {passes:g} backbone passes per photo (naive {unplanned}), "
           f"largest difference {np.abs(planned - plain).max():.1e} g\n"
           f"  naive / plan {ratio('naive', 'plan'):.2f}   plan / floor {ratio('plan', 'floor'):.3f}   "
           f"(plan {median(r['plan'] for r in rounds):.2f} s for {len(paths)} photos)", flush=True)
@@ -110,11 +111,11 @@ def line(x, y) -> tuple:
     return slope, start, 1 - np.var(y - slope * np.asarray(x) - start) / np.var(y)
 
 
-def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
+def grow_members(work: Path, paths, a: Args, counts=(1, 5, 10, 20)):
     """Time against the number of frozen members of one grid;
     the slope as a share of one backbone pass over the same photos."""
     ensembles = {n: Ensemble(read_bundle(
-        untrained_bundle(room / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
+        untrained_bundle(work / f"m{n}", ((2, 2),), n, False, a.backbone, a.backbone_weights, a.tile_size)),
                              device_type="cpu") for n in counts}
     tiles = torch.stack(
         [cut_tiles(split_pair(read_photo(p)), TileSpec(2, 2, a.tile_size)) for p in paths[: a.batch_size]])
@@ -134,11 +135,11 @@ def grow_members(room: Path, paths, a: Args, counts=(1, 5, 10, 20)):
           flush=True)
 
 
-def grow_photos(room: Path, a: Args, counts=(20, 40, 80, 160)):
+def grow_photos(work: Path, a: Args, counts=(20, 40, 80, 160)):
     "Time against the number of photos, tiny ViT."
     paths = list_photos(
-        write_dataset(room / "many", n_photos=2, n_test=max(counts), height=a.height) / "test")
-    ensemble = Ensemble(read_bundle(untrained_bundle(room / "tiny", tile_size=64)), device_type="cpu")
+        write_dataset(work / "many", n_photos=2, n_test=max(counts), height=a.height) / "test")
+    ensemble = Ensemble(read_bundle(untrained_bundle(work / "tiny", tile_size=64)), device_type="cpu")
     sides = {n: lambda n=n: ensemble.predict(paths[:n], a.batch_size) for n in counts}
     in_turn(sides, 1)
     rounds = in_turn(sides, a.rounds)
@@ -153,14 +154,14 @@ def main():
     print(f"{a.backbone}, tiles of {a.tile_size} px, batch {a.batch_size}, {torch.get_num_threads()} "
           f"threads, {platform.machine()}, "
           f"torch {torch.__version__}, {date.today()}")
-    with tempfile.TemporaryDirectory() as room:
-        room, model = Path(room), (a.backbone, a.backbone_weights, a.tile_size)
+    with tempfile.TemporaryDirectory() as work:
+        work, model = Path(work), (a.backbone, a.backbone_weights, a.tile_size)
         paths = list_photos(
-            write_dataset(room / "data", n_photos=2, n_test=a.photos, height=a.height) / "test")
-        frozen = untrained_bundle(room / "frozen", ((2, 2), (3, 3)), 5, False, *model)
+            write_dataset(work / "data", n_photos=2, n_test=a.photos, height=a.height) / "test")
+        frozen = untrained_bundle(work / "frozen", ((2, 2), (3, 3)), 5, False, *model)
         compare("frozen, 5 folds x 2 grids x 4 views", frozen, paths, a)
         compare(
-            "fine-tuned, 5 members x 4 views", untrained_bundle(room / "tuned", ((2, 2),), 5, True, *model),
+            "fine-tuned, 5 members x 4 views", untrained_bundle(work / "tuned", ((2, 2),), 5, True, *model),
             paths, a)
 
         def size(pattern): return sum(p.stat().st_size for p in frozen.glob(pattern))
@@ -169,8 +170,8 @@ def main():
         print(
             f"bundle of 10 frozen members: {size('*') / 1e6:.1f} MB, {size('*') / whole:.3f} of ten whole "
             "checkpoints")
-        grow_members(room, paths, a)
-        grow_photos(room, a)
+        grow_members(work, paths, a)
+        grow_photos(work, a)
 
 
 if __name__ == "__main__": main()

@@ -26,7 +26,7 @@ from typing import Optional
 
 ROOT = Path(__file__).parent.parent.parent
 BYTES = 900_000  # of a photo of the competition
-BARS = {"native": 2.0, "tiles": 4.0}  # times the photos a second of the earlier tree
+BARS = {"native": 2.0, "tiles": 4.0}  # times the photos per second of the earlier tree
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Args:
     photos: Optional[Path] = None  # folder; synthetic ones without it
     before: str = "bb9dd06"  # commit of the earlier tree
     count: int = 32  # photos an epoch
-    tile_size: int = 112  # of 2x2 tiles a half
+    tile_size: int = 112  # of 2x2 tiles per half
     workers: int = 2
     rounds: int = 7
 
@@ -45,11 +45,11 @@ def write_photos(folder: Path, count: int) -> list:
     "Synthetic photos, each at the JPEG quality that brings it nearest to the competition's size."
     from PIL import Image
 
-    from biomass_kit.data.synthetic import draw_photo
+    from biomass_kit.data.synthetic import paint_photo
 
     folder.mkdir()
     for i in range(count):
-        photo, encoded = Image.fromarray(draw_photo((3 * i % 60, 5, 8), seed=i, height=1000)), {}
+        photo, encoded = Image.fromarray(paint_photo((3 * i % 60, 5, 8), seed=i, height=1000)), {}
         for quality in range(80, 100, 3):
             buffer = io.BytesIO()
             photo.save(buffer, "JPEG", quality=quality)
@@ -139,7 +139,7 @@ def measure(sides: dict, rounds: int) -> list:
 
 def table(rounds: list, count: int):
     "Photos a second and CPU milliseconds of each side, and their ratios to the old one round by round."
-    print("| side | photos a second | CPU ms a photo | times the old: wall | CPU | bar |")
+    print("| side | photos per second | CPU ms a photo | times the old: wall | CPU | bar |")
     print("|---|---|---|---|---|---|")
     for side in rounds[0]:
         wall, cpu = (median(r[side][clock] for r in rounds) for clock in ("wall", "cpu"))
@@ -154,13 +154,13 @@ def main(a: Args):
 
     print(f"{a.workers} workers, 2x2 tiles of {a.tile_size} px, {a.count} photos, {os.cpu_count()} cores, "
           f"{platform.machine()}, torch {torch.__version__}, {date.today()}", flush=True)
-    with tempfile.TemporaryDirectory() as room:
-        room = Path(room)
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
         if a.photos: photos = sorted(a.photos.rglob("*.jpg"))[: a.count]
-        else: photos = write_photos(room / "photos", a.count)
+        else: photos = write_photos(work / "photos", a.count)
         job = {"photos": list(map(str, photos)), "tile_size": a.tile_size, "workers": a.workers,
-               "cache": str(room / "cache")}
-        old = earlier_tree(a.before, room / "old")
+               "cache": str(work / "cache")}
+        old = earlier_tree(a.before, work / "old")
         sides = {name: Side(name, old if name == "old" else ROOT, job) for name in ("old", *BARS)}
         rounds = measure(sides, a.rounds)
         for side in sides.values(): side.close()

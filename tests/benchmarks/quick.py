@@ -19,17 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import tyro
+from real_photos import RealPhotos
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Measure."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     rounds: int = 5
 
 
@@ -50,16 +46,14 @@ def words(a: Args, out: Path) -> list:
         "--no-report-photos"]
 
 
-def inside_seconds(a: Args, room: Path) -> list:
+def inside_seconds(a: Args, work: Path) -> list:
     "CPU seconds of training, bundling and scoring in a process that has loaded everything."
     from biomass_kit.train import TrainArgs, configs_of
     from biomass_kit.training.run import train_runs
 
     found = []
     for i in range(a.rounds + 1):
-        args = TrainArgs(
-            data=a.data, out=room / f"inside{i}", recipe="quick", backbone=a.backbone, tile_size=a.tile_size,
-            backbone_weights=a.backbone_weights, cache_dir=a.cache_dir, device_type="cpu")
+        args = TrainArgs(**a.options(), out=work / f"inside{i}", recipe="quick")
         start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             train_runs(configs_of(args, ()), log=lambda line: None)
@@ -70,14 +64,14 @@ def inside_seconds(a: Args, room: Path) -> list:
 def main():
     a = tyro.cli(Args)
     command = [sys.executable, "-m", "biomass_kit.train"]
-    with tempfile.TemporaryDirectory() as room:
-        room = Path(room)
-        child_seconds([*command, *words(a, room / "first")])
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        child_seconds([*command, *words(a, work / "first")])
         torch_s, train_s = [], []
         for i in range(a.rounds):
             torch_s.append(child_seconds([sys.executable, "-c", "import torch"]))
-            train_s.append(child_seconds([*command, *words(a, room / f"{i}")]))
-        inside_s = inside_seconds(a, room)
+            train_s.append(child_seconds([*command, *words(a, work / f"{i}")]))
+        inside_s = inside_seconds(a, work)
     one, whole, inside = median(torch_s), median(train_s), median(inside_s)
     print(f"CPU seconds, median of {a.rounds}: import torch {one:.2f}, biomass_train --recipe quick "
           f"{whole:.2f} "

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from untrained import trusted_bundle
 
 from biomass_kit.data.photos import list_photos
-from biomass_kit.data.synthetic import draw_photo
+from biomass_kit.data.synthetic import paint_photo
 
 SOURCES = 8  # photos that differ
 START = 48  # photos of the run whose time is taken off: more than a report shows
@@ -79,20 +79,20 @@ def measured(count, photos, bundle, out, cache) -> Measured:
 
 def main():
     a = tyro.cli(Args)
-    with tempfile.TemporaryDirectory() as room:
-        room = Path(room)
-        (room / "sources").mkdir()
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        (work / "sources").mkdir()
         for i in range(SOURCES):
-            photo = Image.fromarray(draw_photo((10 * i, 5, 3), seed=i, height=a.height))
-            photo.save(room / f"sources/{i}.jpg", quality=90)
-        sources = list_photos(room / "sources")
-        bundle = trusted_bundle(room / "bundle", sources)
-        photos = {n: links(room / f"{n}-photos", sources, n) for n in (START, *a.photos)}
+            photo = Image.fromarray(paint_photo((10 * i, 5, 3), seed=i, height=a.height))
+            photo.save(work / f"sources/{i}.jpg", quality=90)
+        sources = list_photos(work / "sources")
+        bundle = trusted_bundle(work / "bundle", sources)
+        photos = {n: links(work / f"{n}-photos", sources, n) for n in (START, *a.photos)}
 
         def once(n: int, name: str) -> Measured:
             "One run of so many photos, under a name of its own."
-            cache = room / f"{name}-cache" if a.cache else None
-            return measured(n, photos[n], bundle, room / f"{name}.csv", cache)
+            cache = work / f"{name}-cache" if a.cache else None
+            return measured(n, photos[n], bundle, work / f"{name}.csv", cache)
 
         few, many = a.photos
         with ThreadPoolExecutor(1) as pool:

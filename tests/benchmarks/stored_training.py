@@ -63,19 +63,19 @@ def member(run, k, stored):
     return MemberTrainer(k, run.config, run.table, run.fold, sources, run.accelerator, "fp32")
 
 
-def random_weights(a: Args, room: Path) -> Path:
+def random_weights(a: Args, work: Path) -> Path:
     "A file of random weights."
     model = build_backbone(a.backbone, tile_size=a.tile_size, pretrained=False)[0].model
-    save_file(model.state_dict(), room / "random.safetensors")
-    return room / "random.safetensors"
+    save_file(model.state_dict(), work / "random.safetensors")
+    return work / "random.safetensors"
 
 
-def measure(a: Args, grid: tuple, data: Path, room: Path) -> np.ndarray:  # seconds [3]
+def measure(a: Args, grid: tuple, data: Path, work: Path) -> np.ndarray:  # seconds [3]
     "Stored, recomputed (scaled from an epoch of one fold), and the extraction for the stored side."
     base = check_config(TrainConfig(
-        data=data, out=room / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
+        data=data, out=work / f"{grid}", grid=grid, backbone=a.backbone, backbone_weights=a.backbone_weights,
         tile_size=a.tile_size, n_folds=a.folds, freeze_backbone=True, use_mixup=False, use_cutmix=False,
-        augment="flips", cache_dir=room / "cache", device_type="cpu"))
+        augment="flips", cache_dir=work / "cache", device_type="cpu"))
     run = Run(base, make_accelerator(torch.device("cpu"), "fp32"), "fp32", {})
     start = time.perf_counter()
     run.store(lambda x, **_: x, print)
@@ -95,11 +95,11 @@ def main():
     a = tyro.cli(Args)
     print(f"{a.backbone}, tiles of {a.tile_size} px, {a.photos} photos, {torch.get_num_threads()} threads, "
           f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
-    with tempfile.TemporaryDirectory() as room:
-        room = Path(room)
-        data = write_dataset(room / "data", n_photos=a.photos, n_test=1, height=a.height)
-        if a.backbone_weights is None: a = replace(a, backbone_weights=random_weights(a, room))
-        stored, recomputed, extraction = sum(measure(a, grid, data, room) for grid in a.grids)
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        data = write_dataset(work / "data", n_photos=a.photos, n_test=1, height=a.height)
+        if a.backbone_weights is None: a = replace(a, backbone_weights=random_weights(a, work))
+        stored, recomputed, extraction = sum(measure(a, grid, data, work) for grid in a.grids)
     print(f"{a.epochs} epochs x {a.folds} folds x {len(a.grids)} grids: stored {stored:.1f} s, recomputed "
           f"{recomputed:.0f} s (scaled), {recomputed / stored:.0f} times; with one plain-view extraction "
           f"({extraction:.0f} s) counted in {recomputed / (stored + extraction):.0f} times")

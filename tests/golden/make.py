@@ -44,7 +44,7 @@ def command(name: str, *words):
     subprocess.run([str(word) for word in (Path(sys.executable).with_name(name), *words)], check=True)
 
 
-def draw_photos(folder: Path) -> Path:
+def paint_photos(folder: Path) -> Path:
     "Synthetic photos to train on; those to predict go to DATA as PNG, with a table that names them so."
     command("biomass_synth", "--out", folder, "--photos", 24, "--test", 4, "--seed", 14, "--height", 128)
     (DATA / "test").mkdir(parents=True)
@@ -73,7 +73,7 @@ def train(data: Path, folder: Path, options: tuple):
 def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data = draw_photos(folder / "data")
+        data = paint_photos(folder / "data")
         train(data, folder / "frozen", FROZEN)
         runs = (folder / "frozen" / run for run in ("2x2-seed0", "3x3-seed0"))
         how = ("--combine", "trimmed", "--no-report-photos")
