@@ -28,7 +28,6 @@ class StudyArgs:
     recipes: tuple[Literal[tuple(RECIPES)], ...] = ("neural", "default", "quick", "probe")
     splits: int = 30  # random splits of the sampling dates
     first_seed: int = 0  # of the splits: this one and those that follow
-    share: float = 1 / 3  # share of the dates that is held out
     processes: int = 0  # that train side by side on a CPU; 0 is one for each core
 
 
@@ -83,7 +82,7 @@ def main(args=None):
     for name in a.recipes:
         runs = contender_configs(base, name, a.recipes, given)
         recipes[name] = Contender(runs, recipe(name).combine)
-    study = Study(recipes, tuple(range(a.first_seed, a.first_seed + a.splits)), a.share, a.out)
+    study = Study(recipes, tuple(range(a.first_seed, a.first_seed + a.splits)), a.out)
     scores = run_study(study, a.processes or os.cpu_count(), progress, say)
     write_csv(a.out / "scores.csv", scores)
     table = holdout_table(scores, a.recipes[0])

@@ -25,7 +25,6 @@ class StudyArgs:
 
     trials: int = 20  # of the study in --out, over all processes and all calls
     seeds: tuple[int, ...] = ()  # instead of --seed: one run for each in every trial, scores averaged
-    sampler_seed: int = 0  # of the proposals; the same one proposes the same trials in a single process
 
 # %% ../nbs/9_commands/3_search.ipynb #c0a03005a
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def main(args=None):
     with loading():
         from biomass_kit.evidence.search import search
 
-    search(config_of(a), a.trials, a.seeds, given, a.sampler_seed, progress=progress, log=say)
+    search(config_of(a), a.trials, a.seeds, given, progress=progress, log=say)
 
 # %% ../nbs/9_commands/3_search.ipynb #c0a03007
 #| eval: false

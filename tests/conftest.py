@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from commands import end_all
-from safetensors.torch import save_file
 from sources import ROOT
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.synthetic import write_dataset
-from biomass_kit.features.backbone import build_backbone
+from biomass_kit.inference.predict import predict_competition
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
 
@@ -102,10 +102,8 @@ def device(request):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     "Random weights of a tiny convolutional backbone, as a file: what `--backbone-weights` wants."
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "test_efficientnet.safetensors"
-    save_file(build_backbone("test_efficientnet", pretrained=False, tile_size=64)[0].model.state_dict(), path)
-    return path
+    return random_weights(path, "test_efficientnet", 64)
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +120,19 @@ def finished(config):
     "The run of `config`, finished; its folder."
     train(config, log=lambda line: None)
     return config.out
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
+    folder = tmp_path_factory.mktemp("work")
+    write_dataset(folder / "data", n_photos=4, n_test=16, seed=5, height=64)
+    untrained_bundle(folder / "frozen")
+    untrained_bundle(folder / "tuned", ((2, 2),), 3, fine_tuned=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    "The frozen bundle's submission, undisturbed."
+    return predict_competition(work / "frozen", work / "data", work / "whole.csv", device_type="cpu")

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_numbers import killed_after_two
-from untrained import untrained_bundle
+from runs import killed_after
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import read_json
 from biomass_kit.data.photos import list_photos
@@ -54,9 +53,7 @@ def work(tmp_path_factory):
     "Twelve synthetic photos, eight test photos, random weights of a tiny transformer."
     work = tmp_path_factory.mktemp("cuda")
     write_dataset(work / "data", n_photos=12, n_test=8, seed=6, height=64)
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(backbone.model.state_dict(), work / "vit.safetensors")
+    random_weights(work / "vit.safetensors")
     return work
 
 
@@ -124,7 +121,7 @@ def test_a_run_that_was_killed_goes_on(base, tmp_path, monkeypatch, recipe):
     "From its second epoch, with the device's own random state."
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     config = dataclasses.replace(base, **RECIPES[recipe])
-    killed_after_two(config, monkeypatch)
+    killed_after(monkeypatch, config, 2)
     rest, epochs = [], loop.run_epoch
     monkeypatch.setattr(loop, "run_epoch", lambda f, at, stage: rest.append(at.epoch) or epochs(f, at, stage))
     found, _ = trained(config)

@@ -6,16 +6,14 @@ import shutil
 import time
 
 import pytest
-import torch
 from commands import Started, command, run_command, share
-from safetensors.torch import save_file
-from test_kills import left
+from runs import left, quiet
+from untrained import random_weights
 
 from biomass_kit.data.files import write_json
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.plan import Deadline
 from biomass_kit.kaggle.sessions import bundle_digests, write_backbone
 from biomass_kit.kaggle.training import train_attached
@@ -23,7 +21,6 @@ from biomass_kit.training import loop
 from biomass_kit.training.deadline import MISSING, UNFINISHED, OutOfTime
 from biomass_kit.training.run import train, train_runs
 
-quiet = dict(log=lambda line: None)
 LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=1e-3, use_aux_heads=False)
 
 
@@ -31,12 +28,10 @@ LIVE = dict(freeze_backbone=False, cache_dir=None, augment="flips", backbone_lr=
 def base(config, tmp_path_factory):
     "Two folds of a tiny transformer, fine-tuned."
     work = tmp_path_factory.mktemp("deadline")
-    torch.manual_seed(0)
-    network, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(network.model.state_dict(), work / "vit.safetensors")
+    weights = random_weights(work / "vit.safetensors")
     return dataclasses.replace(
-        config, out=work / "whole/run", backbone="test_vit", backbone_weights=work / "vit.safetensors",
-        tile_size=32, train_folds=(0, 1), **LIVE)
+        config, out=work / "whole/run", backbone="test_vit", backbone_weights=weights, tile_size=32,
+        train_folds=(0, 1), **LIVE)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_close
-from untrained import SlowBackbones, by_photo, is_means, runtime_room
+from untrained import SlowBackbones, by_photo, is_means
 
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.targets import BiomassError
@@ -22,17 +22,6 @@ from biomass_kit.inference.predict import predict_competition, predict_photos
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return runtime_room(tmp_path_factory.mktemp("runtime"))
-
-
-@pytest.fixture(scope="module")
-def whole(work):
-    "The frozen bundle's submission, undisturbed."
-    return predict_competition(work / "frozen", work / "data", work / "whole.csv", device_type="cpu")
 
 
 MEMORY = {

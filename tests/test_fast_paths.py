@@ -4,15 +4,13 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, SHARED, assert_close, python
-from safetensors.torch import save_file
-from untrained import untrained_bundle
+from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.features import runner
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
@@ -135,12 +133,10 @@ def test_weights_in_half_precision(work, precision):
 
 def test_a_head_learns_from_the_features_that_it_will_see(work, tmp_path, monkeypatch):
     "What training stored in bf16 is what prediction in bf16 would compute, so it is found."
-    torch.manual_seed(0)
-    body, size = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(body.model.state_dict(), tmp_path / "vit.safetensors")
     config = TrainConfig(
         data=work / "data", out=tmp_path / "run", n_folds=2, backbone="test_vit", precision="bf16",
-        backbone_weights=tmp_path / "vit.safetensors", tile_size=size, freeze_backbone=True, epochs=2,
+        backbone_weights=random_weights(tmp_path / "vit.safetensors"), tile_size=32, freeze_backbone=True,
+        epochs=2,
         cache_dir=tmp_path / "cache", device_type="cpu")
     train(config, log=lambda line: None)
     photos, bundle = list_photos(work / "data/train"), read_bundle(config.out)

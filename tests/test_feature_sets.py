@@ -6,19 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from commands import command, share
 from conftest import assert_close
-from safetensors.torch import save_file
+from runs import Killed, left, quiet
+from untrained import random_weights
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import OWN_ENDS, TARGETS, BiomassError
 from biomass_kit.evidence.probe import bundle_features
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.store import photo_batches
 from biomass_kit.inference import bundle as bundles
@@ -32,7 +31,6 @@ from biomass_kit.training import run as running
 from biomass_kit.training.config import NEURAL, TrainConfig, check_config
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
 ALL_SIX = "+".join(STATISTICS)
 SETS = {
@@ -51,10 +49,7 @@ def work(tmp_path_factory):
     "Sixteen synthetic photos; the weights of a tiny transformer and of a tiny convolutional network."
     work = tmp_path_factory.mktemp("sets")
     write_dataset(work / "data", n_photos=16, n_test=3, seed=4, height=96)
-    for name, size in (("test_vit", 32), ("test_efficientnet", 48)):
-        torch.manual_seed(0)
-        state = build_backbone(name, pretrained=False, tile_size=size)[0].model.state_dict()
-        save_file(state, work / f"{name}.safetensors")
+    for name in ("test_vit", "test_efficientnet"): random_weights(work / f"{name}.safetensors", name)
     return work
 
 
@@ -99,12 +94,6 @@ def passes(monkeypatch):
     monkeypatch.setattr(
         Backbone, "forward", lambda self, tiles: calls.append(len(tiles)) or plain(self, tiles))
     return calls
-
-
-def left(folder):
-    "What a run leaves: digests of its members, its predictions and its history."
-    members = {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
-    return members, (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes()
 
 
 def agrees(config, rtol=1e-5):
@@ -363,9 +352,6 @@ def test_two_processes_share_the_members(base, tmp_path):
     train(alone, **quiet)
     share(2, training, both, log=tmp_path / "said")
     assert left(both.out) == left(alone.out)
-
-
-class Killed(Exception): pass
 
 
 @pytest.mark.parametrize("of, head", [("two backbones", "neural"), ("two grids", "gaussian_process")])

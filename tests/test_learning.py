@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from commands import run_command, share
 from conftest import assert_close, launch
+from runs import left, quiet
 from safetensors.torch import load_file, save_file
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
@@ -20,12 +20,6 @@ from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.training.join import join_runs
 from biomass_kit.training.loop import average_gradients
 from biomass_kit.training.run import train
-
-quiet = dict(log=lambda line: None)
-
-
-def members(folder):
-    return {p.name: file_digest(p) for p in sorted((folder / "bundle").glob("*.safetensors"))}
 
 
 def test_heads_on_frozen_features_beat_the_floors(config, tmp_path):
@@ -60,8 +54,7 @@ def test_shuffled_labels_teach_nothing(config, tmp_path):
 
 def test_seed_decides_everything(config, finished, tmp_path):
     train(dataclasses.replace(config, out=tmp_path / "again"), **quiet)
-    assert members(tmp_path / "again") == members(finished)
-    assert (tmp_path / "again/oof.csv").read_bytes() == (finished / "oof.csv").read_bytes()
+    assert left(tmp_path / "again")[:2] == left(finished)[:2], "its curves name the run"
     train(dataclasses.replace(config, out=tmp_path / "other", seed=1, train_folds=(0,)), **quiet)
     same, other = (
         load_file(next((folder / "bundle").glob("member-*fold0*")))

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_close, launch
-from safetensors.torch import load_file, save_file
+from runs import quiet
+from safetensors.torch import load_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest
 from biomass_kit.data.targets import TARGETS, BiomassError
@@ -28,15 +30,9 @@ from biomass_kit.training import loop
 from biomass_kit.training.member import set_mode
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
-
 
 def start(name, folder, size=64):
-    "A tiny backbone's random weights, as a file."
-    torch.manual_seed(0)
-    path = folder / f"{name}.safetensors"
-    save_file(build_backbone(name, pretrained=False, tile_size=size)[0].model.state_dict(), path)
-    return path
+    return random_weights(folder / f"{name}.safetensors", name, size)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ LONGER = {
         "training.join": ["join_runs"],
         "evidence.compare": ["adversarial_validation"],
         "evidence.holdout": ["Trainer"],
-        "evidence.search": ["search", "conclude"],
+        "evidence.search": ["conclude"],
         "reports.figures": ["plot_predicted", "plot_learning"],
         "kaggle.packing": ["build_wheel", "pack"],
         "kaggle.sandbox": ["Sandbox"],

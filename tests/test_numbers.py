@@ -10,16 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, assert_close, python
-from safetensors.torch import save_file
-from untrained import untrained_bundle
+from runs import killed_after, left, quiet
+from untrained import random_weights, untrained_bundle
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.folds import read_table
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS, BiomassError
 from biomass_kit.evidence.space import as_options as options
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_photos
 from biomass_kit.train import main as biomass_train
 from biomass_kit.training import loop
@@ -27,7 +25,6 @@ from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 RAW = [t + "_raw" for t in TARGETS]
 
 
@@ -36,35 +33,10 @@ def base(tmp_path_factory):
     "Twelve synthetic photos and a tiny transformer that is read in the loop."
     work = tmp_path_factory.mktemp("numbers")
     data = write_dataset(work / "data", n_photos=12, n_test=2, seed=6, height=64)
-    torch.manual_seed(0)
-    save_file(
-        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
-        work / "vit.safetensors")
+    random_weights(work / "vit.safetensors")
     return TrainConfig(data=data, out=work / "run", n_folds=2, train_folds=(0,), backbone="test_vit",
                        backbone_weights=work / "vit.safetensors",
                        tile_size=32, batch_size=4, epochs=3, device_type="cpu")
-
-
-def left(folder):
-    return ({p.name: file_digest(p) for p in (folder / "bundle").glob("*.safetensors")},
-            (folder / "oof.csv").read_bytes(), (folder / "history.csv").read_bytes())
-
-
-class Killed(Exception): pass
-
-
-def killed_after_two(config, monkeypatch):
-    "A run that ends, as if killed, when two epochs are kept."
-    plain, kept = loop.Loop.write, []
-
-    def write(self):
-        plain(self)
-        kept.append(self.epoch)
-        if len(kept) == 2: raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "write", write)
-        with pytest.raises(Killed): train(config, **quiet)
 
 
 def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
@@ -76,7 +48,7 @@ def test_workers_and_kills_change_no_bit(base, tmp_path, monkeypatch):
             base, out=tmp_path / name / "run", num_workers=workers, backbone_lr=1e-3)
 
     for n in (0, 1, 2): train(run(f"{n}", n), **quiet)
-    killed_after_two(run("cut", 2), monkeypatch)
+    killed_after(monkeypatch, run("cut", 2), 2)
     train(run("cut", 1), **quiet)
     assert left(run("0", 0).out) == left(run("1", 1).out) == left(run("2", 2).out) == left(run("cut", 1).out)
 

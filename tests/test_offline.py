@@ -12,15 +12,13 @@ import zipfile
 
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, SHARED, assert_close, run
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.files import file_digest, write_json
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import check_submission
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.backbone import build_backbone
 from biomass_kit.inference.predict import predict_competition
 from biomass_kit.kaggle import inference, packing, sessions
 from biomass_kit.kaggle.inference import PREDICT_REQUIREMENTS, REFERENCE
@@ -309,8 +307,7 @@ def test_a_backbone_with_rotary_positions(size, learns, wheel, tmp_path):
     """
     name, file = "vit_small_patch16_dinov3", tmp_path / "weights.safetensors"
     data = write_dataset(tmp_path / "data", n_photos=4, n_test=1, seed=3, height=96)
-    torch.manual_seed(0)
-    save_file(build_backbone(name, pretrained=False)[0].model.state_dict(), file)
+    random_weights(file, name, None)
     frozen = dict(freeze_backbone=True)
     tuned = dict(
         freeze_backbone=False, lora_rank=2, layer_decay=0.7, grad_checkpointing=True, backbone_lr=1e-3)
@@ -335,11 +332,9 @@ FEATURE_SETS = {  # head, and what it reads
 @pytest.mark.parametrize("name", FEATURE_SETS)
 def test_a_feature_set_offline(name, config, wheel, data, tmp_path):
     "A head in closed form on two grids, a neural one on two backbones: packed, and checked as for upload."
-    torch.manual_seed(0)
-    weights = build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict()
-    save_file(weights, tmp_path / "vit.safetensors")
+    vit = random_weights(tmp_path / "vit.safetensors")
     options = {"epochs": TrainConfig.epochs, "use_aux_heads": False, **FEATURE_SETS[name]}
-    options["also"] = tuple(text.format(vit=tmp_path / "vit.safetensors") for text in options["also"])
+    options["also"] = tuple(text.format(vit=vit) for text in options["also"])
     run = dataclasses.replace(config, out=tmp_path / "run", n_folds=2, **options)
     train(run, log=lambda line: None)
     packed = pack(run.out, tmp_path / "packed", wheel=wheel)

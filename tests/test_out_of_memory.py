@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import quiet
 
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.model.model import BiomassModel
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 MOST = 3  # photos that fit
 WAYS = {  # what differs from stored features
     "stored features": {},

@@ -7,23 +7,21 @@ import pytest
 import torch
 from commands import Started
 from conftest import assert_close
-from safetensors.torch import save_file
+from runs import killed_after, left, quiet
+from untrained import random_weights
 
-from biomass_kit.data.files import file_digest
 from biomass_kit.data.photos import list_photos, read_pair
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features import pairs
 from biomass_kit.features.augment import Box
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.pairs import PairStore, decode_pair
 from biomass_kit.features.tiles import TileSpec
 from biomass_kit.training import loop
 from biomass_kit.training.batches import PixelBatches, stage_batches
 from biomass_kit.training.config import check_config
-from biomass_kit.training.loop import CHECKPOINT
 from biomass_kit.training.run import train
 
-quiet = dict(log=lambda line: None)
 SPEC = TileSpec(2, 2, 32)
 
 
@@ -35,9 +33,7 @@ def photos(data): return list_photos(data / "train")[:10]
 def learning(config, tmp_path_factory):
     "One fold of a tiny transformer that is fine-tuned with every pixel transform."
     work = tmp_path_factory.mktemp("pixels")
-    torch.manual_seed(0)
-    weights = work / "vit.safetensors"
-    save_file(build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(), weights)
+    weights = random_weights(work / "vit.safetensors")
     return dataclasses.replace(
         config, out=work / "run", cache_dir=work / "cache", backbone="test_vit", backbone_weights=weights,
         tile_size=32, use_aux_heads=False, train_folds=(0,), freeze_backbone=False, backbone_lr=1e-3,
@@ -101,50 +97,33 @@ def test_a_photo_is_decoded_once_for_all_epochs_and_folds(learning, tmp_path, mo
     assert set(counts.values()) == {1}, "nor by a later run"
 
 
-def members(config):
-    "Digests of a run's members, and what they predict."
-    files = {p.name: file_digest(p) for p in sorted((config.out / "bundle").glob("*.safetensors"))}
-    return files, (config.out / "oof.csv").read_bytes()
-
-
 def test_a_run_ends_with_the_same_bits_with_and_without_the_store(learning, tmp_path):
     found = []
     for name, options in {"kept": {}, "full": dict(cache_gb=1e-5), "crowd": dict(num_workers=4)}.items():
         config = dataclasses.replace(
-            learning, out=tmp_path / name, cache_dir=tmp_path / f"cache-{name}", **options)
+            learning, out=tmp_path / name / "run", cache_dir=tmp_path / f"cache-{name}", **options)
         if name == "full":
             with pytest.warns(UserWarning, match="not every photo is kept decoded"): train(config, **quiet)
         else: train(config, **quiet)
-        found.append(members(config))
+        found.append(left(config.out))
     assert found[0] == found[1] == found[2]
     without = dataclasses.replace(learning, out=tmp_path / "without", cache=False, cache_dir=None)
     train(without, **quiet)
-    assert members(without)[1] == found[0][1], "its members' names hold the option; its predictions do not"
-
-
-class Killed(Exception): pass
+    assert left(without.out)[1] == found[0][1], "its members' names hold the option; its predictions do not"
 
 
 @pytest.mark.parametrize("size", ("native", "tiles"))
 def test_a_killed_run_goes_on_to_the_same_bits(learning, size, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     whole = dataclasses.replace(
-        learning, out=tmp_path / "whole", two_stage=True, freeze_epochs=2, augment_size=size, num_workers=3)
+        learning, out=tmp_path / "whole/run", two_stage=True, freeze_epochs=2, augment_size=size,
+        num_workers=3)
     train(whole, **quiet)
-    plain = loop.Loop.write
     for epochs in (1, 3):
-        cut = dataclasses.replace(whole, out=tmp_path / f"cut{epochs}")
-
-        def write(self, epochs=epochs):
-            plain(self)
-            if self.epoch == epochs: raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Loop, "write", write)
-            with pytest.raises(Killed): train(cut, **quiet)
-        assert list((cut.out / "folds").glob(f"*{CHECKPOINT}"))
+        cut = dataclasses.replace(whole, out=tmp_path / f"cut{epochs}/run")
+        killed_after(monkeypatch, cut, epochs)
         train(cut, **quiet)
-        assert members(cut) == members(whole)
+        assert left(cut.out) == left(whole.out)
 
 
 def fill(folder, photos):
@@ -216,5 +195,5 @@ def test_later_members_also_read_the_starting_backbones_features(learning, tmp_p
     alone = dataclasses.replace(
         flips, out=tmp_path / "second", cache_dir=tmp_path / "other", train_folds=(1,))
     train(alone, **quiet)
-    (name,) = (name for name in members(alone)[0] if name.startswith("member"))
-    assert members(config)[0][name] == members(alone)[0][name]
+    (name,) = (name for name in left(alone.out)[0] if name.startswith("member"))
+    assert left(config.out)[0][name] == left(alone.out)[0][name]

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import BiomassError
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.train import main as biomass_train
 from biomass_kit.training.config import TrainConfig
 from biomass_kit.training.run import train
@@ -23,10 +23,7 @@ def work(tmp_path_factory):
     "Twelve synthetic photos of 128x64 pixels; weights of a tiny transformer with patches of 16."
     work = tmp_path_factory.mktemp("start")
     write_dataset(work / "data", n_photos=12, n_test=1, seed=2, height=64)
-    torch.manual_seed(0)
-    save_file(
-        build_backbone("test_vit", pretrained=False, tile_size=32)[0].model.state_dict(),
-        work / "vit.safetensors")
+    random_weights(work / "vit.safetensors")
     return work
 
 

@@ -11,7 +11,7 @@ import torch
 from commands import Started, run_command
 from conftest import assert_close
 from PIL import Image
-from untrained import SlowBackbones, by_photo, is_means, runtime_room
+from untrained import SlowBackbones, by_photo, is_means
 
 from biomass_kit.data import photos as reading
 from biomass_kit.data.files import atomic_path
@@ -28,17 +28,6 @@ from biomass_kit.inference.predict import predict_competition, predict_folder, p
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return runtime_room(tmp_path_factory.mktemp("runtime"))
-
-
-@pytest.fixture(scope="module")
-def whole(work):
-    "The frozen bundle's submission, undisturbed."
-    return predict_competition(work / "frozen", work / "data", work / "whole.csv", device_type="cpu")
 
 
 def test_time_enough_changes_nothing(work, whole, monkeypatch):

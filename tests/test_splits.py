@@ -41,33 +41,6 @@ def scored(marked="", **recipes):
         for recipe, values in recipes.items() for seed, r2 in enumerate(values) if r2 is not None])
 
 
-def test_a_seed_holds_out_the_same_dates_in_any_order_of_the_rows():
-    table = labels(["Tas", "Vic", "NSW"] * 4)
-    for split in splits(table, range(20)):
-        order = np.random.default_rng(split.seed).permutation(len(table))
-        again = date_split(table.iloc[order], split.seed)
-        assert (again.held_out == split.held_out[order]).all()
-        assert again.marked == split.marked
-    assert len({split.held_out.tobytes() for split in splits(table, range(20))}) > 15
-
-
-@pytest.mark.parametrize("dates, share, count", [
-    (12, 1 / 3, 4), (13, 1 / 3, 5), (3, 1 / 3, 1), (10, 0.7, 7), (100, 0.07, 7)])
-def test_whole_dates_are_held_out_as_many_as_asked(dates, share, count):
-    table = labels(["Tas"] * dates)
-    split = date_split(table, 5, share)
-    by_date = pd.Series(split.held_out).groupby(table["Sampling_Date"].to_numpy())
-    assert (by_date.nunique() == 1).all() and by_date.first().sum() == count
-
-
-@pytest.mark.parametrize("dates, share, said", [
-    (1, 1 / 3, "1 sampling date of 1, .* choose a smaller share"), (2, 1 / 3, "1 sampling date of 2,"),
-    (10, 0.85, "9 sampling dates of 10,"), (10, 0, "between 0 and 1"), (10, 1, "between 0 and 1"),
-    (10, float("nan"), "between 0 and 1")])
-def test_too_few_dates_are_refused_with_a_way_out(dates, share, said):
-    with pytest.raises(BiomassError, match=said): date_split(labels(["Tas"] * dates), 0, share)
-
-
 def test_a_split_that_takes_a_whole_state_is_kept_and_marked():
     table = labels(["Tas"] * 6 + ["WA", "NSW"])
     found = splits(table, range(40))
@@ -104,23 +77,11 @@ def test_floors_are_fitted_on_the_training_part():
 
 def test_the_correction_adds_the_ratio_of_the_sizes():
     d = np.random.default_rng(2).normal(0.03, 0.05, 12)
-    plain = nadeau_bengio(d, 20, 0)
-    law = stats.ttest_1samp(d, 0)
-    assert plain["p"] == pytest.approx(law.pvalue)
-    assert (plain["low"], plain["high"]) == pytest.approx(tuple(law.confidence_interval(0.9)))
     told = nadeau_bengio(d, [20, 30] * 6, [10, 10] * 6, level=0.8)
     # ratios 1/2 and 1/3 are 5/12 on average, and 1/12 + 5/12 is a half
     half = stats.t.ppf(0.9, 11) * d.std(ddof=1) * np.sqrt(0.5)
     assert (told["low"], told["high"]) == pytest.approx((d.mean() - half, d.mean() + half))
     assert told["p"] == pytest.approx(2 * stats.t.sf(abs(d.mean()) / d.std(ddof=1) / np.sqrt(0.5), 11))
-
-
-@pytest.mark.parametrize("d, due", [
-    ([0.3], {"mean": 0.3, "low": None, "high": None, "p": None}),
-    ([0.5, 0.5], {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 0}),
-    ([0.0, 0.0], {"mean": 0, "low": 0, "high": 0, "p": 1})])
-def test_one_split_and_splits_that_agree(d, due):
-    assert nadeau_bengio(d, 20, 10) == due
 
 
 @pytest.mark.parametrize("d", [[0.1, float("nan")], [float("inf"), 0.1], [float("nan")], []])

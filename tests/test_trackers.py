@@ -5,13 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import launch
+from runs import quiet
 
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
 from biomass_kit.training.run import expand, train, train_runs
 from biomass_kit.training.setup import LOGS
-
-quiet = dict(log=lambda line: None)
 
 
 def tracked(folder):

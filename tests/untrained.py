@@ -1,8 +1,8 @@
-"""Bundles of untrained members: as heavy and as many-headed as real ones, made in a second."""
+"""Random weights; bundles of untrained members, as heavy and many-headed as real ones, made in a second."""
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from biomass_kit.data.synthetic import write_dataset
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import Backbone, build_backbone
 from biomass_kit.features.tta import DEFAULT_VIEWS
@@ -18,6 +18,14 @@ from biomass_kit.inference.physics import METHODS
 from biomass_kit.inference.predict import plain_features
 from biomass_kit.inference.uncertainty import make_reference
 from biomass_kit.model.model import BiomassModel
+
+
+def random_weights(path, backbone="test_vit", tile_size=32):
+    "A tiny backbone's random weights as a file: what `--backbone-weights` wants."
+    torch.manual_seed(0)
+    save_file(
+        build_backbone(backbone, pretrained=False, tile_size=tile_size)[0].model.state_dict(), path)
+    return path
 
 
 def untrained_bundle(
@@ -56,14 +64,6 @@ def trusted_bundle(folder, photos, views=("plain", "h")):
     physics = {"method": "none", "threshold": 0.15}
     write_manifest(folder, bundle.members, physics, list(views), {}, trust=trust)
     return folder
-
-
-def runtime_room(work):
-    "Sixteen synthetic test photos, a bundle of 5 frozen folds of two grids, one of 3 fine-tuned folds."
-    write_dataset(work / "data", n_photos=4, n_test=16, seed=5, height=64)
-    untrained_bundle(work / "frozen")
-    untrained_bundle(work / "tuned", ((2, 2),), 3, fine_tuned=True)
-    return work
 
 
 def by_photo(table):

@@ -46,7 +46,6 @@ class Study(NamedTuple):
     "What is compared, and how."
     recipes: dict  # name -> Contender
     seeds: tuple  # one a split
-    share: float  # of the dates that are held out
     out: Path  # folder of the results
 
 
@@ -114,7 +113,7 @@ class Trainer:
         self.stored = {}  # what a feature spec is known by -> StoredFeatures
         self.table = read_labels(first.data, first, first.quadrat_cm)
         refuse_gaps(self.table)
-        self.splits = splits(self.table, study.seeds, study.share)  # refused here, before anything slow
+        self.splits = splits(self.table, study.seeds)  # refused here, before anything slow
         for c in configs: self.run(c, np.zeros(len(self.table), bool), progress, log)
 
     def run(self, config: TrainConfig, held_out: np.ndarray, progress=quiet, log=lambda line: None) -> Run:
@@ -166,7 +165,7 @@ def all_units(
     found = []
     for split in trainer.splits:
         for name, contender in study.recipes.items():
-            path = study.out / "splits" / f"{name}-{tags[name]}-{study.share:.4f}-{split.seed}.csv"
+            path = study.out / "splits" / f"{name}-{tags[name]}-{split.seed}.csv"
             work = study.out / "work" / path.stem
             own = [dataclasses.replace(c, out=work / str(i)) for i, c in enumerate(contender.configs)]
             found.append(Unit(name, own, contender.combine, split, path))

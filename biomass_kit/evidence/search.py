@@ -122,7 +122,7 @@ def propose(
 ) -> optuna.trial.Trial:
     "A new trial with values that no other has: the default first."
     taken = [trial_values(s, t.params) for t in counted]
-    rng = np.random.default_rng([s.sampler_seed, len(counted)])
+    rng = np.random.default_rng([0, len(counted)])
     study.sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)))
     trial = ask(s, study, {} if default_values(s) in taken else default_values(s))
     while trial_values(s, trial.params) in taken:
@@ -272,12 +272,11 @@ def score_again(
     return found | {"difference": compare(configs, s.seeds)}
 
 # %% ../../nbs/6_evidence/6_search.ipynb #9f6fdde2
-def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: int, log: Callable) -> Search:
+def plan_search(config: TrainConfig, seeds: tuple, given: tuple, log: Callable) -> Search:
     "What the options mean; what contradicts itself or cannot start is refused before the folder is claimed."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BiomassError("biomass_search shares its study among processes by itself; start it once a GPU, "
                            "each with its own CUDA_VISIBLE_DEVICES, not by accelerate launch")
-    if sampler_seed < 0: raise BiomassError(f"--sampler-seed {sampler_seed}: cannot be negative")
     check_config(config)
     space = open_fields(config, given, log)
     built = {}
@@ -286,7 +285,7 @@ def plan_search(config: TrainConfig, seeds: tuple, given: tuple, sampler_seed: i
     device = pick_device(config.device_type)
     arithmetic = arithmetic_text(config, device, pick_precision(device, config.precision))
     identity = run_identity(config, start.table, start.sources, arithmetic)
-    return Search(config, space, tuple(seeds) or (config.seed,), sampler_seed, built, identity)
+    return Search(config, space, tuple(seeds) or (config.seed,), built, identity)
 
 
 def _said(found: dict) -> str:
@@ -300,13 +299,12 @@ def search(
     trials: int = 20,  # of the study, over all processes and calls
     seeds: tuple = (),  # the config's by default
     given: tuple = (),  # fields of the table that keep the config's value
-    sampler_seed: int = 0,
     progress: Callable = lambda x, **_: x,  # wraps slow iterations, as tqdm does
     log: Callable = print,  # one line at a time
 ) -> dict:  # the content of search.json; empty while other processes still run trials
     "Try values of `SPACE` until the study has its trials; then say the best, honestly."
     if trials < 1: raise BiomassError(f"--trials {trials}: must be at least 1")
-    s = plan_search(config, seeds, given, sampler_seed, log)
+    s = plan_search(config, seeds, given, log)
     with study_lock(s):
         claim_folder(s)
         study = open_study(s)

@@ -107,7 +107,6 @@ class Search(NamedTuple):
     config: TrainConfig  # the default, around which is searched; `out` is the search's folder
     space: dict  # field -> values, from `open_fields`
     seeds: tuple  # runs of a trial, whose scores are averaged
-    sampler_seed: int
     built: dict  # starting backbones, shared by all trials
     identity: dict  # of a run of the default, from `run_identity`
 

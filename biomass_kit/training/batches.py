@@ -179,7 +179,6 @@ class PixelBatches(Batches):
         with closing(pairs):
             yield from read_ahead(lambda job: job[0].of_pairs(*job[1:]), whole, -(-workers // CUT_TILES), 1)
 
-
 # %% ../../nbs/5_training/2_batches.ipynb #721a49ac
 class Part(NamedTuple):
     "Which part of each batch a process takes."

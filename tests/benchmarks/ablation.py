@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
+from real_photos import RealPhotos
 
 from biomass_kit.command import command
 from biomass_kit.data.files import write_csv
 from biomass_kit.data.progress import progress, say
 from biomass_kit.evidence.holdout import Contender, Study, run_study
-from biomass_kit.evidence.splits import SHARE, holdout_lines, holdout_table
+from biomass_kit.evidence.splits import holdout_lines, holdout_table
 from biomass_kit.training.config import TrainConfig, check_config
 from biomass_kit.training.recipes import TWO_GRIDS, recipe, recipe_runs
 
@@ -40,15 +41,10 @@ GRIDS = "3x3 tiles beside, averaged"  # the one row of two runs
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Compare large steps."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     out: Path = Path("runs/ablation")
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     rows: tuple[str, ...] = (*ROWS, GRIDS)
     splits: int = 15
     first_seed: int = 0
@@ -57,9 +53,7 @@ class Args:
 
 def contenders(a: Args) -> dict:  # row -> Contender
     "The recipe's runs, changed."
-    base = TrainConfig(
-        data=a.data, out=Path("unused"), backbone=a.backbone, backbone_weights=a.backbone_weights,
-        tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
+    base = TrainConfig(**a.options(), out=Path("unused"))
     changed = {row: [values] for row, values in ROWS.items()} | {GRIDS: list(TWO_GRIDS)}
     (plain,) = recipe_runs(base, DEFAULT)
     runs = {row: [check_config(replace(plain, **values)) for values in changed[row]] for row in a.rows}
@@ -71,7 +65,7 @@ def main(args=None):
     "Train and score the rows."
     a = tyro.cli(Args, args=args)
     seeds = tuple(range(a.first_seed, a.first_seed + a.splits))
-    study = Study(contenders(a), seeds, SHARE, a.out)
+    study = Study(contenders(a), seeds, a.out)
     scores = run_study(study, a.processes or os.cpu_count(), progress, say)
     write_csv(a.out / "scores.csv", scores)
     print(*holdout_lines(holdout_table(scores, DEFAULT)), sep="\n")

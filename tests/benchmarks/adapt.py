@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from real_photos import RealPhotos
 
 from biomass_kit.data.table import read_train
 from biomass_kit.data.targets import TARGETS, WEIGHTS, weighted_r2
@@ -38,15 +39,10 @@ CSV = Path(__file__).with_name("adapt.csv")
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "The learning curve of adapting."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     out: Path = CSV
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     recipes: tuple[str, ...] = ("quick", "linear")
     states: tuple[str, ...] = ("Tas", "Vic")
     labels: tuple[int, ...] = (5, 10, 20)
@@ -110,9 +106,8 @@ def scored(whole: Adapter, own: int, bundle, rows, table, numbers, config) -> li
 
 def one_state(a: Args, table, recipe: str, state: str, work: Path) -> list:  # of rows
     "The curve of one state, and the bundle that never saw it."
-    base = TrainConfig(
-        data=without_state(a.data, state, work / "data"), out=work / "run", backbone=a.backbone,
-        backbone_weights=a.backbone_weights, tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
+    known = without_state(a.data, state, work / "data")
+    base = TrainConfig(**a.options() | {"data": known, "out": work / "run"})
     config = with_recipe(base, recipe)
     train(config, log=print)
     bundle = read_bundle(config.out)

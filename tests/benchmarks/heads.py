@@ -21,30 +21,20 @@ from statistics import median
 from typing import Optional
 
 import tyro
+from real_photos import RealPhotos
 
 HERE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Compare two trees."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     old: Optional[Path] = None  # the older tree; its workers do without
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     rounds: int = 3
     epochs: int = 60
     wall: bool = True  # time whole commands too
     worker: bool = False  # what the processes of a round run
-
-
-def options(a: Args) -> dict:
-    "What both trees are asked for."
-    return dict(backbone=a.backbone, backbone_weights=a.backbone_weights, tile_size=a.tile_size, data=a.data,
-                cache_dir=a.cache_dir, device_type="cpu", epochs=a.epochs)
 
 
 def runs_of(a: Args):  # yields each Run of the recipe, its features mapped
@@ -57,7 +47,7 @@ def runs_of(a: Args):  # yields each Run of the recipe, its features mapped
     from biomass_kit.training.setup import make_accelerator
 
     torch.set_num_threads(1)
-    config = TrainConfig(**options(a), out=Path(tempfile.mkdtemp()) / "run")
+    config = TrainConfig(**a.options(), epochs=a.epochs, out=Path(tempfile.mkdtemp()) / "run")
     accelerator = make_accelerator(torch.device("cpu"), "fp32")
     for c in recipe_runs(config, "neural"):
         run = Run(check_config(c), accelerator, "fp32", {})
@@ -90,8 +80,8 @@ def words(values: dict) -> list:
 
 def fitted(a: Args, tree: Path) -> dict:
     "What a worker found with a tree's library."
-    own = {k: v for k, v in options(a).items() if k != "device_type"}
-    command = [sys.executable, __file__, "--worker", *words(own)]
+    own = {k: v for k, v in a.options().items() if k != "device_type"}
+    command = [sys.executable, __file__, "--worker", *words(own | {"epochs": a.epochs})]
     how = dict(env=environment(tree), cwd=tree, check=True, capture_output=True, text=True)
     return json.loads(subprocess.run(command, **how).stdout.splitlines()[-1])
 
@@ -101,7 +91,8 @@ def wall_seconds(a: Args, tree: Path, processes: int) -> float:
     out = Path(tempfile.mkdtemp()) / "run"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "biomass_kit.train"]
-    command += ["--recipe", "neural", "--out", str(out), "--no-report-photos", *words(options(a))]
+    command += ["--recipe", "neural", "--out", str(out), "--no-report-photos"]
+    command += words(a.options() | {"epochs": a.epochs})
     start = time.perf_counter()
     subprocess.run(command, env=environment(tree), cwd=tree, check=True, capture_output=True)
     return time.perf_counter() - start

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from real_photos import RealPhotos
 from sklearn.linear_model import TweedieRegressor
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import Pipeline
@@ -43,15 +44,10 @@ from biomass_kit.training.setup import make_accelerator
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Compare ideas."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
     out: Path = Path("ideas.csv")  # scores of every split
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     recipe: str = "linear"
     splits: int = 30
     first_seed: int = 0
@@ -129,9 +125,7 @@ IDEAS = {
 
 def main():
     a = tyro.cli(Args)
-    base = TrainConfig(
-        data=a.data, out=Path("unused"), backbone=a.backbone, backbone_weights=a.backbone_weights,
-        tile_size=a.tile_size, cache_dir=a.cache_dir, device_type="cpu")
+    base = TrainConfig(**a.options(), out=Path("unused"))
     photos = Photos(check_config(replace(with_recipe(base, a.recipe))))
     table = read_train(a.data)
     grams = table[list(TARGETS)].to_numpy()

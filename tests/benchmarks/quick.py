@@ -19,17 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import tyro
+from real_photos import RealPhotos
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RealPhotos):
     "Measure."
 
-    data: Path  # competition folder
-    backbone_weights: Path  # safetensors file
-    cache_dir: Path  # features are kept here
-    backbone: str = "vit_small_patch14_dinov2"
-    tile_size: int = 252
     rounds: int = 5
 
 
@@ -57,9 +53,7 @@ def inside_seconds(a: Args, work: Path) -> list:
 
     found = []
     for i in range(a.rounds + 1):
-        args = TrainArgs(
-            data=a.data, out=work / f"inside{i}", recipe="quick", backbone=a.backbone, tile_size=a.tile_size,
-            backbone_weights=a.backbone_weights, cache_dir=a.cache_dir, device_type="cpu")
+        args = TrainArgs(**a.options(), out=work / f"inside{i}", recipe="quick")
         start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             train_runs(configs_of(args, ()), log=lambda line: None)
