@@ -5,7 +5,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test test-long test-last-bits prepare
+.PHONY: demo test test-long test-last-bits prepare book
 
 demo: .venv/installed
 	$(BIN)/biomass_demo
@@ -37,6 +37,10 @@ prepare: .venv/installed
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/render_names.py
 	$(BIN)/python tests/render_readme.py > README.md
+
+# The notebooks as static HTML, to read without Jupyter: open _book/index.html.
+book: .venv/installed
+	$(BIN)/python tests/render_book.py _book
 
 .venv/installed: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
