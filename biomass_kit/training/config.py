@@ -71,7 +71,7 @@ class FoldsConfig:
     cv: Literal[tuple(CV_STRATEGIES)] = "group_date"  # how photos are grouped into folds
     # folds of the assignment, trained or not; 5 by default, or one for each group of a leave_one strategy
     n_folds: Optional[int] = None
-    fold_seed: Natural = 0  # of the fold assignment; runs that shall be joined must share it
+    fold_seed: Natural = 0  # seed of the fold assignment; runs that shall be joined must share it
     train_folds: Optional[tuple[int, ...]] = None  # indices of the folds to train; all by default
     # who predicts: the folds' members together, or one more that learns from all photos, beside which the
     # folds' members only give scores and margins
@@ -80,7 +80,7 @@ class FoldsConfig:
 # %% ../../nbs/5_training/1_config.ipynb #c0f16000
 @dataclass(frozen=True)
 class FeaturesConfig:
-    "What a backbone sees of a photo, and whether it learns."
+    "What a backbone sees of a photo, and whether it is fine-tuned."
 
     grid: tuple[int, int] = (2, 2)  # rows and columns of tiles in each half
     tile_size: Optional[int] = None  # side of a tile in pixels; the backbone's own by default
@@ -101,9 +101,9 @@ class FeaturesConfig:
 # %% ../../nbs/5_training/1_config.ipynb #c0f1600a
 @dataclass(frozen=True)
 class StoreConfig:
-    "Reading ahead, and keeping a frozen backbone's features, or the photos that one learns from."
+    "Reading ahead; features of a frozen backbone are kept, or decoded photos where it is fine-tuned."
 
-    # keep on disk what a frozen backbone made of the photos, or, where it learns, the decoded photos;
+    # keep on disk what a frozen backbone made of the photos, or, where it is fine-tuned, decoded photos;
     # --no-cache makes them anew every epoch
     cache: bool = True
     cache_dir: Optional[Path] = None  # ~/.cache/biomass_kit/features by default
@@ -140,7 +140,7 @@ class ModelConfig:
 
     # neural learns in epochs; ridge, kernel_ridge and gaussian_process in one step, from stored features
     head: Literal[tuple(HEADS)] = "neural"
-    scaler: Literal[SCALERS] = "standard"  # of the features that a head in closed form reads
+    scaler: Literal[SCALERS] = "standard"  # how a head in closed form scales features
     kernel: Literal[KERNELS] = "rbf"  # of kernel_ridge and gaussian_process
     fit_views: bool = True  # a head in closed form also learns from the flipped photos
     hidden_ratio: Positive = 0.25  # width of the head as a share of the feature's
@@ -164,17 +164,17 @@ class LossConfig:
     use_log_targets: bool = True
     log_targets: Literal[LOGGED] = "dead_clover"  # which ones
     link: Literal[LOGGED_LINKS] = "log1p"  # sqrt compares the roots of their grams instead
-    loss_kind: Literal[tuple(LOSS_KINDS)] = "smooth_l1"  # of the regression
-    # of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
+    loss_kind: Literal[tuple(LOSS_KINDS)] = "smooth_l1"  # loss of the regression
+    # weights of the five targets in the loss: the official .1 .1 .1 .2 .5, or .2 each
     target_weights: Literal[tuple(TARGET_WEIGHTS)] = "total-heavy"
-    # of violating GDM = green + clover and total = GDM + dead, in the loss
+    # penalty in the loss for violating GDM = green + clover and total = GDM + dead
     constraint_weight: NotNegative = 0.1
-    interval_weight: NotNegative = 0.3  # of the interval head in the loss
-    aux_state_weight: NotNegative = 0.1  # of the state head's cross-entropy in the loss
-    aux_month_weight: NotNegative = 0.1  # of the month head's cross-entropy in the loss
-    aux_species_weight: NotNegative = 0.1  # of the species head's cross-entropy in the loss
-    aux_ndvi_weight: NotNegative = 0.1  # of the NDVI head's SmoothL1 in the loss, in standard deviations
-    aux_height_weight: NotNegative = 0.1  # of the height head's SmoothL1 in the loss, in standard deviations
+    interval_weight: NotNegative = 0.3  # weight of the interval head's cross-entropy
+    aux_state_weight: NotNegative = 0.1  # weight of the state head's cross-entropy
+    aux_month_weight: NotNegative = 0.1  # weight of the month head's cross-entropy
+    aux_species_weight: NotNegative = 0.1  # weight of the species head's cross-entropy
+    aux_ndvi_weight: NotNegative = 0.1  # weight of the NDVI head's SmoothL1, in standard deviations
+    aux_height_weight: NotNegative = 0.1  # weight of the height head's SmoothL1, in standard deviations
     # train class heads first and pull the predictions to the mean grams of the classes that they see
     distill_aux: bool = False
     # finished run on the same folds, to whose predictions the new ones are pulled
@@ -188,21 +188,21 @@ class LoopConfig:
 
     epochs: int = 60  # passes over the training photos, all stages together
     batch_size: int = 16  # photos
-    lr: float = 1e-3  # of the heads
-    head_lr_stage1: Optional[float] = None  # of the heads while the backbone is frozen; --lr by default
-    # of the weights: exponential (ema) or over the last quarter's epochs (swa); auto = swa, or none with
+    lr: float = 1e-3  # learning rate of the heads
+    head_lr_stage1: Optional[float] = None  # the same while the backbone is frozen; --lr by default
+    # average of weights: exponential (ema) or over the last quarter's epochs (swa); auto = swa, or none with
     # --checkpoint best
     average: Literal[AVERAGES] = "auto"
-    ema_decay: ShareBetween = 0.98  # of the exponential average, a step
+    ema_decay: ShareBetween = 0.98  # what is kept of the exponential average at each step
     two_stage: bool = False  # heads first on the frozen backbone, then both
     freeze_epochs: int = 10  # length of the first stage
-    backbone_lr: float = 1e-5  # of the backbone's last block, where it learns
-    # where the backbone learns, only LoRA factors of this rank do, on its attention and MLP layers; at a
-    # --backbone-lr of 1e-4 to 1e-3
+    backbone_lr: float = 1e-5  # learning rate of the backbone's last block, where it is fine-tuned
+    # fine-tune LoRA factors of this rank instead of the backbone's attention and MLP layers, at a backbone
+    # learning rate of 1e-4 to 1e-3; 0 fine-tunes the layers
     lora_rank: Natural = 0
     layer_decay: ShareAboveZero = 1.0  # factor on --backbone-lr from each block to the one before
-    grad_checkpointing: bool = False  # less memory for a learning backbone, at the cost of a second forward
-    weight_decay: NotNegative = 0.05  # of matrices; biases and norms are not decayed
+    grad_checkpointing: bool = False  # less memory for fine-tuning, at the cost of a second forward
+    weight_decay: NotNegative = 0.05  # decay of matrices; biases and norms are not decayed
     warmup: ShareBelowOne = 0.1  # share of a stage's steps
     grad_clip: float = 1.0  # largest gradient norm of a step
     seed: Natural = 0  # of heads, batches, augmentation

@@ -17,8 +17,8 @@ def _what_heads_read(c: TrainConfig) -> str:
     if c.freeze_backbone:
         if c.cache: return "stored features of the frozen backbone"
         return "the frozen backbone, run anew every epoch"
-    if c.lora_rank: return f"the backbone, whose LoRA factors of rank {c.lora_rank} learn"
-    return "the backbone, which learns"
+    if c.lora_rank: return f"the backbone, fine-tuned by LoRA factors of rank {c.lora_rank}"
+    return "the fine-tuned backbone"
 
 
 def _how_photos_vary(c: TrainConfig) -> str:
