@@ -285,7 +285,7 @@ def test_a_report_shows_some_of_many_photos(bundle, photos, tmp_path):
     assert "300 photos: median total" in text and text.count('<th scope="row" class="text">IMG_') >= 300
 
 
-def played(devices, make, run, rows, batch_size, deadline, outcome, **_):
+def played(devices, make, run, rows, batch_size, deadline, outcome, *_):
     "What an ensemble would yield, without one."
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

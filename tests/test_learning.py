@@ -185,19 +185,33 @@ def test_joining_again_replaces_what_changed(config, finished, tmp_path):
         list((tmp_path / "joint").glob("member-*")))
 
 
-def test_a_stage_forgets_the_optimizer_before_it(config, tmp_path, monkeypatch):
-    """In fp16 every optimizer that accelerate still knows unscales the gradients once:
-    two of them would shrink the heads' to nothing."""
-    known, plain = [], Accelerator.prepare_optimizer
+class Scaler(torch.amp.GradScaler):
+    "fp16's scaler on the CPU; the first of its steps may overflow."
+    first = 1.0
 
-    def spy(self, *args, **options):
-        prepared = plain(self, *args, **options)
-        known.append(len(self._optimizers))
-        return prepared
+    def scale(self, loss):
+        scaled = super().scale(loss * self.first)
+        self.first = 1.0
+        return scaled
 
-    monkeypatch.setattr(Accelerator, "prepare_optimizer", spy)
-    train(
-        dataclasses.replace(
-            config, freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0, 1),
-            out=tmp_path / "run"), **quiet)
-    assert known == [1, 1, 1, 1]
+
+@pytest.mark.parametrize("first", (1.0, np.inf))
+def test_a_scaler_changes_no_step_but_those_it_leaves_out(config, tmp_path, monkeypatch, first):
+    """Every step scales the gradients down again, once, in both stages;
+    one whose gradients are infinite is left out, and the next is scaled less."""
+    scalers = []
+
+    class Scaled(Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = Scaler("cpu", init_scale=2.0**10)
+            self.scaler.first = first
+            scalers.append(self.scaler)
+
+    both = dataclasses.replace(
+        config, freeze_backbone=False, two_stage=True, freeze_epochs=1, epochs=2, train_folds=(0,))
+    train(dataclasses.replace(both, out=tmp_path / "plain"), **quiet)
+    monkeypatch.setattr("biomass_kit.training.setup.Accelerator", Scaled)
+    train(dataclasses.replace(both, out=tmp_path / "scaled"), **quiet)
+    assert (left(tmp_path / "plain")[0] == left(tmp_path / "scaled")[0]) == (first == 1)
+    assert scalers[-1].get_scale() == (2.0**10 if first == 1 else 2.0**9)

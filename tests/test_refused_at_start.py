@@ -67,7 +67,7 @@ WRONG = {  # name -> (options, what must be said)
     "a fold that is not there": (dict(train_folds=(2,)), "--train-folds 2: the folds are 0 to 1"),
     "folds of leave-one-out": (dict(cv="leave_one_state_out", n_folds=9), "each is a fold"),
     "a teacher that is none": (dict(teacher=Path("nowhere")), "nowhere"),
-    "a data folder that is not there": (dict(data=Path("nowhere")), "train.csv: no such file"),
+    "a data folder that is not there": (dict(data=Path("nowhere")), "nowhere: no such folder"),
     "weights of another backbone": (dict(backbone="test_vit2"), "does not fit test_vit2"),
     "LoRA of a frozen backbone": (dict(lora_rank=2), "--lora-rank is read only with"),
     "an option nobody reads": (dict(aux_month_weight=3.0), "--aux-month-weight is read only with"),

@@ -29,8 +29,8 @@ from ..features.tiles import TileSpec
 from ..features.tta import STORED_VIEWS, View
 from ..inference.members import head_class
 from ..model.closed import photo_rows
+from ..training.batches import one_thread
 from ..training.config import TrainConfig
-from ..training.loop import one_thread
 from ..training.member import Source, closed_options
 from ..training.setup import check_tiles, start_backbone
 

@@ -184,7 +184,7 @@ class FolderTable(NamedTuple):
         else: drop_earlier(self.out)
 
     def note_widths(self):
-        "Say where intervals are not what was measured, and where photos cannot be flagged."
+        "Say where intervals are not what was measured for such predictions."
         margins, say = self.bundle.margins, self.outcome.note
         if margins and self.method not in margins:
             measured = ", ".join(margins)
@@ -193,8 +193,6 @@ class FolderTable(NamedTuple):
         if self.paddocks and margins and not knows_means(self.bundle):
             say("the bundle knows the errors of photos, not of paddocks' means, so these get intervals as "
                 "wide as if photos shared their whole error; biomass_bundle RUN --out NEW measures a run's")
-        if "reference" not in self.bundle.trust:
-            say("the bundle remembers no training photos: none can be flagged as out of distribution")
 
     def write_xlsx(self, grams: np.ndarray, alike: np.ndarray = None):
         "The same tables as sheets of one file, rounded as in the CSV."
@@ -231,4 +229,6 @@ def written_lines(
     if sides: lines[0] += f"; grams in a quadrat of {quadrat_text(sides)}"
     if means is not None: lines.append(f"{paddocks_path(out)}: {counted(len(means), 'paddock')}")
     if xlsx: lines.append(f"{xlsx_path(out)}: the same as a spreadsheet")
+    if sides and "likeness" not in table:
+        lines.append("no photo is flagged as out of distribution: the bundle holds no training photos' features")
     return lines

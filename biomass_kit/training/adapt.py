@@ -50,7 +50,7 @@ from biomass_kit.inference.uncertainty import (
     dates_needed,
     make_reference,
 )
-from .loop import one_thread
+from .batches import one_thread
 from .own import Adapter, Head, Verdict, heard_heads, judge, own_rows
 from .scores import correct_oof, manifest_physics, method_margins, run_facts
 

@@ -30,6 +30,7 @@ from ..features.tta import View
 from ..inference.plan import Deadline
 from ..model.loss import class_mean_targets, class_means
 from ..model.model import AUX_CLASSES
+from .batches import one_thread
 from .config import TrainConfig, check_config, stores_first_stage
 from biomass_kit.training.deadline import (
     MISSING,
@@ -49,7 +50,7 @@ from biomass_kit.training.folder import (
     open_run,
     run_identity,
 )
-from .loop import CHECKPOINT, CLASSES, one_thread, run_fold
+from .loop import CHECKPOINT, CLASSES, run_fold
 from .member import MemberTrainer, fit_closed, plain_features
 from .passes import SharedPass, pass_request, shared_passes
 from biomass_kit.training.setup import (
@@ -145,7 +146,7 @@ class Run:
 
     def new_trainer(self, k: int, config: TrainConfig, name: str = "") -> MemberTrainer:
         "A member at its start, and the backbone back at its starting weights, with new LoRA factors if any."
-        self._start_again()
+        if not self.stored: self._start_again()  # a backbone whose features are stored never changes
         if config.lora_rank:
             add_lora(self.backbone, config.lora_rank, self.lora_layers, named_seed("head", config.seed, k, 1))
         self.backbone.to(self.accelerator.device)

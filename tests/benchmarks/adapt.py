@@ -28,8 +28,8 @@ from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.members import head_class
 from biomass_kit.inference.physics import apply_physics, training_bounds
 from biomass_kit.inference.pooled import photo_groups
+from biomass_kit.training.batches import one_thread
 from biomass_kit.training.config import TrainConfig
-from biomass_kit.training.loop import one_thread
 from biomass_kit.training.member import closed_options
 from biomass_kit.training.own import Adapter, Head, judge, own_rows
 from biomass_kit.training.recipes import with_recipe

@@ -20,7 +20,7 @@ import tyro
 from torch.func import functional_call, stack_module_state, vmap
 
 from biomass_kit.model.model import BiomassModel
-from biomass_kit.training.loop import one_thread
+from biomass_kit.training.batches import one_thread
 
 
 @dataclass(frozen=True)

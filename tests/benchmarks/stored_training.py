@@ -48,7 +48,7 @@ class Args:
 def epochs(f: MemberTrainer, n: int) -> float:
     "Seconds of n epochs: batches and steps, nothing else."
     stage = stages(f.config)[0]
-    optimizer = f.accelerator.prepare_optimizer(make_optimizer(f.model, f.backbone, stage, f.config))
+    optimizer = make_optimizer(f.model, f.backbone, stage, f.config)
     f.model.train()
     torch.manual_seed(1)
     start = time.perf_counter()
