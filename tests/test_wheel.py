@@ -10,7 +10,7 @@ from conftest import python
 from sources import CODE, LIBRARY, ROOT, TEMPLATES, UPLOADED, inside, known_to_git
 
 from biomass_kit.kaggle.metadata import KERNEL
-from biomass_kit.kaggle.packing import build_wheel
+from biomass_kit.kaggle.wheel import build_wheel
 
 TRACKED = ROOT / "kaggle_datasets"
 DATA = [*TEMPLATES, *UPLOADED]
@@ -33,7 +33,7 @@ write_tracked(*sys.argv[2:])
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory): return build_wheel(tmp_path_factory.mktemp("wheel"))
+def wheel(tmp_path_factory): return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

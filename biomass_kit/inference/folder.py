@@ -230,5 +230,5 @@ def written_lines(
     if means is not None: lines.append(f"{paddocks_path(out)}: {counted(len(means), 'paddock')}")
     if xlsx: lines.append(f"{xlsx_path(out)}: the same as a spreadsheet")
     if sides and "likeness" not in table:
-        lines.append("no photo is flagged as out of distribution: the bundle holds no training photos' features")
+        lines.append("no photo is flagged as out of distribution: the bundle remembers no training photos")
     return lines

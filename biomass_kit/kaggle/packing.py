@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['KAGGLE_IMAGE', 'WHEEL_LIST', 'UPLOAD', 'EMPTIED', 'image_gaps', 'image_words', 'wheels_wanted', 'download_wheels',
-           'upload_readme', 'build_wheel', 'write_tracked', 'check_packed', 'copy_weights', 'pack']
+           'upload_readme', 'write_tracked', 'check_packed', 'copy_weights', 'pack']
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #693490ee
-import os
 import re
 import shutil
 import subprocess
@@ -42,6 +41,7 @@ from biomass_kit.kaggle.metadata import (
     kernel_metadata,
     training_metadata,
 )
+from .wheel import library_wheel
 
 # %% ../../nbs/8_kaggle/2_packing.ipynb #5e84f5f3
 # inferred in 2026; None: there, in a version that nobody has noted. torchvision brings pillow, timm brings
@@ -197,34 +197,6 @@ def upload_readme(user: str) -> str:
         lib=LIB, trainer=TRAINER, weights=WEIGHTS, kernel=KERNEL, user=user, competition=COMPETITION,
         version=biomass_kit.__version__, same=SAME, image=image, wheel_list=WHEEL_LIST)
 
-# %% ../../nbs/8_kaggle/2_packing.ipynb #df1d84eb
-def build_wheel(
-    out,  # folder for the wheel
-) -> Path:
-    "Build the library's wheel from the checkout that it runs from; the same sources give the same bytes."
-    source = Path(biomass_kit.__file__).resolve().parent.parent
-    if not (source / "setup.py").is_file():
-        raise BiomassError(
-            f"{source}: no setup.py, so no wheel can be built here; run biomass_pack from a checkout (pip "
-            "install -e .) or give --wheel FILE")
-    with tempfile.TemporaryDirectory() as copy:
-        for name in ("setup.py", "settings.ini", "README.md"): shutil.copy(source / name, copy)
-        shutil.copytree(
-            source / "biomass_kit", Path(copy) / "biomass_kit", ignore=shutil.ignore_patterns("__pycache__"))
-        for path in Path(copy).rglob("*"):
-            # a wheel keeps modes, and a checkout's depend on its owner
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        command = [
-            sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-            "--no-index", "--wheel-dir", f"{copy}/wheels", copy]
-        env = {**os.environ, "SOURCE_DATE_EPOCH": "1577836800"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, umask=0o022)
-        if done.returncode:
-            raise BiomassError("the wheel could not be built; pip install setuptools wheel. pip said: "
-                               f"{done.stderr.strip()[-500:]}")
-        made = next(Path(copy).glob(f"wheels/biomass_kit-{biomass_kit.__version__}-*.whl"))
-        return copy_file(made, Path(out) / made.name)
-
 # %% ../../nbs/8_kaggle/2_packing.ipynb #28f5d860
 def write_tracked(
     out,  # kaggle_datasets/
@@ -360,7 +332,7 @@ def pack(
     _empty(out)
     write_tracked(out, user, trained=bundle is None)
     say(f"packing into {out}: the library's wheel")
-    if wheel is None: build_wheel(out / LIB)
+    if wheel is None: library_wheel(out / LIB)
     else: copy_file(wheel, out / LIB / Path(wheel).name)
     if wanted:
         say(f"packing: wheels of {', '.join(wanted)} from the package index")
