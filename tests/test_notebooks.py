@@ -62,7 +62,7 @@ LONGER = {
         "evidence.holdout": ["Trainer"],
         "evidence.search": ["conclude"],
         "reports.figures": ["plot_predicted", "plot_learning"],
-        "kaggle.packing": ["pack"], "kaggle.wheel": ["build_wheel"],
+        "kaggle.packing": ["pack"],
         "kaggle.sandbox": ["Sandbox"],
         "kaggle.sessions": ["run_sessions"],
         "kaggle.verify": ["verify"],
