@@ -30,7 +30,7 @@ def photos(data): return list_photos(data / "train")[:10]
 
 
 @pytest.fixture(scope="module")
-def learning(config, tmp_path_factory):
+def finetuned(config, tmp_path_factory):
     "One fold of a tiny transformer that is fine-tuned with every pixel transform."
     work = tmp_path_factory.mktemp("pixels")
     weights = random_weights(work / "vit.safetensors")
@@ -40,7 +40,7 @@ def learning(config, tmp_path_factory):
         batch_size=4)
 
 
-def drawn(config, photos, workers, read, epochs=(0, 1, 2)):
+def batches_of(config, photos, workers, read, epochs=(0, 1, 2)):
     "All that the batches of some epochs hold, in order."
     config = dataclasses.replace(check_config(config), num_workers=workers)
     dataset = PixelBatches(photos, SPEC, config, fold=1, read=read)
@@ -59,27 +59,27 @@ def same(some, others):
 
 
 @pytest.mark.parametrize("size", ("native", "tiles"))
-def test_draws_are_the_same_bits_with_any_workers_and_any_store(learning, photos, size, tmp_path):
+def test_draws_are_the_same_bits_with_any_workers_and_any_store(finetuned, photos, size, tmp_path):
     config = dataclasses.replace(
-        learning, augment_size=size, augment_crop=True, augment_green=True, mixup_prob=0.5)
+        finetuned, augment_size=size, augment_crop=True, augment_green=True, mixup_prob=0.5)
     kept = SPEC if size == "tiles" else None
-    plain = drawn(config, photos, 0, lambda path: decode_pair(path, kept))
+    plain = batches_of(config, photos, 0, lambda path: decode_pair(path, kept))
     assert {b["box"] != Box() for b in plain} == {True, False}, "some batches with a box and some without"
     for workers, where in itertools.product((0, 1, 4), ("one", "one", "two")):
         kept_there = PairStore(tmp_path / where, kept)
-        assert same(drawn(config, photos, workers, kept_there), plain), (workers, where)
-    other = drawn(dataclasses.replace(config, seed=1), photos, 0, PairStore(tmp_path / "one", kept))
+        assert same(batches_of(config, photos, workers, kept_there), plain), (workers, where)
+    other = batches_of(dataclasses.replace(config, seed=1), photos, 0, PairStore(tmp_path / "one", kept))
     assert not same(other, plain)
 
 
-def test_one_epoch_does_not_depend_on_those_before(learning, photos):
-    whole = drawn(learning, photos, 4, read_pair)
-    dataset = PixelBatches(photos, SPEC, check_config(learning), fold=1)
+def test_one_epoch_does_not_depend_on_those_before(finetuned, photos):
+    whole = batches_of(finetuned, photos, 4, read_pair)
+    dataset = PixelBatches(photos, SPEC, check_config(finetuned), fold=1)
     alone = list(stage_batches(dataset, np.arange(len(photos)), [2]))
     assert same(alone, whole[6:])
 
 
-def test_a_photo_is_decoded_once_for_all_epochs_and_folds(learning, tmp_path, monkeypatch):
+def test_a_photo_is_decoded_once_for_all_epochs_and_folds(finetuned, tmp_path, monkeypatch):
     counts, plain = {}, pairs.read_pair
 
     def read(path):
@@ -89,7 +89,7 @@ def test_a_photo_is_decoded_once_for_all_epochs_and_folds(learning, tmp_path, mo
     monkeypatch.setattr(pairs, "read_pair", read)
     said = []
     config = dataclasses.replace(
-        learning, out=tmp_path / "run", cache_dir=tmp_path / "cache", train_folds=None)
+        finetuned, out=tmp_path / "run", cache_dir=tmp_path / "cache", train_folds=None)
     train(config, log=said.append)
     assert len(counts) == 30 and set(counts.values()) == {1}
     assert any("cache" in line and "GB of at most" in line for line in said)
@@ -97,26 +97,26 @@ def test_a_photo_is_decoded_once_for_all_epochs_and_folds(learning, tmp_path, mo
     assert set(counts.values()) == {1}, "nor by a later run"
 
 
-def test_a_run_ends_with_the_same_bits_with_and_without_the_store(learning, tmp_path):
+def test_a_run_ends_with_the_same_bits_with_and_without_the_store(finetuned, tmp_path):
     found = []
     for name, options in {"kept": {}, "full": dict(cache_gb=1e-5), "crowd": dict(num_workers=4)}.items():
         config = dataclasses.replace(
-            learning, out=tmp_path / name / "run", cache_dir=tmp_path / f"cache-{name}", **options)
+            finetuned, out=tmp_path / name / "run", cache_dir=tmp_path / f"cache-{name}", **options)
         if name == "full":
             with pytest.warns(UserWarning, match="not every photo is kept decoded"): train(config, **quiet)
         else: train(config, **quiet)
         found.append(left(config.out))
     assert found[0] == found[1] == found[2]
-    without = dataclasses.replace(learning, out=tmp_path / "without", cache=False, cache_dir=None)
+    without = dataclasses.replace(finetuned, out=tmp_path / "without", cache=False, cache_dir=None)
     train(without, **quiet)
     assert left(without.out)[1] == found[0][1], "its members' names hold the option; its predictions do not"
 
 
 @pytest.mark.parametrize("size", ("native", "tiles"))
-def test_a_killed_run_goes_on_to_the_same_bits(learning, size, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bits(finetuned, size, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     whole = dataclasses.replace(
-        learning, out=tmp_path / "whole/run", two_stage=True, freeze_epochs=2, augment_size=size,
+        finetuned, out=tmp_path / "whole/run", two_stage=True, freeze_epochs=2, augment_size=size,
         num_workers=3)
     train(whole, **quiet)
     for epochs in (1, 3):
@@ -168,8 +168,8 @@ def passes(config, monkeypatch):
 @pytest.mark.parametrize("options", (
     dict(augment="flips"), dict(augment="none"), dict(augment="flips", lora_rank=2),
     dict(augment="flips", checkpoint="best", average="none")))
-def test_a_first_stage_without_pixel_changes_reads_stored_features(learning, options, tmp_path, monkeypatch):
-    base = dataclasses.replace(learning, cache_dir=tmp_path / "cache", **FIRST, **options)
+def test_a_first_stage_without_pixel_changes_reads_stored_features(finetuned, options, tmp_path, monkeypatch):
+    base = dataclasses.replace(finetuned, cache_dir=tmp_path / "cache", **FIRST, **options)
     seen, grams = passes(dataclasses.replace(base, out=tmp_path / "stored"), monkeypatch)
     assert not {0, 1, 2} & set(seen) and 3 in seen, "the backbone ran in the first stage"
     assert None in seen, "its features were stored before"
@@ -180,15 +180,15 @@ def test_a_first_stage_without_pixel_changes_reads_stored_features(learning, opt
 
 
 @pytest.mark.parametrize("options", (dict(use_mixup=True), dict(use_cutmix=True), dict(augment="full")))
-def test_a_first_stage_that_changes_photos_looks_at_them(learning, options, tmp_path, monkeypatch):
+def test_a_first_stage_that_changes_photos_looks_at_them(finetuned, options, tmp_path, monkeypatch):
     changed = {**FIRST, "augment": "flips", **options}
-    config = dataclasses.replace(learning, out=tmp_path / "run", cache_dir=tmp_path / "cache", **changed)
+    config = dataclasses.replace(finetuned, out=tmp_path / "run", cache_dir=tmp_path / "cache", **changed)
     seen, _ = passes(config, monkeypatch)
     assert {0, 1, 2, 3} <= set(seen)
 
 
-def test_later_members_also_read_the_starting_backbones_features(learning, tmp_path):
-    flips = dataclasses.replace(learning, augment="flips", **FIRST)
+def test_later_members_also_read_the_starting_backbones_features(finetuned, tmp_path):
+    flips = dataclasses.replace(finetuned, augment="flips", **FIRST)
     config = dataclasses.replace(
         flips, out=tmp_path / "both", cache_dir=tmp_path / "cache", train_folds=(0, 1))
     train(config, **quiet)

@@ -345,10 +345,10 @@ def _check_digest(path, data: bytes, manifest: dict):
 # %% ../../nbs/4_inference/2_bundle.ipynb #aa36dbe1
 def _check_settings(path, manifest: dict):
     "Refuse what prediction could not use: views, physics, how members are joined, values to fall back on."
-    physics, figures = manifest["physics"], np.empty(0)
+    physics, grams = manifest["physics"], np.empty(0)
     with suppress(ValueError, TypeError):
-        figures = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
-    if figures.shape != (3, len(TARGETS)) or not np.isfinite(figures).all() or figures.min() < 0:
+        grams = np.array([*manifest["bounds"], manifest["means"]], dtype=np.float64)
+    if grams.shape != (3, len(TARGETS)) or not np.isfinite(grams).all() or grams.min() < 0:
         shapes = f"[2, {len(TARGETS)}] and [{len(TARGETS)}]"
         raise BiomassError(
             f"{path}: bounds and means must be {shapes} grams, none negative; pack the bundle again")

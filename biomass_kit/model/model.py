@@ -41,13 +41,13 @@ class Reader(nn.Module):
         dim: int,
         hidden: int,
         dropout: float,
-        learning: bool,
+        finetuned: bool,
         fusion: str,
         symmetric: bool,
         pooled: bool,
     ):
         super().__init__()
-        self.learning, self.fusion, self.symmetric, self.pooled = learning, fusion, symmetric, pooled
+        self.finetuned, self.fusion, self.symmetric, self.pooled = finetuned, fusion, symmetric, pooled
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_std", torch.ones(dim))
         self.embed = nn.Linear(dim, hidden)
@@ -79,7 +79,7 @@ class Reader(nn.Module):
 
     def informed(self, features: torch.Tensor) -> torch.Tensor:
         "`[B, 2, T, D]` -> `[B, 2, T, hidden]`: normalised, embedded, each half informed by the other."
-        if self.learning: x = F.layer_norm(features, features.shape[-1:])
+        if self.finetuned: x = F.layer_norm(features, features.shape[-1:])
         else: x = (features - self.input_mean) / self.input_std
         return self.exchange(self.embed(x))
 
@@ -102,12 +102,12 @@ class Trunk(Reader):
         dims: list,
         hidden: int,
         dropout: float,
-        learning: bool,
+        finetuned: bool,
         fusion: str,
         symmetric: bool,
         pooled: bool,
     ):
-        how = hidden, dropout, learning, fusion, symmetric, pooled
+        how = hidden, dropout, finetuned, fusion, symmetric, pooled
         super().__init__(dims[0], *how)  # the first reader is the trunk itself, as it was when there was one
         self.others = nn.ModuleList(Reader(dim, *how) for dim in dims[1:])
         wide = nn.Linear(2 * hidden * len(dims) if pooled else hidden, hidden)
@@ -211,12 +211,12 @@ def check_model(log_targets: str, fusion: str, density: bool, specs: int = 1, li
         raise BiomassError(f"density adds up the tiles of one feature spec, and there are {specs}; drop it")
 
 # %% ../../nbs/3_model/2_model.ipynb #4e5f91e2
-def to_grams(figures: torch.Tensor, log: tuple, link: str = "log1p") -> torch.Tensor:
+def to_grams(values: torch.Tensor, log: tuple, link: str = "log1p") -> torch.Tensor:
     "Values `[..., 5]` of the regression's space -> grams; logs are cut at LOG_CEILING first."
-    if not log or link != "log1p": return from_link(figures, log, link)
-    ceiling = torch.full((len(TARGETS),), torch.inf, device=figures.device)
+    if not log or link != "log1p": return from_link(values, log, link)
+    ceiling = torch.full((len(TARGETS),), torch.inf, device=values.device)
     ceiling[list(log)] = LOG_CEILING
-    return from_link(torch.minimum(figures, ceiling), log)
+    return from_link(torch.minimum(values, ceiling), log)
 
 
 def presence_chance(logits: torch.Tensor) -> torch.Tensor:
@@ -311,7 +311,7 @@ class BiomassModel(Trunk):
         dim,  # D, channels of a tile feature; a list with one for each feature spec that is read
         hidden_ratio: float = 0.25,  # width of everything behind the input as a share of the first D
         dropout: float = 0.3,
-        learning: bool = False,  # the backbone learns too: normalise each feature by itself
+        learning: bool = False,  # the backbone is fine-tuned: normalise each feature by itself
         aux: bool = False,  # build the training-only class heads
         log_targets: str = "none",  # a key of LOG_TARGETS: which heads predict in the link's space
         two_part: bool = False,  # dead and clover: probability of any times amount if any
