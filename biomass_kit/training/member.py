@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FLAT', 'link_options', 'closed_options', 'model_options', 'loss_options', 'value_labels', 'Source', 'MemberTrainer',
            'plain_features', 'viewed_features', 'predict_fold', 'plain_score', 'fold_intervals', 'fit_closed', 'Stage',
-           'stages', 'adamw_update', 'HeadAdamW', 'make_optimizer', 'backbone_groups', 'learning_part', 'set_mode',
-           'cosine_warmup', 'weight_averages', 'update_averages', 'take_averages', 'changing_parts', 'fold_state',
-           'load_fold_state']
+           'stages', 'make_optimizer', 'backbone_groups', 'learning_part', 'set_mode', 'cosine_warmup',
+           'weight_averages', 'update_averages', 'take_averages', 'changing_parts', 'fold_state', 'load_fold_state']
 
 # %% ../../nbs/5_training/3_member.ipynb #a0b885f9
 import math
@@ -259,49 +258,6 @@ def stages(c: TrainConfig) -> list:
     if c.two_stage: return [Stage(c.freeze_epochs, False), Stage(c.epochs - c.freeze_epochs, True)]
     return [Stage(c.epochs, not c.freeze_backbone)]
 
-# %% ../../nbs/5_training/3_member.ipynb #ad000004
-def adamw_update(
-    group: dict,  # of an optimizer: lr, weight_decay, betas, eps
-    params: list,  # tensors with gradients
-    steps: list,  # a count for each, as a tensor; all are equal
-    means: list,  # of the gradients
-    squares: list,  # means of the squared gradients
-):
-    "One step in place: decay, then Adam (Loshchilov & Hutter 2019, arXiv:1711.05101)."
-    lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-    gradients = [p.grad for p in params]
-    torch._foreach_add_(steps, 1)
-    step = steps[0].item()
-    if decay: torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_lerp_(means, gradients, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-    spread = torch._foreach_sqrt(squares)
-    torch._foreach_div_(spread, (1 - beta2**step) ** 0.5)
-    torch._foreach_add_(spread, group["eps"])
-    torch._foreach_addcdiv_(params, means, spread, -(lr / (1 - beta1**step)))
-
-# %% ../../nbs/5_training/3_member.ipynb #ad000002
-class HeadAdamW(torch.optim.AdamW):
-    "torch's AdamW to the same bits in less time, where the tensors of a group have always learned together."
-
-    @torch.no_grad()
-    def step(self):
-        "Update every parameter that has a gradient."
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params: continue
-            states = [self._of(p) for p in params]
-            lists = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
-            adamw_update(group, params, *lists)
-
-    def _of(self, p: torch.Tensor) -> dict:
-        "What is kept of a parameter, under torch's names."
-        state = self.state[p]
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        return state
-
 # %% ../../nbs/5_training/3_member.ipynb #047dbe3c
 def make_optimizer(
     model: BiomassModel,
@@ -316,9 +272,8 @@ def make_optimizer(
         params = [p for p in model.parameters() if (p.ndim > 1) == decays]
         groups.append({"params": params, "lr": lr, "weight_decay": c.weight_decay if decays else 0.0})
     if stage.train_backbone: groups += backbone_groups(backbone, c)
-    groups = [g for g in groups if g["params"]]
     # foreach gives the bits of the form for single tensors, twice as fast on wide heads
-    return torch.optim.AdamW(groups, foreach=True) if stage.train_backbone else HeadAdamW(groups)
+    return torch.optim.AdamW([g for g in groups if g["params"]], foreach=True)
 
 # %% ../../nbs/5_training/3_member.ipynb #me000003
 def backbone_groups(backbone, c: TrainConfig) -> list:
