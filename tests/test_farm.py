@@ -137,7 +137,7 @@ REFUSED = {  # what is wrong -> (table, what is said of it)
     "no-paddock": ("photo,paddock\n01.jpg,\n", "line 2: paddock is empty"),
     "no-photo": ("photo,paddock\n,a\n", "line 2: photo is empty"),
     "half a row": ("photo,paddock\n01.jpg\n", "line 2: has 1 values for 2 columns"),
-    "elsewhere": ("photo,paddock\ny.jpg,a\n", "line 2 'y.jpg': no photo of the folder is called so"),
+    "elsewhere": ("photo,paddock\ny.jpg,a\n", "line 2 'y.jpg': the folder has no such photo"),
     "column": ("photo,group\n01.jpg,a\n", "missing column paddock"),
     "grams_paddocks": ("photo,paddock\n01.jpg,a\n", "would write over it"),
 }

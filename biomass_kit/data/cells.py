@@ -140,7 +140,7 @@ def read_sheet(
     for row, values in rows.items():
         if len(values) < len(names) or any(values[len(names):]):
             raise BiomassError(f"{place(path, row)}: has {len(values)} values for {len(names)} columns; "
-                               "put quotes around a value that holds the separator")
+                               "put quotes around a value that holds the separator, as decimal commas may")
     frame = pd.DataFrame([[values[i] for i in named] for values in rows.values()], index=list(rows),
                          columns=[names[i] for i in named])
     frame.attrs["mark"] = mark

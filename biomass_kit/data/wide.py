@@ -253,7 +253,7 @@ def photo_dates(
         return found
     warnings.warn(
         f"{path}: has no dates, and {len(bare)} of {counted(len(found), 'photo')} have none either, first "
-        f"{bare[0]}; so folds are random, a day's photos may stand on both sides, and scores are "
+        f"{bare[0]}; so folds are random, a day's photos may be trained on and scored, and scores are "
         "optimistically biased; add a column of dates, or give --group-column")
     return [pd.NaT] * len(found)
 

@@ -105,7 +105,7 @@ def read_paddocks(
             raise BiomassError(f"{where}: photo '{photo}' appears a second time; keep one row")
         else: labels[row] = paddock
     if len(lost) == len(rows):
-        raise BiomassError(f"{path} {lost[0]}: no photo of the folder is called so, nor as other rows say; "
+        raise BiomassError(f"{path} {lost[0]}: the folder has no such photo, nor any of the other rows; "
                            f"write paths in the folder, such as {names[0]}")
     return _paddocks(labels), _missing(path, lost, [n for n, label in zip(names, labels) if label is None])
 
