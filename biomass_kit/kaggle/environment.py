@@ -6,7 +6,6 @@
 __all__ = ['RUNS_NOTEBOOKS', 'ASK_VERSIONS', 'bare_python', 'pip_install', 'kaggle_python', 'versions']
 
 # %% ../../nbs/8_kaggle/3_environment.ipynb #environment-imports
-import importlib.util
 import json
 import subprocess
 import sys
@@ -25,23 +24,19 @@ RUNS_NOTEBOOKS = ("nbclient", "ipykernel")
 def bare_python(
     folder,  # where the virtual environment is made
 ) -> Path:  # its python
-    """A virtual environment that sees this one's packages,
-    but not `biomass_kit`, unless the notebook installs it."""
+    "A virtual environment that sees this one's packages, but not `biomass_kit` unless it is installed there."
     import sysconfig
     import venv
 
-    if not all(map(importlib.util.find_spec, RUNS_NOTEBOOKS)):
-        raise BiomassError(f"running a notebook needs more packages: pip install {' '.join(RUNS_NOTEBOOKS)}")
     venv.create(folder, with_pip=False, symlinks=True)
     python = Path(folder) / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    (Path(own) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # isolated: without what PYTHONPATH names
-    found = subprocess.run([python, "-I", "-c", "import biomass_kit"], cwd=folder, capture_output=True)
-    if found.returncode == 0:
-        raise BiomassError("biomass_kit is installed as a plain package here, so the packed wheel cannot be "
-                           "tried alone; install it with pip install -e .")
+    shared = Path(folder) / "shared"  # links to all packages but the library, however that was installed
+    shared.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if not package.name.startswith("biomass_kit"): (shared / package.name).symlink_to(package)
+    (Path(own) / "shared.pth").write_text(f"{shared}\n")
     return python
 
 # %% ../../nbs/8_kaggle/3_environment.ipynb #91d7c5cf
