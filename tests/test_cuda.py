@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import killed_after
+from ended_runs import killed_after
 from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.files import read_json

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from commands import Started, command, run_command, share
-from runs import left, quiet
+from ended_runs import left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.files import write_json

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from commands import command, share
 from conftest import assert_close
-from runs import Killed, left, quiet
+from ended_runs import Killed, left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.folds import read_table

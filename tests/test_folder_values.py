@@ -153,7 +153,7 @@ def test_training_records_its_quadrat_and_none_is_mixed(finished, config, tmp_pa
         (biomass_bundle, [str(finished), str(run), "--out", str(tmp_path / "both")],
          "quadrats of 70 x 30 cm and 50 x 30 cm"),
         (biomass_train, [*words, "--quadrat-cm", "0", "30"],
-         "--quadrat-cm 0 30: both sides must be positive"),
+         "--quadrat-cm 0 30: sides are in cm"),
     ):
         with pytest.raises(SystemExit): command(said)
         assert what in capsys.readouterr().err

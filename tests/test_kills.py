@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from commands import Started, run_command
-from runs import killed_after, left, quiet
+from ended_runs import killed_after, left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.files import file_digest

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from commands import run_command, share
 from conftest import assert_close, launch
-from runs import left, quiet
+from ended_runs import left, quiet
 from safetensors.torch import load_file, save_file
 
 from biomass_kit.data.synthetic import write_dataset

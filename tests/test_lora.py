@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_close, launch
-from runs import quiet
+from ended_runs import quiet
 from safetensors.torch import load_file
 from untrained import random_weights
 

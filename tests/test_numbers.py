@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, assert_close, python
-from runs import killed_after, left, quiet
+from ended_runs import killed_after, left, quiet
 from untrained import random_weights, untrained_bundle
 
 from biomass_kit.data.folds import read_table

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import quiet
+from ended_runs import quiet
 
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.model.model import BiomassModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import Started
 from conftest import assert_close
-from runs import killed_after, left, quiet
+from ended_runs import killed_after, left, quiet
 from untrained import random_weights
 
 from biomass_kit.data.photos import list_photos, read_pair

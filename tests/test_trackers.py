@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import launch
-from runs import quiet
+from ended_runs import quiet
 
 from biomass_kit.data.targets import BiomassError
 from biomass_kit.evidence.space import as_options as options
