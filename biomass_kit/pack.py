@@ -20,7 +20,7 @@ from .data.targets import BiomassError
 class VerifyArgs:
     """Prove what was packed in an environment like Kaggle's.
 
-    It has Kaggle's versions, no network, and read-only inputs.
+    It has Kaggle's versions, no network, read-only inputs, and little disk space to write.
     """
 
     packed: Path = Path("kaggle_datasets")  # folder that biomass_pack filled

@@ -1,6 +1,8 @@
-"""Training on pixels: photos decoded once, draws named by numbers, a first stage on stored features."""
+"""Training on pixels: photos decoded once, copies named by numbers, a first stage on stored features."""
+import contextlib
 import dataclasses
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from biomass_kit.features.augment import Box
 from biomass_kit.features.backbone import Backbone
 from biomass_kit.features.pairs import PairStore, decode_pair
 from biomass_kit.features.tiles import TileSpec
-from biomass_kit.training import loop
+from biomass_kit.training import batches, loop
 from biomass_kit.training.batches import PixelBatches, stage_batches
 from biomass_kit.training.config import check_config
 from biomass_kit.training.run import train
@@ -197,3 +199,19 @@ def test_later_members_also_read_the_starting_backbones_features(finetuned, tmp_
     train(alone, **quiet)
     (name,) = (name for name in left(alone.out)[0] if name.startswith("member"))
     assert left(config.out)[0][name] == left(alone.out)[0][name]
+
+
+def test_threads_that_come_later_get_as_many_cores_as_before(finetuned, photos, monkeypatch):
+    "Those that cut tiles take one each, and what they leave behind them is not for others."
+    @contextlib.contextmanager
+    def left_at_one():
+        torch.set_num_threads(1)
+        yield
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(batches, "one_thread", left_at_one)
+        batches_of(finetuned, photos, 2, read_pair)
+        with ThreadPoolExecutor(1) as later: assert later.submit(torch.get_num_threads).result() == 2
+    finally: torch.set_num_threads(cores)

@@ -409,7 +409,7 @@ def photo_p_values(
     alike, rows = np.full(len(paths), np.nan), np.flatnonzero(~known)
     if kept: alike[known] = kept.alike[known]
     found = _mean_features(ensemble, (paths[row] for row in rows), batch_size, num_workers)
-    batches = progress(found, desc="likeness", unit="batch", total=-(-len(rows) // batch_size))
+    batches = progress(found, desc="p-values", unit="batch", total=-(-len(rows) // batch_size))
     _compare(reference, batches, rows, alike, size, deadline, kept and kept.keep_p_values)
     found.close()
     return alike
@@ -428,7 +428,7 @@ def _p_values_in_time(bundle, paths, deadline, outcome, kept, options) -> np.nda
     run = partial(photo_p_values, bundle, paths, **own)
     try: return in_time(run, seconds, "device")
     except Exception as e:
-        outcome.note(f"how much the photos are like those trained on could not be told ({in_one_line(e)})")
+        outcome.note(f"p-values against the training photos could not be computed ({in_one_line(e)})")
 
 # %% ../../nbs/4_inference/7_predict.ipynb #4f2c7fb8
 def _save_folder(table: FolderTable, grams: np.ndarray, alike: np.ndarray = None):

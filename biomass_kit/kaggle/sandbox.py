@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'SOCKET_GUARD', 'LOOPBACK', 'KNOCK', 'SNMP', 'NAMESPACE', 'FORMS', 'MY_PHOTOS', 'OURS', 'SOCKETS',
-           'LOOPBACK_UP', 'RUNNER', 'KAGGLE_LIMITS', 'network_cut', 'unrouted', 'knock', 'mounted',
+           'LOOPBACK_UP', 'RUNNER', 'KAGGLE_LIMITS', 'MOST_WRITTEN', 'network_cut', 'unrouted', 'knock', 'mounted',
            'library_and_photos', 'Sandbox', 'family_memory', 'folder_bytes', 'end_family', 'run_notebook',
            'run_offline']
 
@@ -258,6 +258,7 @@ finally: nbformat.write(notebook, target)
 # the competition's 9 hours; RAM of a session and size of /kaggle/working as kaggle.com/docs/notebooks has
 # them
 KAGGLE_LIMITS = {"seconds": 9 * 3600, "memory": 30e9, "disk": 20e9}
+MOST_WRITTEN = 64_000_000  # bytes in the working folder here; a table or a small run needs no more
 
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #16c00007
 def family_memory(pid: int) -> int:  # bytes
@@ -301,9 +302,9 @@ def _watch(
         ended = process.poll() is not None
         *lines, rest = (rest + told.read()).split("\n")
         for line in lines: say(f"  | {line}")
+        peaks["disk"] = max(peaks["disk"], folder_bytes(working))
         if ended: return {"seconds": round(time.time() - start, 1), **peaks}
         peaks["memory"] = max(peaks["memory"], family_memory(process.pid))
-        peaks["disk"] = max(peaks["disk"], folder_bytes(working))
         if until and until(working):
             end_family(process.pid)
             until = None
@@ -327,6 +328,13 @@ def _run_watched(
         errors.seek(0)
         return process.returncode, peaks, errors.read().strip()[-2000:]
 
+
+def _check_disk(written: int):
+    "Refuse a run that wrote more than its environment has."
+    if written <= MOST_WRITTEN: return
+    raise BiomassError(f"the notebook wrote {written / 1e6:.0f} MB to its working folder, more than the "
+                       f"{MOST_WRITTEN / 1e6:.0f} MB of this environment")
+
 # %% ../../nbs/8_kaggle/4_sandbox.ipynb #sa000003
 def run_notebook(
     notebook: Path,  # as it was packed
@@ -349,6 +357,7 @@ def run_notebook(
         shutil.copytree(box.working, executed.parent, ignore=SOCKETS, dirs_exist_ok=True)
         if code and not until:
             raise BiomassError(f"the packed notebook failed offline; see {executed}\n{said}")
+        _check_disk(peaks["disk"])
         box.check_input()
         return seen | peaks | {"attempts": box.check_silence()}
 

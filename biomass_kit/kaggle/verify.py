@@ -141,7 +141,7 @@ def verify(
         raise BiomassError(f"{packed}: holds no weights, so its training must be proved; drop --no-training")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        if data is None: data = write_dataset(work / "drawn", n_photos=2, n_test=4, seed=0, height=400)
+        if data is None: data = write_dataset(work / "synthetic", n_photos=2, n_test=4, seed=0, height=400)
         python, found = _build_python(work / "venv", share, say, progress)
         runs = []
         for form in forms if bundle else ():

@@ -198,8 +198,10 @@ class PixelBatches(Batches):
         single = ((one, i) for one, photos in each for i in photos)
         pairs = read_ahead(lambda job: job[0].pair(job[1]), single, workers, 2 * self.config.batch_size)
         whole = ((one, photos, list(islice(pairs, len(photos)))) for one, photos in each)
+        cutters, cores = -(-workers // CUT_TILES), torch.get_num_threads()
         with closing(pairs):
-            yield from read_ahead(lambda job: job[0].of_pairs(*job[1:]), whole, -(-workers // CUT_TILES), 1)
+            try: yield from read_ahead(lambda job: job[0].of_pairs(*job[1:]), whole, cutters, 1)
+            finally: torch.set_num_threads(cores)  # also of threads to come, which else get the cutters' one
 
 # %% ../../nbs/5_training/2_batches.ipynb #721a49ac
 class Part(NamedTuple):
