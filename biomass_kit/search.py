@@ -15,7 +15,7 @@ from pathlib import Path
 from .command import command, given_options, loading, parse
 from .data.progress import progress, say
 from .data.targets import BiomassError
-from .train import config_of, one_or_several, refuse_idle_cache
+from .train import config_of, one_or_several
 from .training.config import TrainConfig, check_config
 
 # %% ../nbs/9_commands/3_search.ipynb #c0a03005
@@ -125,7 +125,6 @@ def main(args=None):
     check_screen(a, given)
     if a.screen: return run_screen(a, given)
     one_or_several(a, "seed")
-    refuse_idle_cache(a)
     with loading():
         from biomass_kit.evidence.search import search
 

@@ -10,6 +10,7 @@ import torch
 from commands import Started
 from conftest import assert_close
 from ended_runs import killed_after, left, quiet
+from torch.overrides import TorchFunctionMode
 from untrained import random_weights
 
 from biomass_kit.data.photos import list_photos, read_pair
@@ -42,10 +43,10 @@ def finetuned(config, tmp_path_factory):
         batch_size=4)
 
 
-def batches_of(config, photos, workers, read, epochs=(0, 1, 2)):
+def batches_of(config, photos, workers, read, epochs=(0, 1, 2), for_gpu=False):
     "All that the batches of some epochs hold, in order."
     config = dataclasses.replace(check_config(config), num_workers=workers)
-    dataset = PixelBatches(photos, SPEC, config, fold=1, read=read)
+    dataset = PixelBatches(photos, SPEC, config, fold=1, read=read, for_gpu=for_gpu)
     batches = list(stage_batches(dataset, np.arange(len(photos)), epochs))
     assert [sorted(sum((b["photo"].tolist() for b in batches[i : i + 3]), [])) for i in (0, 3, 6)] == [
         list(range(10))] * 3
@@ -72,6 +73,46 @@ def test_draws_are_the_same_bits_with_any_workers_and_any_store(finetuned, photo
         assert same(batches_of(config, photos, workers, kept_there), plain), (workers, where)
     other = batches_of(dataclasses.replace(config, seed=1), photos, 0, PairStore(tmp_path / "one", kept))
     assert not same(other, plain)
+
+
+def test_tiles_for_a_gpu_are_the_same_bits_in_pinned_memory(finetuned, photos, monkeypatch):
+    plain, taken = batches_of(finetuned, photos, 1, read_pair), []
+    assert same(batches_of(finetuned, photos, 1, read_pair, for_gpu=True), plain), "where none can be had too"
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: taken.append(t.clone()) or taken[-1])
+    found = batches_of(finetuned, photos, 1, read_pair, for_gpu=True)
+    assert same(found, plain)
+    assert [b["tiles"].data_ptr() for b in found] == [t.data_ptr() for t in taken]
+
+
+class Looks(TorchFunctionMode):
+    "Counts how often Python asks for a tensor's value, for which a GPU would be waited for."
+    asking = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.asking
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", ({}, dict(use_aux_heads=True), dict(parts=2)))
+def test_a_step_waits_for_its_device_once(finetuned, tmp_path, monkeypatch, options):
+    counts, step, options = [], loop.train_step, dict(options)
+    parts = options.pop("parts", 1)
+
+    def counted(f, batch, optimizer, stage):
+        f.parts = parts
+        with Looks() as looks: found = step(f, batch, optimizer, stage)
+        counts.append(looks.count)
+        return found
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)  # whose own numbers lie on the CPU
+    config = dataclasses.replace(finetuned, out=tmp_path / "run", epochs=1, **options)
+    train(config, **quiet)
+    assert counts and set(counts) == {1}
 
 
 def test_one_epoch_does_not_depend_on_those_before(finetuned, photos):

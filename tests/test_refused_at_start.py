@@ -40,9 +40,10 @@ def base(work, tmp_path, monkeypatch):
 
 def refused(config, **options):
     "What is said; nothing is left but the lock."
+    kept = config.cache_dir
     config = dataclasses.replace(config, **options)
     with pytest.raises(BiomassError) as e: train(config, log=lambda line: None)
-    assert not (config.out / "config.json").exists() and not config.cache_dir.exists()
+    assert not (config.out / "config.json").exists() and not kept.exists()
     return str(e.value)
 
 
@@ -79,7 +80,9 @@ WRONG = {  # name -> (options, what must be said)
     "the device is absent": (
         dict(device_type="mps" if not torch.backends.mps.is_available() else "cuda"), "this machine has no"),
     "a warm-up of everything": (dict(warmup=1.0), "--warmup 1.0: must lie in"),
-    "draws without a cache": (dict(stored_draws=2, cache=False), "--stored-draws needs"),
+    "draws without a cache": (
+        dict(stored_draws=2, cache=False, cache_dir=None), "--stored-draws needs"),
+    "a cache's place without a cache": (dict(cache=False), "--cache-dir is read only with the cache"),
 }
 
 

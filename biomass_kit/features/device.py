@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'cublas_workspace', 'launches', 'working_gpus', 'pick_devices', 'pick_device', 'pick_precision',
-           'autocast', 'ran_out', 'beside', 'upload', 'arrived', 'fetched']
+           'autocast', 'ran_out', 'beside', 'pinned', 'sent', 'upload', 'arrived', 'fetched']
 
 # %% ../../nbs/2_features/4_device.ipynb #e86d65f6
 import functools
@@ -147,15 +147,23 @@ def beside(device: torch.device):  # yields a CUDA event; None on the CPU
 
 
 # %% ../../nbs/2_features/4_device.ipynb #cuda0014
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    "A copy in pinned memory, which a GPU fetches by itself; the same tensor where none can be had."
+    try: return tensor.pin_memory()
+    except RuntimeError: return tensor  # its user waits while it is copied
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    "The tensor on a device; a GPU takes it when its turn comes, and nobody waits for that."
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def upload(
     array,  # NumPy's
     device: torch.device,  # a GPU
 ) -> torch.Tensor:
     "An array on a GPU; as a rule its copy is still on its way when this returns."
-    pixels = torch.from_numpy(array)
-    try: pixels = pixels.pin_memory()
-    except RuntimeError: pass  # a limit on locked memory: copied while the reader waits
-    return pixels.to(device, non_blocking=True)
+    return sent(pinned(torch.from_numpy(array)), device)
 
 
 def arrived(

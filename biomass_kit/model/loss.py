@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ..data.table import AUX_VALUES
 from ..data.targets import CLOVER, DEAD, GDM, GREEN, TOTAL, BiomassError, to_link
 from ..features.augment import mix
+from ..features.device import sent
 from .model import TWO_PART, Units
 from .options import LOSS_KINDS, TARGET_WEIGHTS
 
@@ -262,7 +263,7 @@ def total_loss(
 ) -> tuple:  # (scalar to minimise, term -> detached scalar)
     "Weighted sum of all terms."
     check_loss(options)
-    weights = torch.tensor(TARGET_WEIGHTS[options.target_weights], device=outputs["grams"].device)
+    weights = sent(torch.tensor(TARGET_WEIGHTS[options.target_weights]), outputs["grams"].device)
     taught = weights if units.labelled is None else weights * units.labelled
     grams, mixing = outputs["grams"], (batch.get("share", 1.0), batch.get("partner"))
     known = mixed_known(batch.get("known"), *mixing)

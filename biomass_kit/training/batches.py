@@ -31,6 +31,7 @@ from biomass_kit.features.augment import (
     random_mixup,
     random_view,
 )
+from ..features.device import pinned
 from ..features.store import AugmentedCopy, StoredFeatures
 from ..features.tiles import TileSpec, cut_tiles
 from ..features.tta import View, arrange, flip_pixels, places_of_each
@@ -157,11 +158,13 @@ class PixelBatches(Batches):
         config: TrainConfig,
         fold: int,
         read: Callable = read_pair,  # what gives a path's halves
+        for_gpu: bool = False,  # tiles lie in pinned memory
     ):
         super().__init__(config, fold)
         self.paths = paths
         self.spec = spec
         self.read = read
+        self.for_gpu = for_gpu
         self.augment = None
         if config.augment == "full":
             self.augment = PairAugment(pixel_transform(config.augment_crop, config.augment_green))
@@ -186,7 +189,7 @@ class PixelBatches(Batches):
             batch["share"] = torch.tensor([box.share(*p.shape[1:3]) for p in pairs])
             cutmix_batch(pairs, batch["partner"], box)
         with one_thread(): tiles = torch.stack([self._tiles(p, i) for p, i in zip(pairs, photos)])
-        return {**batch, "tiles": tiles}
+        return {**batch, "tiles": pinned(tiles) if self.for_gpu else tiles}
 
     def __getitem__(self, photos: list) -> dict: return self.of_pairs(photos, [self.pair(i) for i in photos])
 

@@ -338,6 +338,7 @@ READ_ONLY_WHEN = {  # field -> (is it read?, what would make it so)
     "backbone_lr": (_fine_tunes, FINE_TUNED),
     "augment_size": (_changes_pixels, "--augment full of photos, not of stored features"),
     "cache_dtype": (_keeps_features, KEPT),
+    "cache_dir": (lambda c: c.cache, "the cache"),
     "cache_gb": (lambda c: c.cache, "the cache"),
     "shard": (_fine_tunes, FINE_TUNED),
     "correction_threshold": (

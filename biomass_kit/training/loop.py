@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'CLASSES', 'CHECKPOINT_SECONDS', 'batch_truth', 'batch_inputs', 'run_network', 'backward',
-           'batch_gradient', 'gradient_in_memory', 'train_step', 'not_finite', 'average_gradients', 'track_epoch',
-           'run_epoch', 'run_fold', 'random_states', 'set_random_states', 'named', 'read_checkpoint', 'Loop']
+           'batch_gradient', 'gradient_in_memory', 'train_step', 'refuse_not_finite', 'average_gradients',
+           'track_epoch', 'run_epoch', 'run_fold', 'random_states', 'set_random_states', 'named', 'read_checkpoint',
+           'Loop']
 
 # %% ../../nbs/5_training/4_loop.ipynb #a0b885f9
 import json
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..data.targets import BiomassError
 from ..features.augment import Box, mix
-from ..features.device import autocast, ran_out
+from ..features.device import autocast, ran_out, sent
 from ..inference.bundle import write_tensors
 from ..model.loss import total_loss
 from .batches import epoch_order, stage_batches
@@ -51,25 +52,22 @@ from .parts import gradients_in_parts
 # %% ../../nbs/5_training/4_loop.ipynb #lo000002
 def batch_truth(f: MemberTrainer, batch: dict) -> dict:
     "What a batch is compared with, on the device: grams, those of a teacher, labels if any, its mixture."
-    device = f.accelerator.device
-    photo, share = batch["photo"], batch["share"]
+    photo = batch["photo"]
     truth = {
-        "grams": f.grams[photo].to(device),
-        "share": share.to(device) if torch.is_tensor(share) else share,
-        "partner": batch["partner"].to(device),
-    }
-    if f.known is not None:
-        truth |= {"grams": truth["grams"].nan_to_num(), "known": f.known[photo].to(device)}
-    if f.teacher is not None: truth["teacher"] = f.teacher[photo].to(device)
-    return truth | {name: label[photo].to(device) for name, label in f.labels.items()}
+        "grams": f.grams[photo], "share": batch["share"], "partner": batch["partner"],
+        **{name: label[photo] for name, label in f.labels.items()}}
+    if f.known is not None: truth |= {"grams": truth["grams"].nan_to_num(), "known": f.known[photo]}
+    if f.teacher is not None: truth["teacher"] = f.teacher[photo]
+    device = f.accelerator.device
+    return {name: sent(value, device) if torch.is_tensor(value) else value for name, value in truth.items()}
 
 
 def batch_inputs(f: MemberTrainer, batch: dict, truth: dict) -> list:  # tensors [B, ...]
     """What goes through the network:
     features as they were stored and mixed, or tiles, mixed unless a box did it."""
     device = f.accelerator.device
-    if "features" in batch: return [features.to(device) for features in batch["features"]]
-    tiles = batch["tiles"].to(device)
+    if "features" in batch: return [sent(features, device) for features in batch["features"]]
+    tiles = sent(batch["tiles"], device)
     return [mix(tiles, truth["share"], truth["partner"]) if batch["box"] == Box() else tiles]
 
 
@@ -96,20 +94,18 @@ def batch_gradient(
     stage: Stage,
 ) -> tuple:  # (loss, terms)
     "Add the gradient of a batch's loss to the parameters, the batch in one part or in `f.parts`."
-    device, photo, truth = f.accelerator.device, batch["photo"], batch_truth(f, batch)
+    device, truth = f.accelerator.device, batch_truth(f, batch)
     with autocast(device, f.precision): inputs = batch_inputs(f, batch, truth)
 
     def forward(rows=None):
         part = inputs if rows is None else [each[rows.to(device)] for each in inputs]
         with autocast(device, f.precision): return run_network(f, part, "features" in batch, stage)
 
-    def loss_of(outputs):
-        loss, terms = total_loss(outputs, truth, f.model.units, loss_options(f.config))
-        if not torch.isfinite(loss): raise not_finite(f, photo, f"the loss is {loss.item()}")
-        return loss, terms
+    def loss_of(outputs): return total_loss(outputs, truth, f.model.units, loss_options(f.config))
 
     if f.parts > 1:
-        return gradients_in_parts(forward, loss_of, partial(backward, f), len(photo), f.parts, device)
+        photos = len(batch["photo"])
+        return gradients_in_parts(forward, loss_of, partial(backward, f), photos, f.parts, device)
     loss, terms = loss_of(forward())
     backward(f, loss)
     return loss, terms
@@ -144,21 +140,29 @@ def train_step(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, f.config.grad_clip)
     if scaler is None:
-        if not torch.isfinite(norm): raise not_finite(f, photo, f"the gradient's norm is {norm.item()}")
+        refuse_not_finite(f, photo, {"the loss": loss, "the gradient's norm": norm})
         optimizer.step()
     else:  # leaves a step out whose gradient is NaN or infinite
+        refuse_not_finite(f, photo, {"the loss": loss})
         scaler.step(optimizer)
         scaler.update()
     return {"loss": loss.detach(), **terms}
 
 # %% ../../nbs/5_training/4_loop.ipynb #f8272a37
-def not_finite(f: MemberTrainer, photos: torch.Tensor, what: str) -> BiomassError:
+def refuse_not_finite(
+    f: MemberTrainer,
+    photos: torch.Tensor,  # of the batch
+    values: dict,  # what it is -> scalar on the device
+):
     "The end of a run that would go on from a NaN or infinite value: which photos, and what is kept."
+    found = torch.stack([value.detach().float() for value in values.values()]).tolist()
+    what = next((f"{name} is {value}" for name, value in zip(values, found) if not math.isfinite(value)), "")
+    if not what: return
     kept = "no epoch before was kept"
     if f.checkpoint and f.checkpoint.is_file(): kept = f"the epochs before are kept in {f.checkpoint}"
     names = ", ".join(Path(f.paths[i]).name for i in photos)
-    return BiomassError(f"{f.name}: {what}; photos {names}; "
-                        f"look at them, or try a smaller --lr and another --out; {kept}")
+    raise BiomassError(f"{f.name}: {what}; photos {names}; "
+                       f"look at them, or try a smaller --lr and another --out; {kept}")
 
 # %% ../../nbs/5_training/4_loop.ipynb #306c5fcf
 def average_gradients(

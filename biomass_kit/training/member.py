@@ -156,8 +156,9 @@ class MemberTrainer:
         c, source = self.config, self.sources[0]
         self.resting = resting and source.first is not None
         grids = [each.spec.grid for each in self.sources]
+        for_gpu = self.accelerator.device.type == "cuda"
         if self.kept: self.dataset = StoredBatches(self.kept, grids, c, self.k)
-        else: self.dataset = PixelBatches(self.paths, source.spec, c, self.k, source.read)
+        else: self.dataset = PixelBatches(self.paths, source.spec, c, self.k, source.read, for_gpu)
 
     @property
     def kept(self) -> list:
