@@ -47,8 +47,8 @@ class EnsembleArgs:
 class PhysicsArgs:
     "How predictions are made consistent."
 
-    # how predictions are made consistent; with --data the bundle's by default, with --photos project, whose
-    # values add up
+    # how predictions are made consistent (biomass_train --help says what each does); with --data the bundle's
+    # by default, with --photos project, whose values add up
     physics: Optional[Literal[tuple(METHODS)]] = None
     correction_threshold: Optional[float] = None  # of derive_dead; the bundle's by default
 

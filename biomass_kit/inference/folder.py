@@ -201,12 +201,12 @@ class FolderTable(NamedTuple):
         write_sheets(xlsx_path(self.out), sheets)
 
     def whole(self, grams: np.ndarray, alike: np.ndarray = None) -> pd.DataFrame:
-        "All rows at once, filled in part by part."
+        "All rows at once, float32 as the predictions are, filled in part by part."
         numbers, words, names, labels = None, [], [], self.labels()
         for part in parts_of(len(self.paths)):
             table = self.part(grams, alike, part)
             names = [c for c in table if c not in ("photo", "flag", *labels)]
-            if numbers is None: numbers = np.empty((len(self.paths), len(names)))
+            if numbers is None: numbers = np.empty((len(self.paths), len(names)), np.float32)
             numbers[part] = table[names]
             words += table["flag"].tolist()
         table = pd.DataFrame(numbers, columns=names, copy=False)

@@ -68,7 +68,9 @@ class DataConfig:
 class FoldsConfig:
     "How photos are assigned to folds."
 
-    cv: Literal[tuple(CV_STRATEGIES)] = "group_date"  # how photos are grouped into folds
+    # what stays together in a fold: the photos of a date, of a month, of a date and state; leave_one takes a
+    # whole state or month; random keeps nothing together, which biases its scores optimistically
+    cv: Literal[tuple(CV_STRATEGIES)] = "group_date"
     # folds of the assignment, trained or not; 5 by default, or one for each group of a leave_one strategy
     n_folds: Optional[int] = None
     fold_seed: Natural = 0  # seed of the fold assignment; runs that shall be joined must share it
@@ -226,7 +228,9 @@ class PhysicsConfig:
     "How predictions are averaged and made consistent."
 
     tta: tuple[str, ...] = DEFAULT_VIEWS  # views averaged at prediction
-    physics: Literal[tuple(METHODS)] = "derive_dead"  # how predictions are made consistent
+    # how predictions are made consistent: derive_dead sets dead to total - GDM where the parts miss the
+    # total, always in each photo; project shifts all five as little as adds up, mint most what errs most
+    physics: Literal[tuple(METHODS)] = "derive_dead"
     correction_threshold: NotNegative = 0.15  # share of the total beyond which derive_dead corrects
     always_correct_dead: bool = False  # alias of --physics always
 
