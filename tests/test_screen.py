@@ -156,7 +156,7 @@ REFUSED = {  # what is typed beside a screen -> what is said
     ("--feature-blocks", 1): "--feature-blocks is not read with --screen; drop it",
     ("--head", "neural"): "a screen takes one in closed form",
     ("--no-freeze-backbone",): "add --freeze-backbone",
-    ("--no-cache",): "drop --no-cache",
+    ("--no-cache",): "--cache-dir is read only with the cache",
     ("--kernel", "linear"): "--kernel is read only with",
     ("--splits", 0): "--splits must be at least 1",
     ("--screen-grids", 2, 2): "each once",
