@@ -98,7 +98,7 @@ class Looks(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("options", ({}, dict(use_aux_heads=True), dict(parts=2)))
-def test_a_step_waits_for_its_device_once(finetuned, tmp_path, monkeypatch, options):
+def test_a_step_asks_its_device_for_one_value(finetuned, tmp_path, monkeypatch, options):
     counts, step, options = [], loop.train_step, dict(options)
     parts = options.pop("parts", 1)
 

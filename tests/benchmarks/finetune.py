@@ -6,7 +6,6 @@ Each row is a `biomass_train` of its own, some at once; a seed also names the fo
 where it was stopped, so a short lease is enough for a part. One table at the end: weighted R2 out of fold.
 """
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = "import sys; from biomass_kit.train import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ def rows(a: Args) -> dict:  # name -> words
 
 def score(a: Args, name: str, seed: int) -> float:
     "Weighted R2 of a row's out-of-fold predictions."
-    out = a.work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-    words = ["--data", a.data, "--out", out, "--backbone", a.backbone, "--tile-size", a.tile_size,
-             "--backbone-weights", a.backbone_weights, "--seed", seed, "--fold-seed", seed,
-             "--num-workers", a.num_workers, "--cache-dir", a.work / "cache", *rows(a)[name]]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", TRAIN, *map(str, words)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+    work = a.work.resolve()
+    out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    words = ["--data", a.data.resolve(), "--out", out, "--backbone", a.backbone, "--tile-size", a.tile_size,
+             "--backbone-weights", a.backbone_weights.resolve(), "--seed", seed, "--fold-seed", seed,
+             "--num-workers", a.num_workers, "--cache-dir", work / "cache", *rows(a)[name]]
+    command = [sys.executable, "-m", "biomass_kit.train", *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return json.loads((out / "results.json").read_text())["scores"]["model"]["weighted_r2"]
 
 
