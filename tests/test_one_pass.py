@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 from commands import Started, run_command, share
 from conftest import assert_close
+from safetensors.torch import save
 from untrained import untrained_bundle
 
+from biomass_kit import features, inference
+from biomass_kit.data.files import file_digest
 from biomass_kit.data.photos import list_photos
 from biomass_kit.data.targets import TARGETS
 from biomass_kit.features.backbone import Backbone, build_backbone
@@ -18,7 +21,7 @@ from biomass_kit.features.tta import STORED_VIEWS
 from biomass_kit.inference.bundle import read_bundle
 from biomass_kit.inference.ensemble import Ensemble
 from biomass_kit.inference.predict import predict_folder
-from biomass_kit.training.run import train
+from biomass_kit.training.run import train, train_runs
 
 
 @pytest.fixture
@@ -76,6 +79,23 @@ def test_training_sees_each_variant_once(config, tmp_path, passes):
             dataclasses.replace(first, out=tmp_path / f"drawn{seed}", stored_draws=2, seed=seed),
             log=lambda line: None)
     assert sum(passes) == 30 * 2, "seeds share the stored draws"
+
+
+def test_frozen_weights_are_read_twice_and_written_once(config, tmp_path, monkeypatch):
+    "For what they are kept under and for their file's name, by all members of all runs."
+    seen = []
+
+    def counted(tensors, *rest):
+        if "conv_stem.weight" in tensors: seen.append(len(tensors))
+        return save(tensors, *rest)
+
+    for module in (features.backbone, inference.bundle): monkeypatch.setattr(module, "save", counted)
+    runs = [dataclasses.replace(config, out=tmp_path / str(seed), seed=seed) for seed in range(2)]
+    train_runs(runs, log=lambda line: None)
+    assert len(seen) == 2 + len(runs)
+    for run in runs:
+        file, = (run.out / "bundle").glob("backbone-*")
+        assert file.stem == f"backbone-{file_digest(file)[:16]}"
 
 
 def stored(data, weights, cache):

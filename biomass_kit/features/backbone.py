@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GEM_POWER', 'CLS', 'MEAN', 'MAX', 'MIN', 'GEM', 'STD', 'TIMM_LOG', 'LORA_LAYERS', 'Statistic', 'block_index',
            'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'pass_kind', 'joint_reading',
-           'read_columns', 'backbone_digest', 'lora_layers', 'adapted_layers', 'add_lora', 'take_lora']
+           'read_columns', 'weights_digest', 'backbone_digest', 'lora_layers', 'adapted_layers', 'add_lora',
+           'take_lora']
 
 # %% ../../nbs/2_features/5_backbone.ipynb #92842dbd
 import difflib
@@ -97,6 +98,7 @@ def block_index(
 class Backbone(nn.Module):
     "A timm model that turns uint8 tiles into features; normalisation and pooling included."
     dtype = torch.float32  # of the model's weights; tiles are normalised, and statistics summed, in float32
+    fixed = False  # whether weights change no more, so that what identifies them is worked out once
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.name = name
+        self.digests = {}  # text -> what `weights_digest` gave, where weights are fixed
         self.prefix = getattr(model, "num_prefix_tokens", 0)
         # timm gives them in this order
         self.blocks = tuple(sorted({block_index(model, name, b) for b in blocks}))
@@ -425,15 +428,25 @@ def read_columns(
     return torch.tensor([i for block in blocks or [None] for name in names for i in places[block, name]])
 
 # %% ../../nbs/2_features/5_backbone.ipynb #c3c0a223
+def weights_digest(
+    backbone: Backbone,
+    text: str = "",  # taken in before the weights
+) -> str:  # hexadecimal sha256
+    "Sha256 of a backbone's weights, as a safetensors file has them."
+    if text in backbone.digests: return backbone.digests[text]
+    h = hashlib.sha256(text.encode())
+    h.update(save({k: v.detach().cpu().contiguous() for k, v in backbone.model.state_dict().items()}))
+    if backbone.fixed: backbone.digests[text] = h.hexdigest()
+    return h.hexdigest()
+
+
 def backbone_digest(
     backbone: Backbone,
     any_blocks: bool = False,  # alike whichever blocks are read, if any are
 ) -> str:  # hexadecimal sha256
     "Sha256 of a backbone's name, pooling, blocks and weights."
     blocks = "any" if any_blocks and backbone.blocks else backbone.blocks
-    h = hashlib.sha256(json.dumps([backbone.name, backbone.pooling, blocks]).encode())
-    h.update(save({k: v.detach().cpu().contiguous() for k, v in backbone.model.state_dict().items()}))
-    return h.hexdigest()
+    return weights_digest(backbone, json.dumps([backbone.name, backbone.pooling, blocks]))
 
 # %% ../../nbs/2_features/5_backbone.ipynb #75deca24
 # timm's names in attention and MLP

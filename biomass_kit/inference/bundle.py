@@ -25,7 +25,7 @@ import biomass_kit
 from ..data.files import atomic_path, copy_file, file_digest, json_text, write_text
 from ..data.targets import TARGETS, BiomassError, in_one_line
 from ..data.targets import combine as join_members
-from ..features.backbone import Backbone, build_backbone, read_columns, take_lora
+from ..features.backbone import Backbone, build_backbone, read_columns, take_lora, weights_digest
 from ..features.tiles import TileSpec
 from ..features.tta import parse_view
 from .card import CARD, card_text
@@ -76,13 +76,17 @@ def write_tensors(path, tensors: dict, metadata: dict = None) -> Path:
     with atomic_path(path) as tmp: tmp.write_bytes(tensor_bytes(tensors, metadata))
     return Path(path)
 
-
-def save_by_content(folder, kind: str, tensors: dict) -> str:
-    "Write tensors as `<kind>-<digest>.safetensors` unless they are there already; the file's name."
-    data = tensor_bytes(tensors)
-    path = Path(folder) / f"{kind}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    if not path.exists():
-        with atomic_path(path) as tmp: tmp.write_bytes(data)
+# %% ../../nbs/4_inference/2_bundle.ipynb #1b7a583b
+def save_by_content(
+    folder,
+    kind: str,
+    tensors: dict,
+    digest: str = "",  # of them as a file, where it is known
+) -> str:  # the file's name
+    "Write tensors as `<kind>-<digest>.safetensors` unless they are there already."
+    digest = digest or hashlib.sha256(tensor_bytes(tensors)).hexdigest()
+    path = Path(folder) / f"{kind}-{digest[:16]}.safetensors"
+    if not path.exists(): write_tensors(path, tensors)
     return path.name
 
 
@@ -92,7 +96,7 @@ def save_backbone(
 ) -> dict:  # {"file", "name", "pooling", "blocks"}: what a member says of its backbone
     """Write a backbone's weights, named by their content;
     weights that are there already are not written again."""
-    file = save_by_content(folder, "backbone", backbone.model.state_dict())
+    file = save_by_content(folder, "backbone", backbone.model.state_dict(), weights_digest(backbone))
     return {"file": file, "name": backbone.name, "pooling": backbone.pooling, "blocks": list(backbone.blocks)}
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #656044f6
@@ -301,6 +305,7 @@ class Bundle(NamedTuple):
             raise BiomassError(
                 f"{self.folder / ref['file']}: weights do not fit {ref['name']} "
                 f"({str(e).splitlines()[0]})") from None
+        backbone.fixed = True
         return backbone.to(memory_format=torch.channels_last).eval()  # faster where there are convolutions
 
 # %% ../../nbs/4_inference/2_bundle.ipynb #252c50fb

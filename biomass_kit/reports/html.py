@@ -15,8 +15,11 @@ from html.parser import HTMLParser
 from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from ..data.files import write_text
 from ..data.targets import BiomassError
@@ -109,8 +112,10 @@ def figure_png(
     dpi=180,  # 900 pixels for the 5 inches of a figure here
 ) -> bytes:
     "The figure as PNG bytes, without the name and the address of the library that drew it."
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    fig.set_dpi(dpi)
+    canvas, buffer = FigureCanvasAgg(fig), io.BytesIO()
+    canvas.draw()  # once; `savefig` draws all of it twice
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png", dpi=(dpi, dpi))
     return buffer.getvalue()
 
 

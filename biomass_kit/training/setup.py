@@ -247,8 +247,8 @@ def start_backbone(
             c.backbone, c.backbone_weights, c.tile_size, c.pretrained, c.pooling, c.feature_blocks)
         backbone.to(memory_format=torch.channels_last)  # faster where there are convolutions
         found = Begun(backbone, size, {k: v.clone() for k, v in backbone.state_dict().items()})
-    built[model, reading] = found
-    return found
+    found.backbone.fixed = c.freeze_backbone
+    return built.setdefault((model, reading), found)
 
 # %% ../../nbs/5_training/7_setup.ipynb #se000012
 def assign_folds(
