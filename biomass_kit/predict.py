@@ -7,6 +7,8 @@ __all__ = ['PhotosArgs', 'EnsembleArgs', 'PhysicsArgs', 'StoreArgs', 'PlanArgs',
            'main']
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a04004
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -162,9 +164,15 @@ def _dry_run(a: PredictArgs):
     print(f"{photos}, none looked up in the cache, at {found['photos_per_second']:.2f} per second: "
           f"about {found['expected_s']:.0f} s; peak memory so far {memory:.2f} GB")
 
+# %% ../nbs/9_commands/4_predict.ipynb #c0a0401c
+def _give_memory_back():
+    "Give the system what predicting freed; the report takes as much, in other pieces. For glibc alone."
+    with suppress(OSError, AttributeError, TypeError): ctypes.CDLL(None).malloc_trim(0)
+
 
 def _report(a: PredictArgs, table, cache_dir) -> Path:
     "The report of a folder of photos, beside its table."
+    _give_memory_back()
     with loading():
         from biomass_kit.reports.folder import report_folder
 

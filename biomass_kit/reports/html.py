@@ -112,10 +112,12 @@ def figure_png(
     dpi=180,  # 900 pixels for the 5 inches of a figure here
 ) -> bytes:
     "The figure as PNG bytes, without the name and the address of the library that drew it."
+    before, buffer = fig.canvas, io.BytesIO()
     fig.set_dpi(dpi)
-    canvas, buffer = FigureCanvasAgg(fig), io.BytesIO()
+    canvas = FigureCanvasAgg(fig)
     canvas.draw()  # once; `savefig` draws all of it twice
     Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png", dpi=(dpi, dpi))
+    fig.set_canvas(before)  # which holds no pixels
     return buffer.getvalue()
 
 
