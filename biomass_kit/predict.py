@@ -166,7 +166,7 @@ def _dry_run(a: PredictArgs):
 
 # %% ../nbs/9_commands/4_predict.ipynb #c0a0401c
 def _give_memory_back():
-    "Give the system what predicting freed; the report takes as much, in other pieces. For glibc alone."
+    "Give the system what predicting freed, before the report takes its own in other pieces; glibc alone."
     with suppress(OSError, AttributeError, TypeError): ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GEM_POWER', 'CLS', 'MEAN', 'MAX', 'MIN', 'GEM', 'STD', 'TIMM_LOG', 'LORA_LAYERS', 'Statistic', 'block_index',
            'Backbone', 'own_tile_size', 'patch_size', 'tensor_shapes', 'build_backbone', 'pass_kind', 'joint_reading',
-           'read_columns', 'weights_digest', 'backbone_digest', 'lora_layers', 'adapted_layers', 'add_lora',
-           'take_lora']
+           'read_columns', 'tensor_bytes', 'weights_digest', 'backbone_digest', 'lora_layers', 'adapted_layers',
+           'add_lora', 'take_lora']
 
 # %% ../../nbs/2_features/5_backbone.ipynb #92842dbd
 import difflib
@@ -427,6 +427,11 @@ def read_columns(
               for (block, name, width), end in zip(backbone.parts, ends)}
     return torch.tensor([i for block in blocks or [None] for name in names for i in places[block, name]])
 
+# %% ../../nbs/2_features/5_backbone.ipynb #ebdd0704
+def tensor_bytes(tensors: dict, metadata: dict = None) -> bytes:
+    "Tensors by name, on whatever device, as the content of a safetensors file."
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+
 # %% ../../nbs/2_features/5_backbone.ipynb #c3c0a223
 def weights_digest(
     backbone: Backbone,
@@ -435,7 +440,7 @@ def weights_digest(
     "Sha256 of a backbone's weights, as a safetensors file has them."
     if text in backbone.digests: return backbone.digests[text]
     h = hashlib.sha256(text.encode())
-    h.update(save({k: v.detach().cpu().contiguous() for k, v in backbone.model.state_dict().items()}))
+    h.update(tensor_bytes(backbone.model.state_dict()))
     if backbone.fixed: backbone.digests[text] = h.hexdigest()
     return h.hexdigest()
 
